@@ -109,3 +109,33 @@ def test_a_store_that_does_not_answer_is_reported() -> None:
     assert report.ranks == ()
     assert "rank 0 lost its peers in all_reduce #1 (step 3, forward)" in report.sentence
     assert "does not answer" in report.sentence
+
+
+def test_ranks_of_another_machine_get_their_time_although_one_of_this_machine_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = iter(["here 1", "there 2", "here 1"])
+    monkeypatch.setattr(watchdog_module, "_machine_id", lambda: next(names))
+    first, other, gone = (
+        Watchdog(
+            distributed.TCPStore("127.0.0.1", server.port, is_master=False),
+            rank=rank,
+            size=3,
+            timeout_s=1.0,
+            heartbeat_file=HeartbeatFile(),
+        )
+        for rank in range(3)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(watchdog_module.os, "getpid", lambda: 2**30)  # no process has this number
+        gone._post_heartbeat()
+    first.start()
+    other.start()
+    first.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    other.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    report = first._find_lost_ranks()
+    first.close()
+    other.close()
+    assert report.ranks == (2,), "rank 1 posts heartbeats, it only waits as well"
+    assert "sends no heartbeat" not in report.sentence
