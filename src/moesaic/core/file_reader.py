@@ -20,7 +20,7 @@ from pydantic_core import from_json
 
 from moesaic.core.config_errors import describe_errors, show_value
 from moesaic.core.errors import FileError, UserError, printable
-from moesaic.core.os_errors import describe_os_error
+from moesaic.core.os_errors import os_error_reason
 from moesaic.core.units import show_bytes
 
 MAX_INT = 2**63 - 1  # whole numbers are 64 bits: of files, of configs and of tensors
@@ -225,5 +225,5 @@ def _check_integers(value: Any, *, kind: FileKind, where: Path | str) -> None:
 
 def _why(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
-        return describe_os_error(OSError(error.errno, error.strerror))
+        return os_error_reason(error)
     return f"not a file name ({error})"
