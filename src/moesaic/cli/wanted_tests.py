@@ -62,19 +62,12 @@ class WantedTests:
                 f"{did_you_mean(self.testset, [UDHR])} (splits of the run's corpus are chosen "
                 "with --split)"
             )
-        notes: list[str] = []
-
-        def listen(text: str) -> None:
-            notes.append(text)
-            show_progress(text)
-
         directions = run.chosen_directions(self.choice)
+        found = udhr_testsets(directions, limit=self.limit, progress=show_progress)
+        for note in found.notes:
+            show_progress(note)
         rules = read_text_rules(RunDir(run.path).text_rules)
-        tests = [
-            normalise_testset(test, rules)
-            for test in udhr_testsets(directions, limit=self.limit, progress=listen)
-        ]
-        return TestSelection(tests, tuple(note for note in notes if note.startswith(UDHR)))
+        return TestSelection([normalise_testset(t, rules) for t in found.tests], found.notes)
 
     def _user_tests(self, run: EvaluatedRun) -> TestSelection:
         source, target = direction = run.user_direction(self.choice)

