@@ -83,9 +83,7 @@ def build_corpus(
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    corpus = Corpus.open(root)
-    listener(f"{root}: {corpus.manifest['pairs']} pairs, {len(corpus.languages)} languages")
-    return corpus
+    return Corpus.open(root)
 
 
 def _open_finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
