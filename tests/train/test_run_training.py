@@ -26,7 +26,7 @@ from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
-from moesaic.train.resume import ResumeFrom, ResumeLatest
+from moesaic.train.resume import ResumeFrom, ResumeLatest, learning_rate_jump
 from moesaic.train.run import BFloat16, CorpusFolder, LogConfig, Run, TensorBoard, ValidationConfig
 from moesaic.train.run_training import train
 from moesaic.train.trainer import StepReport, Trainer
@@ -234,6 +234,13 @@ def test_extending_a_finished_run_says_how_the_learning_rate_jumps(tmp_path: Pat
     train(longer, tmp_path, resume=ResumeLatest(), until=5, progress=board)
     (note,) = [text for text in board.messages if "learning rate" in text]
     assert "0.293 of its full value at step 4 (of 4), 1 at step 5 (of 12)" in note
+
+
+def test_a_name_that_is_refused_by_now_does_not_hide_the_jump() -> None:
+    run = synthetic_run(steps=4, schedule=WSD(warmup=1, decay=0.5))
+    saved = run.to_dict() | {"name": "a/b"}
+    (note,) = learning_rate_jump(saved, run=run.replace(steps=12), step=4)
+    assert "0.293 of its full value at step 4" in note
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_note(whole: Path, tmp_path: Path) -> None:
