@@ -1,6 +1,6 @@
 """Health record: the router findings of a run in ``health.json``, with the steps they lasted.
 
-Training writes it, and the report reads it, so both say the same. ``{"format": 1, "findings":
+Training writes it, and the report shows it. ``{"format": 1, "findings":
 [{"first_step", "last_step", "layer", "rule", "state", "text", "cause", "advice"}]}``, in the order
 in which they were found. ``last_step`` is null while a finding lasts.
 """
