@@ -24,7 +24,7 @@ _SENTENCE = regex.compile(
     """,
     regex.VERBOSE | regex.VERSION1,
 )
-_CLAUSE = regex.compile(r"[,;:،؛၊፣፥፤།༎·–—]+\s+|[、，；：､]+")
+_CLAUSE = regex.compile(r"[,;:،؛၊፣፥፤།༎·–—]\s+|[、，；：､]+")
 _WORD = regex.compile(r"\s+|\u200b")
 _UNSPACED = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
