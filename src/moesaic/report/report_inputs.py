@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +65,20 @@ class ReportInputs:
 
 def read_report_inputs(run: RunDir) -> ReportInputs:
     """Read the files that exist. A missing or damaged file becomes a gap, never an exception."""
+    found = read_training_and_scores(run)
+    gaps = dict(found.gaps)
+    return replace(
+        found,
+        usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
+        health=_read_or_gap(run.health, read_findings, None, gaps),
+        insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
+        agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
+        gaps=gaps,
+    )
+
+
+def read_training_and_scores(run: RunDir) -> ReportInputs:
+    """Read config, metrics, scores and their curve, without the (larger) files on routing."""
     gaps: dict[str, str] = {}
     text = _read_or_gap(run.config, lambda path: read_text(path, CONFIG_FILE), "", gaps)
     config = _read_or_gap(run.config, lambda _: _require_mapping(read_yaml(text)), {}, gaps)
@@ -77,10 +91,6 @@ def read_report_inputs(run: RunDir) -> ReportInputs:
         summary=_read_or_gap(
             run.summary, lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)), {}, gaps
         ),
-        usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
-        health=_read_or_gap(run.health, read_findings, None, gaps),
-        insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
-        agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
         quality_curve=_read_or_gap(
             run.score_curve,
             lambda path: check_score_curve(read_json_mapping(path, SCORE_CURVE_FILE)),
