@@ -26,6 +26,7 @@ from moesaic.report.charts import ChartSeries
 from moesaic.report.check_inputs import check_score_curve, check_summary
 
 T = TypeVar("T")
+QUALITY_TITLE = "chrF++ at each checkpoint, mean over languages"
 _MAX_DRAWN = 1e30  # larger values are damage, and differences of them overflow
 _LANGUAGE_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
 
@@ -55,6 +56,13 @@ class ReportInputs:
         """Return one metric as a curve, or None if it was never written."""
         found = self.metrics.get(name)
         return ChartSeries(label or name, found.x, found.y, color, dash) if found else None
+
+    def quality_points(self, *, label: str, color: int = 0) -> ChartSeries | None:
+        """Return chrF++ at the scored checkpoints as a curve, or None if there are none."""
+        points = self.quality_curve.get("points") or []
+        steps = [float(point["step"]) for point in points]
+        values = [float(point["chrf"]["score"]) for point in points]
+        return ChartSeries(label, steps, values, color) if points else None
 
     def tasks_and_languages(self, prefix: str) -> tuple[list[str], list[str]]:
         """Return the tasks and the languages that have metrics ``prefix/...``."""
