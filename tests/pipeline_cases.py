@@ -115,3 +115,15 @@ def ragged(rows: Sequence[Sequence[int]]) -> Ragged:
 
 def lists(rows: Ragged) -> list[list[int]]:
     return [part.tolist() for part in np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])]
+
+
+def read_every_row(found: TokenShards) -> None:
+    """Read every row of every split, as training does."""
+    for split in ("train", "valid", "test"):
+        for source, target in found.directions:
+            rows = found.pair_rows(source, target, split=split)
+            for texts in rows.text_ids(np.arange(rows.size)):
+                found.gather(texts)
+        for code in found.languages:
+            rows = found.text_rows(code, split=split)
+            found.gather(rows.text_ids(np.arange(rows.size))[0])

@@ -2,12 +2,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from moesaic.checkpoint.run_lock import STALE_S, LockOwner, RunLock
 from moesaic.core.errors import CheckpointError
+from moesaic.core.processes import process_start, process_state
 
 
 def held_by(path: Path, **fields: object) -> None:
@@ -41,6 +43,20 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over_and_said(
     assert "took over run.lock: process" in lock.note
     assert LockOwner.read(path) == lock.owner
     lock.release()
+
+
+def test_the_lock_of_a_process_that_its_parent_has_not_collected_is_taken_over(
+    tmp_path: Path,
+) -> None:
+    path, process = tmp_path / "run.lock", subprocess.Popen([sys.executable, "-c", ""])
+    start = process_start(process.pid)
+    while process_state(process.pid) != "gone":
+        time.sleep(0.005)
+    held_by(path, pid=process.pid, start=start)
+    lock = RunLock.acquire(path)
+    assert "is gone" in lock.note
+    lock.release()
+    process.wait()
 
 
 def test_the_lock_of_another_host_holds_while_it_is_touched(tmp_path: Path) -> None:

@@ -136,3 +136,17 @@ def test_verify_misses_a_recorded_file_of_a_run(tmp_path, capsys, name, kind):
     found = run_json(["ckpt", "verify", str(run.path)], capsys, code=2)
 
     assert f"{name} is missing" in json.dumps(found)
+
+
+@pytest.mark.parametrize("name", ["{x}", "[bold]run[/]", "[/red]", "a\x1b[31mb"])
+def test_verify_and_adopt_show_the_name_of_a_run_as_it_is(tmp_path, capsys, name):
+    """``adopt`` took braces of a path for a template and brackets for markup."""
+    run = RunDir(tmp_path / name)
+    run.path.mkdir(parents=True)
+    for path in (run.config, run.tokenizer):
+        path.write_text("{}", encoding="utf-8")
+    write_tensors(run.model, tensors={"up": torch.ones(2)})
+    write_run_record(run, config={}, plugins=())
+    path = str(run.path).replace("\x1b", "\\x1b")
+    for command in ("verify", "adopt"):
+        assert f"{path}: " in shown(["ckpt", command, str(run.path)], capsys)

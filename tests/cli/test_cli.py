@@ -45,30 +45,6 @@ def last_json(capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-def test_every_command_has_help_with_an_example(capsys):
-    for verb in COMMANDS:
-        main_ok([verb, "--help"])
-        out = capsys.readouterr().out
-        assert "Example" in out or verb in ("data", "config", "routes", "bench", "ckpt"), verb
-
-
-def test_subcommands_have_help_with_an_example(capsys):
-    for words in (
-        ["data", "build"],
-        ["data", "stats"],
-        ["data", "show"],
-        ["data", "dropped"],
-        ["data", "schema"],
-        ["config", "show"],
-        ["routes", "stats"],
-        ["ckpt", "inspect"],
-        ["ckpt", "verify"],
-        ["bench", "layer"],
-    ):
-        main_ok([*words, "--help"])
-        assert "Example" in capsys.readouterr().out, words
-
-
 def test_without_a_command_all_are_listed(capsys):
     main([])
     out = capsys.readouterr().out

@@ -35,6 +35,12 @@ def test_a_value_is_shown_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_console_of_a_command_prints_a_text_as_it_is(name, capsys):
+    make_console().print(f"page: {name}", name)
+    assert capsys.readouterr().out == f"page: {plain(name)} {plain(name)}\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_error_is_shown_as_it_is(name, capsys):
     show_error(f"{name}: there is no such file")
     assert f"error: {plain(name)}: there" in capsys.readouterr().err

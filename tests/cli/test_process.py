@@ -1,6 +1,7 @@
 """The process of a command: its streams, and Ctrl-C before the command's own code runs."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,6 +35,16 @@ def test_messages_are_utf8_whatever_the_locale():
         [sys.executable, "-m", "moesaic", "Ἀγά"], env=environment, capture_output=True
     )
     assert "Ἀγά" in done.stderr.decode("utf-8")
+
+
+def test_a_closed_input_is_empty_and_closed_messages_are_lost():
+    code = (
+        "import sys; from moesaic.cli.standard_streams import prepare_standard_streams\n"
+        "prepare_standard_streams(); sys.stderr.write('lost'); print(repr(sys.stdin.read()))"
+    )
+    shell = f"{sys.executable} -c {shlex.quote(code)} <&- 2>&-"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "''\n", "")
 
 
 def test_a_reader_that_has_gone_is_no_error():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
 
-import numpy as np
 from checkpoint_samples import snapshot
 from fake_run import write_fake_run
 
@@ -64,6 +63,7 @@ from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.run_training import load_saved_state, train
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook
+from pipeline_cases import read_every_row
 
 STEP = "step-00000006"
 
@@ -136,15 +136,7 @@ def _read_tokenizer(made: Made) -> None:
 
 
 def _read_shards(made: Made) -> None:
-    shards = TokenShards.open(made.folder / "shards")
-    for split in ("train", "valid", "test"):
-        for source, target in shards.directions:
-            rows = shards.pair_rows(source, target, split=split)
-            for texts in rows.text_ids(np.arange(rows.size)):
-                shards.gather(texts)
-        for code in shards.languages:
-            rows = shards.text_rows(code, split=split)
-            shards.gather(rows.text_ids(np.arange(rows.size))[0])
+    read_every_row(TokenShards.open(made.folder / "shards"))
 
 
 def _read_config(made: Made) -> None:

@@ -4,7 +4,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,19 +13,6 @@ import pipeline_cases as cases
 from moesaic.core.errors import DataError, UserError
 from moesaic.data.shards_manifest import DATA_FILES, MANIFEST
 from moesaic.data.token_shards import TokenShards
-
-
-def use(path: Path) -> None:
-    """Read every row of every split, as training does."""
-    shards = TokenShards.open(path)
-    for split in ("train", "valid", "test"):
-        for source, target in shards.directions:
-            rows = shards.pair_rows(source, target, split=split)
-            for texts in rows.text_ids(np.arange(rows.size)):
-                shards.gather(texts)
-        for code in shards.languages:
-            rows = shards.text_rows(code, split=split)
-            shards.gather(rows.text_ids(np.arange(rows.size))[0])
 
 
 def copied(root: Path, *, without: str) -> Path:
@@ -45,7 +31,7 @@ def test_a_damaged_manifest_is_read_or_refused_with_a_sentence(
     written = json.loads((cases.shards().path / MANIFEST).read_text())
     (root / MANIFEST).write_bytes(data.draw(damaged_json(written)))
     with suppress(UserError):
-        use(root)
+        cases.read_every_row(TokenShards.open(root))
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -61,7 +47,7 @@ def test_altered_data_are_read_or_refused_with_a_sentence(
     content[start : start + 8] = odd
     (root / name).write_bytes(content)
     with suppress(UserError):
-        use(root)
+        cases.read_every_row(TokenShards.open(root))
 
 
 def test_a_link_out_of_the_shards_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
-from threading import Event
+from threading import Event, current_thread
 
 import pytest
 import torch.distributed as distributed
@@ -24,7 +24,7 @@ def test_a_call_that_does_not_return_is_given_up_and_later_calls_are_refused_unt
     None
 ):
     call, answered = BoundedCaller(limit_s=0.5, name="test"), Event()
-    assert call(lambda: 3) == 3
+    thread = call(current_thread)
     with pytest.raises(ZeroDivisionError):
         call(lambda: 1 // 0)
     with pytest.raises(TimeoutError, match="its own"):
@@ -43,6 +43,9 @@ def test_a_call_that_does_not_return_is_given_up_and_later_calls_are_refused_unt
             time.sleep(0.005)
     else:
         pytest.fail("the caller must work again when the call has returned")
+    call.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def _serve(connection: Connection) -> None:

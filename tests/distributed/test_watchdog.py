@@ -1,41 +1,15 @@
-"""The watchdog: process states, a store that does not answer, and warnings."""
+"""The watchdog: a store that does not answer, and warnings."""
 
 import os
-import signal
 import time
 from datetime import timedelta
-from multiprocessing import get_context
 
 import pytest
 import torch.distributed as distributed
 
 from moesaic.distributed import watchdog as watchdog_module
 from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
-from moesaic.distributed.watchdog import Watchdog, process_state
-
-
-def _sleep() -> None:
-    time.sleep(60)
-
-
-def _until(pid: int, state: str) -> str:
-    deadline = time.monotonic() + 10
-    while process_state(pid) != state and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return process_state(pid)
-
-
-def test_process_state_is_alive_stopped_or_gone() -> None:
-    process = get_context("fork").Process(target=_sleep)
-    process.start()
-    assert process.pid is not None
-    assert process_state(process.pid) == "alive"
-    os.kill(process.pid, signal.SIGSTOP)
-    assert _until(process.pid, "stopped") == "stopped"
-    process.kill()
-    assert _until(process.pid, "gone") == "gone", "not collected by its parent, and yet gone"
-    process.join()
-    assert process_state(process.pid) == "gone"
+from moesaic.distributed.watchdog import Watchdog
 
 
 def _watchdogs(timeout_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
@@ -135,3 +109,33 @@ def test_a_store_that_does_not_answer_is_reported() -> None:
     assert report.ranks == ()
     assert "rank 0 lost its peers in all_reduce #1 (step 3, forward)" in report.sentence
     assert "does not answer" in report.sentence
+
+
+def test_ranks_of_another_machine_get_their_time_although_one_of_this_machine_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = iter(["here 1", "there 2", "here 1"])
+    monkeypatch.setattr(watchdog_module, "_machine_id", lambda: next(names))
+    first, other, gone = (
+        Watchdog(
+            distributed.TCPStore("127.0.0.1", server.port, is_master=False),
+            rank=rank,
+            size=3,
+            timeout_s=1.0,
+            heartbeat_file=HeartbeatFile(),
+        )
+        for rank in range(3)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(watchdog_module.os, "getpid", lambda: 2**30)  # no process has this number
+        gone._post_heartbeat()
+    first.start()
+    other.start()
+    first.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    other.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    report = first._find_lost_ranks()
+    first.close()
+    other.close()
+    assert report.ranks == (2,), "rank 1 posts heartbeats, it only waits as well"
+    assert "sends no heartbeat" not in report.sentence

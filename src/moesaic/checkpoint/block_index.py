@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from moesaic.checkpoint.safetensors_io import DTYPE_NAMES, MAX_DIMS, read_header
 from moesaic.core.config_errors import show_value
 from moesaic.core.config_upgrade import current_name
 from moesaic.core.errors import CheckpointError, printable
-from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape
+from moesaic.core.file_reader import MAX_INT, MIB, Count, FileKind, FileShape
 from moesaic.core.units import show_bytes
 
 INDEX_FILE = "index.json"
@@ -37,7 +37,6 @@ INDEX_KIND = FileKind(
 )
 MAX_SHOWN_PROBLEMS = 4
 MAX_COMPARISONS = 4_000_000  # of pairs of blocks; 4,096 ranks in a grid need a tenth
-Size = Annotated[int, Field(ge=0, le=MAX_INT)]
 DTYPE_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Shape = tuple[int, ...]
 
@@ -148,10 +147,10 @@ def expert_label(label: str, expert: int) -> str:
 
 class _TensorShape(FileShape):
     dtype: str
-    shape: tuple[Size, ...] = Field(max_length=MAX_DIMS)
+    shape: tuple[Count, ...] = Field(max_length=MAX_DIMS)
     experts: int = Field(ge=0, le=MAX_EXPERTS)
     split: bool
-    blocks: tuple[tuple[str, tuple[Size, ...], tuple[Size, ...]], ...]
+    blocks: tuple[tuple[str, tuple[Count, ...], tuple[Count, ...]], ...]
 
 
 class _IndexShape(FileShape):

@@ -18,8 +18,9 @@ from moesaic.core.config_errors import show_value
 from moesaic.core.config_upgrade import current_name
 from moesaic.core.errors import CheckpointError
 from moesaic.core.file_reader import (
-    MAX_INT,
     MIB,
+    Count,
+    FileEntryShape,
     FileKind,
     FileShape,
     parse_json,
@@ -32,7 +33,6 @@ from moesaic.core.files import sha256
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 2  # format 1 has other parameter names, see ``current_name``
 MANIFEST_KIND = FileKind(name="manifest of a checkpoint", max_bytes=64 * MIB, error=CheckpointError)
-SHA256_PATTERN = "^[0-9a-f]{64}$"
 MAX_EXPERTS = 1 << 20  # of one layer
 HASH_THREADS = 8  # faster on a network file system
 
@@ -63,16 +63,11 @@ class Manifest:
         return json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n"
 
 
-class _EntryShape(FileShape):
-    bytes: int = Field(ge=0, le=MAX_INT)
-    sha256: str = Field(pattern=SHA256_PATTERN)
-
-
 class _ManifestShape(FileShape):
     kind: ClassVar[FileKind] = MANIFEST_KIND
-    step: int = Field(ge=0, le=MAX_INT)
-    serial: int = Field(ge=0, le=MAX_INT)
-    files: dict[str, _EntryShape]
+    step: Count
+    serial: Count
+    files: dict[str, FileEntryShape]
     versions: dict[str, str]
     expert_parameters: dict[str, int] = Field(default_factory=dict)
     banks: dict[str, int] = Field(default_factory=dict)  # format 1

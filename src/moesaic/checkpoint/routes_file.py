@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from moesaic.checkpoint.manifest import MAX_EXPERTS
 from moesaic.checkpoint.safetensors_io import TensorHeader, read_header, write_tensors
 from moesaic.core.errors import DataError, UserError, printable
-from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape, parse_shape
+from moesaic.core.file_reader import MAX_INT, MIB, Count, FileKind, FileShape, parse_shape
 from moesaic.core.shapes import Tensor
 from moesaic.moe.routing import Routing
 from moesaic.moe.routing_record import LayerRoutes, RoutedTokens
@@ -53,7 +53,7 @@ class _RoutesShape(FileShape):
     languages: tuple[str, ...] = Field(min_length=1, max_length=1 << 15)
     about: dict[str, Any]
     layers: tuple[_LayerShape, ...]
-    batches: int = Field(ge=0, le=MAX_INT)
+    batches: Count
 
 
 @dataclass(frozen=True, slots=True)

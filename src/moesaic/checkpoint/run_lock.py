@@ -20,6 +20,7 @@ from pydantic import Field
 from moesaic.core.errors import CheckpointError, printable
 from moesaic.core.file_reader import KIB, MAX_INT, FileKind, FileShape
 from moesaic.core.files import make_dir, os_errors_named
+from moesaic.core.processes import process_start, process_state
 from moesaic.core.units import show_seconds
 
 LOCK_FILE = FileKind(
@@ -46,7 +47,7 @@ class LockOwner(FileShape):
         pid = os.getpid()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         host = socket.gethostname()
-        return cls(host=host, boot=_boot(), pid=pid, start=_start_of(pid), since=since)
+        return cls(host=host, boot=_boot(), pid=pid, start=process_start(pid), since=since)
 
     def is_alive(self) -> bool | None:
         """Return whether the process runs; None if it is on another host."""
@@ -54,13 +55,7 @@ class LockOwner(FileShape):
             return None
         if self.boot != _boot():
             return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except (OSError, OverflowError):
-            return self.pid < 1 << 31
-        return _start_of(self.pid) == self.start
+        return process_state(self.pid) != "gone" and process_start(self.pid) == self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +170,4 @@ def _age_s(path: Path) -> float:
 def _boot() -> str:
     with suppress(OSError):
         return _BOOT_ID.read_text(encoding="ascii").strip()
-    return ""
-
-
-def _start_of(pid: int) -> str:
-    """Return the start of a process, in clock ticks since boot; empty where /proc is missing."""
-    with suppress(OSError, IndexError, UnicodeDecodeError):
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        return text.rpartition(")")[2].split()[19]
     return ""

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from moesaic.checkpoint.full_checkpoint import MAX_SHOWN_DIFFERENCES, config_differences
-from moesaic.checkpoint.manifest import SHA256_PATTERN, FileEntry, file_problem
+from moesaic.checkpoint.manifest import FileEntry, file_problem
 from moesaic.checkpoint.plugins import Plugin, require_loaded
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_header
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, UserError, printable
-from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape, parse_json
+from moesaic.core.file_reader import MIB, FileEntryShape, FileKind, FileShape, Sha256, parse_json
 from moesaic.core.files import sha256, write_json
 from moesaic.core.yaml_reader import read_yaml_file
 
@@ -47,14 +47,9 @@ class RunRecord:
     plugins: tuple[Plugin, ...] = ()
 
 
-class _EntryShape(FileShape):
-    bytes: int = Field(ge=0, le=MAX_INT)
-    sha256: str = Field(pattern=SHA256_PATTERN)
-
-
 class _PluginShape(FileShape):
     name: str = Field(pattern=r"^[\w.-]{1,100}\.py$")
-    sha256: str = Field(pattern=SHA256_PATTERN)
+    sha256: Sha256
     choices: tuple[str, ...]
     stored: bool
 
@@ -63,7 +58,7 @@ class _RunRecordShape(FileShape):
     kind: ClassVar[FileKind] = RUN_RECORD_FILE
     format: Literal[1]  # RUN_RECORD_FORMAT
     config: dict[str, Any]
-    files: dict[str, _EntryShape]
+    files: dict[str, FileEntryShape]
     plugins: tuple[_PluginShape, ...] = ()
 
 

@@ -23,7 +23,7 @@ from moesaic.core.config_errors import show_value
 from moesaic.core.errors import CheckpointError
 from moesaic.core.file_reader import MAX_INT, MIB, FileKind, open_file, parse_json
 from moesaic.core.files import os_errors_named
-from moesaic.core.os_errors import describe_os_error
+from moesaic.core.os_errors import os_error_reason
 from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes
 
@@ -115,7 +115,7 @@ def write_tensors(
     except OSError as error:
         with suppress(OSError):
             disk.remove(part)
-        why = describe_os_error(OSError(error.errno, error.strerror))
+        why = os_error_reason(error)
         raise CheckpointError(f"{path}: could not be written: {why}") from error
 
 

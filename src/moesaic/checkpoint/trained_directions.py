@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from moesaic.core.errors import CheckpointError
-from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape
+from moesaic.core.file_reader import MIB, Count, FileKind, FileShape
 from moesaic.core.files import write_json
 
 DIRECTIONS_FORMAT = 1
@@ -106,9 +106,9 @@ class _StreamShape(FileShape):
     task: str
     source: str
     target: str
-    rows: int = Field(ge=0, le=MAX_INT)
-    valid_rows: int = Field(ge=0, le=MAX_INT)
-    test_rows: int = Field(ge=0, le=MAX_INT)
+    rows: Count
+    valid_rows: Count
+    test_rows: Count
     share: float = Field(ge=0, le=1.001)  # a sum of shares may be rounded
 
 

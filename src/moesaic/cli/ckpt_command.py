@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.cli.styled_text import styled, visible
+from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
     from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
@@ -122,7 +121,7 @@ def adopt(
     record = adopt_files(RunDir.open(path))
     value = {"path": str(path), "files": sorted(record.files)}
     text = f"{path}: recorded {', '.join(value['files'])} and config.yaml as they are now"
-    print_result(value, as_json=as_json, show=lambda console: console.print(styled(visible(text))))
+    print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 
 @app.command("reshard")
@@ -234,7 +233,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
             **{name: value[name] for name in ("path", "step", "form")},
         )
     )
-    console.print(visible(f"plan: {plan}; written by {versions}"))
+    console.print(f"plan: {plan}; written by {versions}")
     counts = Counter(value["expert_parameters"].values())
     experts = ", ".join(f"{count} with {number} experts" for number, count in counts.items())
     console.print(f"expert parameters: {experts or 'none'}")
@@ -242,7 +241,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
         console,
         ("kind", "tensors", "values", "bytes"),
         (
-            (_cyan(kind), f"{s['tensors']:,}", show_count(s["values"]), show_bytes(s["bytes"]))
+            (cyan(kind), f"{s['tensors']:,}", show_count(s["values"]), show_bytes(s["bytes"]))
             for kind, s in value["kinds"].items()
         ),
         title="\ntensors",
@@ -250,7 +249,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
     print_table(
         console,
         ("file", "blocks", "bytes"),
-        ((_cyan(f["file"]), f"{f['blocks']:,}", show_bytes(f["bytes"])) for f in value["files"]),
+        ((cyan(f["file"]), f"{f['blocks']:,}", show_bytes(f["bytes"])) for f in value["files"]),
         title="\nfiles",
     )
     if value["tensors"]:
@@ -259,7 +258,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
             ("name", "type", "shape", "blocks"),
             (
                 (
-                    _cyan(t["name"]),
+                    cyan(t["name"]),
                     t["dtype"],
                     " x ".join(map(str, t["shape"])) or "-",
                     str(t["blocks"]),
@@ -270,25 +269,20 @@ def _show(value: dict[str, Any], console: Console) -> None:
         )
 
 
-def _cyan(name: str) -> Text:
-    return styled("[cyan]{name}[/]", name=name)
-
-
 def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> None:
     console.print(f"{count - len(differ):,} of {count:,} tensors are the same")
     rows = []
     for found in differ:
         where = "" if found.expert is None else f" (most: expert {found.expert})"
         numbers = ("", "") if found.note else (f"{found.largest:.3g}", f"{found.relative:.3g}")
-        rows.append((_cyan(found.name + where), *numbers, found.note))
+        rows.append((cyan(found.name + where), *numbers, found.note))
     if rows:
         print_table(console, ("tensor", "largest", "relative", ""), rows)
 
 
 def _show_findings(checked: str, found: list[IntegrityProblem], console: Console) -> None:
     if not found:
-        console.print(visible(f"{checked}: sound"))
+        console.print(f"{checked}: sound")
     for finding in found:
-        colour = "yellow" if finding.uncertain else "red"
-        where = Text(visible(finding.location), style=colour)
-        console.print(styled("{where}: {message}", where=where, message=finding.message))
+        template = "[yellow]{where}[/]: {why}" if finding.uncertain else "[red]{where}[/]: {why}"
+        console.print(styled(template, where=finding.location, why=finding.message))

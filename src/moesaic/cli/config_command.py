@@ -18,7 +18,7 @@ from moesaic.cli.shared_options import (
     print_result,
     print_table,
 )
-from moesaic.cli.styled_text import styled, visible
+from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
@@ -126,9 +126,9 @@ def upgrade(
 
 def _show_renamed(file: Path, renamed: dict[str, str], console: Console) -> None:
     for line in describe_renames(renamed):
-        console.print(visible(line))
+        console.print(line)
     done = f"{len(renamed)} names rewritten" if renamed else "nothing to rewrite"
-    console.print(visible(f"{file}: {done}"))
+    console.print(f"{file}: {done}")
 
 
 def _show(value: dict[str, dict[str, str]], console: Console) -> None:

@@ -55,8 +55,10 @@ def build_command(
     """
     count = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
     corpus = build_corpus(_recipe(which), out=out, progress=show_progress, workers=count)
-    value = {"path": str(corpus.path), "pairs": corpus.manifest["pairs"]} | {
-        "languages": len(corpus.languages)
+    value = {
+        "path": str(corpus.path),
+        "pairs": corpus.manifest["pairs"],
+        "languages": len(corpus.languages),
     }
     print_result(value, as_json=as_json, show=lambda console: show_built(corpus, console))
 
@@ -77,7 +79,7 @@ def stats(
     value = asdict(found) | {"read": found.read, "pairs": found.kept, "dropped": found.dropped}
     value |= {"splits": found.splits, "sources": corpus.manifest["sources"]}
     print_result(
-        value, as_json=as_json, show=lambda console: show_stats(corpus, console, every=every)
+        value, as_json=as_json, show=lambda console: show_stats(corpus, found, console, every=every)
     )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.cli.styled_text import styled
+from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
     import torch
@@ -100,7 +100,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
         ("", ""),
         (
             (
-                styled("[cyan]{name}[/]", name=name),
+                cyan(name),
                 show_bytes(value) if name in sizes else _join(value),
             )
             for name, value in found["machine"].items()
@@ -115,15 +115,12 @@ def _show(found: dict[str, Any], console: Console) -> None:
         (n, version or styled("[dim]not installed ({extra})[/]", extra=OPTIONAL_PACKAGES[n]))
         for n, version in found["extras"].items()
     ]
-    rows = ((styled("[cyan]{name}[/]", name=name), version) for name, version in versions)
+    rows = ((cyan(name), version) for name, version in versions)
     print_table(console, ("", ""), rows, title="\nversions", align="ll")
     print_table(
         console,
         ("device", "op", "implementation", "reason"),
-        (
-            (p["device"], styled("[cyan]{op}[/]", op=p["op"]), p["implementation"], p["reason"])
-            for p in found["kernels"]
-        ),
+        ((p["device"], cyan(p["op"]), p["implementation"], p["reason"]) for p in found["kernels"]),
         title="\nimplementation of each op",
         align="llll",
     )

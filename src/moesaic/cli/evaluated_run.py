@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.trained_directions import LanguageDirection, read_trained_directions
+from moesaic.checkpoint.trained_directions import (
+    LanguageDirection,
+    TrainedDirections,
+    read_trained_directions,
+)
 from moesaic.core.errors import DataError, UserError
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.join_pairs import can_be_read
@@ -69,17 +73,22 @@ ANY_DIRECTION = DirectionChoice()
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedRun:
-    """A run directory and its config. The corpus is looked for only when it is needed."""
+    """A run directory, its config and its record of trained directions (None: an older version).
+
+    The corpus is looked for only when it is needed.
+    """
 
     path: Path
     config: Run
+    record: TrainedDirections | None
     given_corpus: Path | None = None
 
     @classmethod
     def open(cls, path: Path, *, corpus: Path | None = None) -> "EvaluatedRun":
-        """Read the config of a run directory. Raises UserError if there is none."""
-        RunDir.open(path)
-        return cls(path, find_recipe(str(path)), corpus)
+        """Read the files of a run directory. Raises UserError if it is none."""
+        folder = RunDir.open(path)
+        record = read_trained_directions(folder.directions)
+        return cls(path, find_recipe(str(path)), record, corpus)
 
     def corpus(self) -> FoundCorpus:
         """Find the corpus of the run; nothing is built. Raises DataError if it is not found."""
@@ -91,9 +100,8 @@ class EvaluatedRun:
         They are recorded in the run directory; for runs of older versions they are read from the
         config and the corpus, and are unknown (empty) without a corpus.
         """
-        record = read_trained_directions(RunDir(self.path).directions)
-        if record is not None:
-            return record.directions
+        if self.record is not None:
+            return self.record.directions
         if corpus is None:
             return ()
         codes = [resolve_language(text).code for text in self.config.languages]
@@ -158,29 +166,27 @@ class EvaluatedRun:
 
         Raises UserError: no translation was trained, or not in this direction.
         """
-        record = read_trained_directions(RunDir(self.path).directions)
-        if record is None:
+        if self.record is None:
             corpus = self.corpus().corpus
             return self._choose(self.trained_directions(corpus), choice, corpus)[0]
-        if chosen := _included(choice, record.own_directions, record.directions):
+        trained = self.record.directions
+        if chosen := _included(choice, self.record.own_directions, trained):
             return chosen
         if choice.source and choice.target:
             return [(choice.source, choice.target)]
-        raise DataError(self._not_trained(record.directions, choice))
+        raise DataError(self._not_trained(trained, choice))
 
     def untrained_note(self, direction: LanguageDirection) -> tuple[str, ...]:
         """Return a note if the run was never trained on a direction, as far as it is known."""
-        record = read_trained_directions(RunDir(self.path).directions)
-        if record is None or direction in record.directions:
+        if self.record is None or direction in self.record.directions:
             return ()
-        return (_untrained_note(direction, record.directions),)
+        return (_untrained_note(direction, self.record.directions),)
 
     def _choose(
         self, trained: tuple[LanguageDirection, ...], choice: DirectionChoice, corpus: Corpus
     ) -> tuple[list[LanguageDirection], list[str]]:
         """Return the directions to score, and notes on those that were not trained."""
-        record = read_trained_directions(RunDir(self.path).directions)
-        own = record.own_directions if record else ()
+        own = self.record.own_directions if self.record else ()
         chosen = _included(choice, own, trained)
         asked = (choice.source, choice.target)
         if chosen:

@@ -16,7 +16,7 @@ from moesaic.cli.shared_options import (
     print_result,
     print_table,
 )
-from moesaic.cli.styled_text import styled, visible
+from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
@@ -148,7 +148,7 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     if "source" in found:
         _show_source(found, console)
     if config:
-        console.print("\n" + "\n".join(map(visible, found["config"])))
+        console.print("\n" + "\n".join(found["config"]))
 
 
 def _show_source(found: dict[str, Any], console: Console) -> None:

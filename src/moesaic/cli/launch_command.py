@@ -16,7 +16,6 @@ from moesaic.cli.shared_options import (
     print_result,
     stderr,
 )
-from moesaic.cli.styled_text import visible
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
@@ -88,7 +87,7 @@ def launch(
     if out is not None:
         out.write_text(text, encoding="utf-8")
     start = _start_command(launcher, out)
-    stderr.print(visible(f"{job.description}. Start it with: {start}"))
+    stderr.print(f"{job.description}. Start it with: {start}")
     value = {"world": job.world_size, "nodes": nodes, "gpus_per_node": gpus, "file": text}
     value |= {"out": None if out is None else str(out), "launcher": type(launcher).__name__}
     printed = text if shown or out is None else ""

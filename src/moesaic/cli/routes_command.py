@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.cli.styled_text import styled, visible
+from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
     import numpy as np
@@ -145,9 +145,7 @@ def _load_numbers(layer: LayerUsage) -> dict[str, float]:
 
 def _show(value: dict[str, Any], console: Console) -> None:
     about = ", ".join(f"{name} {what}" for name, what in value["about"].items())
-    console.print(
-        f"{value['batches']} batches, {show_bytes(value['bytes'])}; {visible(about)}",
-    )
+    console.print(f"{value['batches']} batches, {show_bytes(value['bytes'])}; {about}")
     for name, side in value["sides"].items():
         rows = []
         for i, token in enumerate(side["tokens"]):
@@ -158,7 +156,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
             rows.append(
                 (
                     styled("[bold]{token}[/]", token=token),
-                    *(styled("[cyan]{cell}[/]", cell=cell) for cell in cells),
+                    *map(cyan, cells),
                 )
             )
         columns = ("token", *side["layers"])
@@ -171,7 +169,7 @@ def _show_stats(value: dict[str, Any], console: Console) -> None:
         console,
         ("layer", *(name.replace("_", " ") for name in columns)),
         (
-            (_cyan(layer), *(f"{n:,}" if n == int(n) else f"{n:.3f}" for n in numbers.values()))
+            (cyan(layer), *(f"{n:,}" if n == int(n) else f"{n:.3f}" for n in numbers.values()))
             for layer, numbers in value["layers"].items()
         ),
         title="load",
@@ -181,7 +179,7 @@ def _show_stats(value: dict[str, Any], console: Console) -> None:
         entropy = found["uncertainty"]
         language = value["languages"][layer]["language_entropy"]
         given = (language, entropy["token"], entropy["token_by_chance"], entropy["position"])
-        rows.append((_cyan(layer), *(f"{share:.3f}" for share in given)))
+        rows.append((cyan(layer), *(f"{share:.3f}" for share in given)))
     print_table(
         console,
         ("layer", "given language", "given token", "by chance", "given position"),
@@ -192,15 +190,11 @@ def _show_stats(value: dict[str, Any], console: Console) -> None:
         console,
         ("layer", "first half", "second half"),
         (
-            (_cyan(layer), *(f"{rate:.2%}" for rate in _drop_rates_by_half(found["positions"])))
+            (cyan(layer), *(f"{rate:.2%}" for rate in _drop_rates_by_half(found["positions"])))
             for layer, found in value["insight"].items()
         ),
         title="\ndropped by position",
     )
-
-
-def _cyan(layer: str) -> Text:
-    return styled("[cyan]{layer}[/]", layer=layer)
 
 
 def _drop_rates_by_half(positions: dict[str, list[int]]) -> tuple[float, float]:
@@ -214,7 +208,7 @@ def _drop_rates_by_half(positions: dict[str, list[int]]) -> tuple[float, float]:
 
 def _show_agreement(found: RoutingAgreement, console: Console) -> None:
     rows: list[tuple[str | Text, ...]] = [
-        (_cyan(x.layer), f"{x.edges:.1%}", f"{x.tokens:.1%}") for x in found.layers
+        (cyan(x.layer), f"{x.edges:.1%}", f"{x.tokens:.1%}") for x in found.layers
     ]
     rows.append(("mean / every layer", f"{found.edges:.1%}", f"{found.tokens:.1%}"))
     print_table(console, ("layer", "equal edges", "equal tokens"), rows)

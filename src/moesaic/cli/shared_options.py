@@ -48,9 +48,19 @@ CorpusOption = Annotated[
 _PIPE_WIDTH = 10_000  # columns: a table in a file or a pipe is neither folded nor cut
 
 
+class PlainTextConsole(Console):
+    """Console that shows every ``str`` as it is: no markup, control characters as escapes."""
+
+    def print(self, *texts: Any, **options: Any) -> None:
+        """Print texts and renderables; those with styles are made by ``styled``."""
+        super().print(*map(_shown, texts), **options)
+
+
 def make_console(*, stderr: bool = False) -> Console:
-    """Return the console of a stream. It takes every text as it is: no markup, no emoji names."""
-    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    """Return the console of a standard stream."""
+    console = PlainTextConsole(
+        stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True
+    )
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
@@ -136,11 +146,13 @@ def print_table(
     """
     table = Table(box=None, padding=(0, 1), show_header=any(map(str, columns)))
     for column, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
-        table.add_column(_cell(column), justify="left" if side == "l" else "right", overflow="fold")
+        table.add_column(
+            _shown(column), justify="left" if side == "l" else "right", overflow="fold"
+        )
     for row in rows:
-        table.add_row(*map(_cell, row))
+        table.add_row(*map(_shown, row))
     if title is not None:
-        console.print(_cell(title), style="italic")
+        console.print(_shown(title), style="italic")
     console.print(table)
 
 
@@ -154,8 +166,9 @@ def show_commands(commands: dict[str, str]) -> None:
     print_table(console, ("", ""), names, align="ll")
 
 
-def _cell(value: str | Text) -> Text:
-    return value if isinstance(value, Text) else Text(visible(value))
+def _shown(value: Any) -> Any:
+    """Return a ``str`` as plain text with its control characters as escapes, others as they are."""
+    return Text(visible(value)) if isinstance(value, str) else value
 
 
 def _finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import print_table
-from moesaic.cli.styled_text import styled
+from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
     from moesaic.core.units import show_count
@@ -20,7 +20,7 @@ _SIZE_THRESHOLDS = (1_000, 10_000, 100_000)
 
 
 def show_built(corpus: Corpus, console: Console) -> None:
-    """Print the size of a new corpus, and packages that were unavailable."""
+    """Print the size of a new corpus, and what of its recipe is not in it."""
     console.print(
         styled(
             "[bold]{name}[/]: {pairs:,} pairs, {languages} languages, in {path}",
@@ -41,9 +41,10 @@ def show_built(corpus: Corpus, console: Console) -> None:
         console.print(f"dropped rows: moesaic data dropped {corpus.path}", style="dim")
 
 
-def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None:
-    """Print counts of a corpus: the largest directions and sources, or all (``every``)."""
-    found = corpus_stats(corpus)
+def show_stats(
+    corpus: Corpus, found: CorpusStats, console: Console, *, every: bool = False
+) -> None:
+    """Print the statistics of a corpus: the largest directions and sources, or all (``every``)."""
     console.print(
         styled(
             "[bold]{name}[/]: {kept:,} of {read:,} pairs read are kept ({share})",
@@ -163,7 +164,7 @@ def _show_dropped(found: CorpusStats, console: Console) -> None:
     read = found.read + sum(text.read for text in found.texts)
     rows = (
         (
-            styled("[cyan]{name}[/]", name=name),
+            cyan(name),
             f"{count:,}",
             styled("[dim]{share}[/]", share=_share(count, read)),
             found.reasons[name],
@@ -181,7 +182,7 @@ def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count
     pairs = sum(about["pairs"] for about in sources.values())
     rows = (
         (
-            styled("[cyan]{name}[/]", name=name),
+            cyan(name),
             _counted(about),
             styled("[dim]{share}[/]", share=_share(about["pairs"], pairs) if pairs else ""),
             about["licence"],

@@ -28,6 +28,11 @@ def styled(template: str, **values: object) -> Text:
     return Text.assemble(*(_fill(part, slots) for part in parts))
 
 
+def cyan(value: object) -> Text:
+    """Return a value in the colour of names in tables."""
+    return styled("[cyan]{value}[/]", value=value)
+
+
 def visible(text: str) -> str:
     """Return ``text`` with control characters, but for tab and line feed, as escapes."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

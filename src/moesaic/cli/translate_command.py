@@ -23,7 +23,7 @@ from moesaic.cli.shared_options import (
     show_progress,
     stderr,
 )
-from moesaic.cli.styled_text import styled
+from moesaic.cli.styled_text import cyan, styled
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
@@ -217,7 +217,7 @@ def _show_side(side: dict[str, Any], console: Console) -> None:
         rows.append(
             (
                 styled("[dim]{layer}[/]", layer=layer),
-                *(styled("[cyan]{experts}[/]", experts=experts) for experts in used),
+                *map(cyan, used),
             )
         )
     print_table(console, ("",) * len(rows[0]), rows, align="l" * len(rows[0]))

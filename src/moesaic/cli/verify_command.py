@@ -21,7 +21,6 @@ from moesaic.cli.shared_options import (
     show_progress,
     stderr,
 )
-from moesaic.cli.styled_text import visible
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
@@ -135,7 +134,7 @@ def _print_verdict(verdict: PlanResult, *, of: int, left: float, number: int) ->
     style = "dim" if verdict.equal else "red"
     more = f" ({show_seconds(left)} left)" if number < of else ""
     ranks = f"{number}/{of} {verdict.world_size} ranks, {verdict.plan}: {word}{more}"
-    stderr.print(visible(ranks), style=style)
+    stderr.print(ranks, style=style)
 
 
 def _to_markdown(verdicts: list[PlanResult], *, setup: VerifySetup, rejected: list[str]) -> str:

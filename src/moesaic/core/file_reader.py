@@ -13,14 +13,14 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO, ClassVar, Self, TypeVar
+from typing import Annotated, Any, BinaryIO, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from moesaic.core.config_errors import describe_errors, show_value
 from moesaic.core.errors import FileError, UserError, printable
-from moesaic.core.os_errors import describe_os_error
+from moesaic.core.os_errors import os_error_reason
 from moesaic.core.units import show_bytes
 
 MAX_INT = 2**63 - 1  # whole numbers are 64 bits: of files, of configs and of tensors
@@ -50,6 +50,8 @@ class FileKind:
         return self.error(f"{printable(str(path), limit=300)}: {message}{end}")
 
 
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # hexadecimal
 _S = TypeVar("_S", bound="FileShape")
 
 
@@ -65,6 +67,13 @@ class FileShape(BaseModel):
     def read(cls, path: Path) -> Self:
         """Read and check a file of this shape. Raises the error of ``kind``."""
         return parse_shape(read_bytes(path, cls.kind), cls, kind=cls.kind, where=path)
+
+
+class FileEntryShape(FileShape):
+    """A file in a manifest: its size and its hash."""
+
+    bytes: Count
+    sha256: Sha256
 
 
 def open_file(path: Path, kind: FileKind) -> BinaryIO:
@@ -216,5 +225,5 @@ def _check_integers(value: Any, *, kind: FileKind, where: Path | str) -> None:
 
 def _why(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
-        return describe_os_error(OSError(error.errno, error.strerror))
+        return os_error_reason(error)
     return f"not a file name ({error})"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import FileError, UserError, printable
-from moesaic.core.os_errors import describe_os_error
+from moesaic.core.os_errors import os_error_reason
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def os_errors_named(
     try:
         yield
     except OSError as error:
-        why = describe_os_error(OSError(error.errno, error.strerror))  # without a temporary name
+        why = os_error_reason(error)
         raise kind(f"{printable(str(path), limit=200)}: {action}: {why}") from error
     except ValueError as error:  # a NUL in the path, or a surrogate that is no byte of a name
         if not isinstance(error, UnicodeEncodeError) and "null" not in str(error):

@@ -35,10 +35,15 @@ def describe_os_error(error: OSError) -> str:
     """
     names = [os.fsdecode(n) for n in (error.filename, error.filename2) if _is_path(n)]
     where = " -> ".join(names)
+    return (f"{where}: " if where else "") + os_error_reason(error)
+
+
+def os_error_reason(error: OSError) -> str:
+    """Return ``reason (way out)`` without the path, which may be a temporary name."""
     reason = error.strerror or str(error) or type(error).__name__
     hint = _WAYS_OUT.get(error.errno or 0)
     sentence = f"{reason[:1].lower()}{reason[1:]}"
-    return (f"{where}: " if where else "") + sentence + (f" ({hint})" if hint else "")
+    return sentence + (f" ({hint})" if hint else "")
 
 
 def _is_path(name: object) -> bool:

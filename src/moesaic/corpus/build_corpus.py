@@ -14,7 +14,11 @@ from moesaic.core.errors import DataError, UserError
 from moesaic.core.files import os_errors_named, write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
 from moesaic.corpus.corpus import Corpus, file_entry, text_file
-from moesaic.corpus.corpus_manifest import CORPUS_FORMAT, CORPUS_MANIFEST
+from moesaic.corpus.corpus_manifest import (
+    CORPUS_FORMAT,
+    CORPUS_MANIFEST,
+    recorded_text_rules,
+)
 from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
 from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.dropped_rows import DROPPED_FILE, DroppedRow
@@ -32,7 +36,6 @@ from moesaic.corpus.sources.local_files import printable_path
 from moesaic.corpus.sources.text_source import Progress, SourceFile, ignore_progress
 from moesaic.corpus.spill import Direction, PairSpill
 from moesaic.corpus.split import SPLITS, LeakedSources, find_leaks
-from moesaic.corpus.text_rules import SoftwareStrings
 
 DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
     DISAGREE: "two texts under one key, but their numbers or inline elements differ",
@@ -80,9 +83,7 @@ def build_corpus(
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    corpus = Corpus.open(root)
-    listener(f"{root}: {corpus.manifest['pairs']} pairs, {len(corpus.languages)} languages")
-    return corpus
+    return Corpus.open(root)
 
 
 def _open_finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
@@ -107,7 +108,7 @@ def _upgraded(written: object) -> object:
     clean = recipe.get("clean", {}) if isinstance(recipe, dict) else None
     if not isinstance(recipe, dict) or not isinstance(clean, dict):
         return recipe
-    return recipe | {"clean": {"text_rules": SoftwareStrings().to_dict()} | clean}
+    return recipe | {"clean": clean | {"text_rules": recorded_text_rules(recipe).to_dict()}}
 
 
 def _file_stamps(recipe: CorpusRecipe) -> dict[str, list[int]]:

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from moesaic.core.errors import ConfigError, DataError, printable
 from moesaic.core.file_reader import (
-    MAX_INT,
     MIB,
+    Count,
+    FileEntryShape,
     FileKind,
     FileShape,
     parse_json,
@@ -32,19 +33,16 @@ CORPUS_MANIFEST_FILE = FileKind(
     way_out="build it again",
 )
 _SPLIT_NAME = re.compile(r"[A-Za-z][\w-]*")
-Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 class _Shape(FileShape):
     kind: ClassVar[FileKind] = CORPUS_MANIFEST_FILE
 
 
-class CorpusFileEntry(_Shape):
-    """A file of the corpus: rows, size, and SHA-256 in hexadecimal."""
+class CorpusFileEntry(FileEntryShape):
+    """A file of the corpus: rows, size and hash."""
 
     rows: Count
-    bytes: Count
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class SplitEntry(_Shape):

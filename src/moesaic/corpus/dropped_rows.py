@@ -40,7 +40,7 @@ class DroppedRows:
         key = (row.direction, row.reason)
         if self._numbers[key] < MAX_PER_REASON:
             self._numbers[key] += 1
-            self.rows.append(row)
+            self.rows.append(DroppedRow(*map(_cut, astuple(row))))
 
     def add_all(self, rows: Iterable[DroppedRow]) -> None:
         """Add rows in order."""
@@ -51,7 +51,7 @@ class DroppedRows:
         """Write a line per row, sorted by direction and reason."""
         with path.open("w", encoding="utf-8", newline="\n") as stream:
             for row in sorted(self.rows, key=lambda row: (row.direction, row.reason)):
-                stream.write("\t".join(map(_shown, astuple(row))) + "\n")
+                stream.write("\t".join(map(_field, astuple(row))) + "\n")
 
 
 def read_dropped(folder: Path) -> Iterator[DroppedRow]:
@@ -63,6 +63,9 @@ def read_dropped(folder: Path) -> Iterator[DroppedRow]:
         yield DroppedRow(*map(unescape_field, row.fields[:6]))
 
 
-def _shown(text: str) -> str:
-    cut = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
-    return escape_field(cut.encode("utf-8", errors="replace").decode())
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+
+
+def _field(text: str) -> str:
+    return escape_field(text.encode("utf-8", errors="replace").decode())

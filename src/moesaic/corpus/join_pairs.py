@@ -9,19 +9,13 @@ from moesaic.corpus.pair import Pair
 
 def has_direction(corpus: Corpus, source: str, target: str) -> bool:
     """Whether the corpus stores the pairs of a direction, or of its reverse."""
-    return bool({(source, target), (target, source)} & set(corpus.directions))
+    return target in _stored_with(corpus, source)
 
 
 def pivots(corpus: Corpus, source: str, target: str) -> list[str]:
     """Return the languages that are stored with both, English first."""
-    found = [
-        code
-        for code in corpus.languages
-        if code not in (source, target)
-        and has_direction(corpus, code, source)
-        and has_direction(corpus, code, target)
-    ]
-    return sorted(found, key=lambda code: (code != ENGLISH, code))
+    both = _stored_with(corpus, source) & _stored_with(corpus, target) - {source, target}
+    return sorted(both, key=lambda code: (code != ENGLISH, code))
 
 
 def can_be_read(corpus: Corpus, source: str, target: str) -> bool:
@@ -51,3 +45,8 @@ def pairs_of_direction(corpus: Corpus, source: str, target: str, *, split: str) 
             if other is not None and other.target not in seen:
                 seen.add(other.target)
                 yield Pair(other.target, pair.target, *ends, pair.origin, pair.licence)
+
+
+def _stored_with(corpus: Corpus, code: str) -> set[str]:
+    """Return the languages that have pairs with a language."""
+    return {t if s == code else s for s, t in corpus.directions if code in (s, t)}

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError, did_you_mean, printable
 from moesaic.corpus.region_scripts import LANGUAGE_OF_REGION, SCRIPT_OF_REGION
 
 ENGLISH = "eng_Latn"
+_LONGEST = 100  # characters of a spelling
 # zh-yue-Hant-HK-x-mine: language, extended language, script, region, variants, extensions
 _BCP47 = re.compile(
     r"(?P<language>[A-Za-z]{2,3})(?P<extended>(?:-[A-Za-z]{3}(?![A-Za-z0-9]))?)"
@@ -87,9 +88,10 @@ def resolve_language(text: str) -> Language:
     """
     found = find_language(text)
     if found is None:
+        nearest = did_you_mean(text[:_LONGEST], _display_spellings())
         raise DataError(
-            f'unknown language "{shorten(text)}": expected a code such as deu_Latn, de, pt-BR, '
-            f"zh_Hans or sr@latin{did_you_mean(text[:_LONGEST], _display_spellings())}"
+            f'unknown language "{printable(text, limit=_LONGEST)}": expected a code such as '
+            f"deu_Latn, de, pt-BR, zh_Hans or sr@latin{nearest}"
         )
     return found
 
@@ -106,6 +108,11 @@ def precise_tag(text: str) -> str:
     """
     code, found = resolve_language(text).code, _resolve(text)
     return _normalise_spelling(text) if found.region or found.variant else code
+
+
+def is_same_tag(first: str, second: str) -> bool:
+    """Whether two spellings differ in case and separators only."""
+    return _normalise_spelling(first) == _normalise_spelling(second)
 
 
 def resolve_locale(locale: str) -> Language | None:
@@ -205,14 +212,6 @@ def _display_spellings() -> tuple[str, ...]:
     return tuple(
         n for row in all_languages() for n in (row.code, row.bcp47, row.name, *row.aliases)
     )
-
-
-_LONGEST = 100
-
-
-def shorten(text: str) -> str:
-    """Return a spelling as an error message shows it."""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _normalise_spelling(text: str) -> str:

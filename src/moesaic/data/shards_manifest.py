@@ -1,15 +1,16 @@
 """The manifest of token shards, ``shards.json``, checked with the three files that it describes."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from moesaic.core.errors import DataError, printable
 from moesaic.core.file_reader import (
-    MAX_INT,
     MIB,
+    Count,
+    FileEntryShape,
     FileKind,
     FileShape,
     parse_json,
@@ -30,18 +31,10 @@ SHARDS_FILE = FileKind(
     way_out="delete its directory, and it is written again",
 )
 _CHUNK = 1 << 20  # values that are checked at a time
-Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 class _Shape(FileShape):
     kind: ClassVar[FileKind] = SHARDS_FILE
-
-
-class ShardFileEntry(_Shape):
-    """A data file: size and SHA-256 in hexadecimal."""
-
-    bytes: Count
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class TextRange(_Shape):
@@ -68,7 +61,7 @@ class ShardsManifest(_Shape):
     token_type: Literal["<u2", "<u4"]
     texts: dict[str, TextRange]
     pairs: dict[str, PairRange]
-    files: dict[str, ShardFileEntry]
+    files: dict[str, FileEntryShape]
     fingerprint: str
     corpus: str
     tokenizer: str

@@ -8,14 +8,13 @@ an id beyond the vocabulary has no row in the embedding. moesaic writes none of 
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
 from tokenizers import Tokenizer as HfTokenizer
 
 from moesaic.core.config_errors import show_value
 from moesaic.core.errors import DataError
 from moesaic.core.file_reader import (
-    MAX_INT,
     MIB,
+    Count,
     FileKind,
     FileShape,
     decode_text,
@@ -34,7 +33,7 @@ UNUSED_MODEL_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_su
 
 
 class _AddedToken(FileShape):
-    id: int = Field(ge=0, le=MAX_INT)
+    id: Count
     content: str
 
 

@@ -29,7 +29,7 @@ class BoundedCaller:
 
     def __init__(self, *, limit_s: float, name: str) -> None:
         self.limit_s = limit_s
-        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._free, self._given_up = Lock(), False
         Thread(target=self._run, daemon=True, name=name).start()
 
@@ -48,9 +48,13 @@ class BoundedCaller:
             self._given_up = True
             raise UnansweredError(f"no answer within {self.limit_s:.1f} s") from None
 
+    def close(self) -> None:
+        """End the thread, after the call that it is in."""
+        self._calls.put(None)
+
     def _run(self) -> None:
-        while True:
-            function, future = self._calls.get()
+        while (call := self._calls.get()) is not None:
+            function, future = call
             try:
                 future.set_result(function())
             except BaseException as error:  # raised where the result is awaited
@@ -85,3 +89,7 @@ class BoundedStore:
 
     def has(self, key: str) -> bool:
         return self._call(lambda: self._store.check([key]))
+
+    def close(self) -> None:
+        """End the thread of the calls."""
+        self._call.close()

@@ -166,6 +166,8 @@ class _Rendezvous:
                 f"{str(error).partition(chr(10))[0]}. Check MASTER_ADDR and MASTER_PORT, that rank "
                 "0 was started and that no other program uses the port"
             ) from error
+        finally:
+            call.close()
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return distributed.PrefixStore(f"attempt-{attempt}-of-{self.size}", store)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch.distributed as distributed
 
+from moesaic.core.processes import process_state
 from moesaic.distributed.bounded_store import BoundedStore
 from moesaic.distributed.hang_report import (
     HangReport,
@@ -81,6 +83,7 @@ class Watchdog:
         """Stop the thread and remove the heartbeat file."""
         self._stop_event.set()
         self._thread.join(timeout=self.grace_s)
+        self._store.close()
         self.heartbeat_file.close()
 
     def add_group(self, name: str, *, group: distributed.ProcessGroup) -> None:
@@ -130,34 +133,33 @@ class Watchdog:
     def _find_lost_ranks(self, cause: str = "") -> HangReport:
         """Read all heartbeats; twice, two intervals apart, if a rank's state depends on it."""
         before = self._read_heartbeats()
-        needs_second = any(self._needs_second_read(rank, seen) for rank, seen in before.items())
-        for _ in range(3 if needs_second else 0):
-            if self._wait_for_exit(before, limit_s=0.8 * self.interval_s):
+        uncertain = [s for rank, s in before.items() if s and self._needs_second_read(rank, s)]
+        for _ in range(3 if uncertain else 0):
+            if self._wait_for_exit(uncertain, limit_s=0.8 * self.interval_s):
                 break
             self._post_heartbeat()  # this may be the thread that posts them
         after = self._read_heartbeats()
         peers = {rank: self._peer(rank, after[rank], before[rank]) for rank in range(self.size)}
         return find_lost_ranks(peers[self.rank], peers=peers, now_s=time.time(), cause=cause)
 
-    def _needs_second_read(self, rank: int, seen: dict[str, Any] | None) -> bool:
-        if rank == self.rank or seen is None or seen["failure"]:
+    def _needs_second_read(self, rank: int, seen: dict[str, Any]) -> bool:
+        if rank == self.rank or seen["failure"]:
             return False
         # a process that is being killed closes its connections a little before it is gone
         return seen["machine"] != self._machine or process_state(seen["pid"]) == "alive"
 
-    def _wait_for_exit(self, seen: dict[int, dict[str, Any] | None], *, limit_s: float) -> bool:
-        """Wait until a process of this machine is gone; return whether one is.
+    def _wait_for_exit(self, uncertain: Sequence[dict[str, Any]], *, limit_s: float) -> bool:
+        """Wait until one of the processes is gone, if all are of this machine; return whether.
 
         The launcher ends this process as soon as it sees the exit: the report must be made first.
+        Ranks of another machine need the whole time, in which they post their next heartbeat.
         """
-        pids = {
-            rank: posted["pid"]
-            for rank, posted in seen.items()
-            if posted is not None and posted["machine"] == self._machine and rank != self.rank
-        }
+        if any(seen["machine"] != self._machine for seen in uncertain):
+            time.sleep(limit_s)
+            return False
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
-            if any(process_state(pid) == "gone" for pid in pids.values()):
+            if any(process_state(seen["pid"]) == "gone" for seen in uncertain):
                 return True
             time.sleep(0.005)
         return False
@@ -244,19 +246,6 @@ class Watchdog:
                 faulthandler.dump_traceback(file=2, all_threads=True)
         if not self._stop_event.is_set():
             os._exit(1)
-
-
-def process_state(pid: int) -> ProcessState:
-    """Return whether a process of this machine runs, is stopped or is gone (Linux; else alive)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return "gone" if Path("/proc/self/stat").exists() else "alive"
-    except OSError:
-        return "alive"
-    letter = text.rpartition(")")[2].split()[0]
-    states: dict[str, ProcessState] = {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}
-    return states.get(letter, "alive")
 
 
 def _machine_id() -> str:

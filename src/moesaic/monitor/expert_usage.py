@@ -15,14 +15,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from moesaic.core.errors import DataError
-from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape
+from moesaic.core.file_reader import MAX_INT, MIB, Count, FileKind, FileShape
 from moesaic.core.files import atomic_write
 from moesaic.core.shapes import Bool, Int, Tensor
 
@@ -234,9 +234,6 @@ class UsageCounter:
             logit_rms=math.sqrt(square / squares) if squares else None,
             num_null_experts=self.null_experts.get(name, 0),
         )
-
-
-Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 class _LayerShape(FileShape):

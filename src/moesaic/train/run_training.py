@@ -165,8 +165,8 @@ def _run_status(run: Run) -> RunStatus:
 
 def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
     mark_phase("comparing the ranks")
-    require_same_on_all_ranks(version_facts(), world=world, what="software")
-    require_same_on_all_ranks(config, world=world, what="config")
+    facts = {**version_facts(), **config}
+    require_same_on_all_ranks(facts, world=world, what="versions and config")
 
 
 def _start_trainer(

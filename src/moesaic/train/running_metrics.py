@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from moesaic.core.errors import CheckpointError
-from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape, parse_shape
+from moesaic.core.file_reader import MIB, Count, FileKind, FileShape, parse_shape
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.world import World
@@ -76,7 +75,7 @@ class EventLog:
 
 class _BestShape(FileShape):
     loss: float
-    step: int = Field(ge=0, le=MAX_INT)
+    step: Count
 
 
 class _EventsShape(FileShape):

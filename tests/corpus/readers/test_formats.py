@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import UserError
+from moesaic.corpus.readers.compressed import COMPRESSED
 from moesaic.corpus.readers.formats import read_pairs, read_texts
 from moesaic.corpus.readers.gettext import parse_mo, parse_po
 from moesaic.corpus.readers.moses import read_aligned
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.readers.tsv import escape_field, unescape_field
 
-SUFFIXES = ["", ".gz", ".xz", ".zst"]
+SUFFIXES = ["", *COMPRESSED]
 PO = r"""
 msgid ""
 msgstr ""
@@ -77,7 +78,7 @@ def test_many_lines_are_read_in_order(tmp_path: Path, suffix: str) -> None:
     assert [line for _, line in read_lines(path)] == lines
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", COMPRESSED)
 def test_a_truncated_archive_is_named(tmp_path: Path, suffix: str) -> None:
     whole = compress(b"".join(b"%d\t%d\n" % (i, i * i) for i in range(3000)), suffix)
     path = tmp_path / f"a.tsv{suffix}"
@@ -86,7 +87,7 @@ def test_a_truncated_archive_is_named(tmp_path: Path, suffix: str) -> None:
         sides(path)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", COMPRESSED)
 def test_a_file_that_is_not_an_archive_is_named(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a.tsv{suffix}").write_bytes(b"plain\ttext\n")
     with pytest.raises(UserError, match="damaged or cut short"):

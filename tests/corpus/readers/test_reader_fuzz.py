@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import moesaic.corpus.readers
 from fuzz_settings import bounded
 from moesaic.core.errors import UserError
+from moesaic.corpus.readers.compressed import COMPRESSED
 from moesaic.corpus.readers.fluent import parse_fluent
 from moesaic.corpus.readers.formats import PAIR_READERS, read_pairs, read_texts
 from moesaic.corpus.readers.gettext import parse_mo, parse_po
@@ -228,7 +229,7 @@ def test_a_nested_file_is_read_or_refused(
     assert sys.getrecursionlimit() == limit
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", COMPRESSED)
 @EXAMPLES_EACH
 @given(change=mutations())
 def test_a_damaged_archive_is_read_or_refused(

@@ -1,25 +1,16 @@
 """Lines of plain and compressed files: ends, encodings, limits."""
 
-import bz2
-import gzip
 import lzma
 import tracemalloc
 from pathlib import Path
 
 import pytest
-import zstandard
+from catalogue_files import compress
 
 from moesaic.core.errors import UserError
 from moesaic.corpus.readers import limits
-from moesaic.corpus.readers.compressed import open_bytes
+from moesaic.corpus.readers.compressed import COMPRESSED, open_bytes
 from moesaic.corpus.readers.text_lines import read_all_bytes, read_lines, replace_lone_surrogates
-
-COMPRESS = {
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
-}
 
 
 def lines(tmp_path: Path, data: bytes, name: str = "a.txt") -> list[str]:
@@ -128,28 +119,27 @@ def test_no_encoding_is_named_where_none_fits_or_the_file_is_almost_utf8(tmp_pat
         lines(tmp_path, b"lep\xe8 dom\xe1\n")
 
 
-@pytest.mark.parametrize("suffix", ["", *COMPRESS])
+@pytest.mark.parametrize("suffix", ["", *COMPRESSED])
 def test_a_line_above_the_limit_is_refused_with_its_number(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "MAX_LINE_BYTES", 1 << 16)
-    pack = COMPRESS.get(suffix, bytes)
     fits = b"a" * (1 << 16) + b"\nb\n"
-    assert len(lines(tmp_path, pack(fits), f"a.txt{suffix}")) == 2
+    assert len(lines(tmp_path, compress(fits, suffix), f"a.txt{suffix}")) == 2
     for end in (b"\n", b"\r", b""):
         data = b"x" + (end or b"\n") + b"a" * 200_000 + end
         with pytest.raises(UserError, match=r"a\.txt.*, line 2: longer than 64 KiB.*break it") as e:
-            lines(tmp_path, pack(data), f"a.txt{suffix}")
+            lines(tmp_path, compress(data, suffix), f"a.txt{suffix}")
         assert len(str(e.value)) < 400
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("suffix", COMPRESSED)
 def test_a_file_that_expands_without_end_is_refused_early(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "FREE_EXPANSION_BYTES", 1 << 17)
     path = tmp_path / f"a.tsv{suffix}"
-    path.write_bytes(COMPRESS[suffix](b"a\tb\n" * (1 << 17)))
+    path.write_bytes(compress(b"a\tb\n" * (1 << 17), suffix))
     with pytest.raises(UserError, match=r"expands to more than 250 times its [\d,]+ bytes.*decomp"):
         for _ in read_lines(path):
             pass
@@ -157,13 +147,13 @@ def test_a_file_that_expands_without_end_is_refused_early(
     assert sum(1 for _ in read_lines(path)) == 1 << 17
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("suffix", COMPRESSED)
 def test_a_decompressor_takes_little_memory_whatever_the_block_holds(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "FREE_EXPANSION_BYTES", 1 << 30)
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(COMPRESS[suffix](bytes(32 << 20)))
+    path.write_bytes(compress(bytes(32 << 20), suffix))
     tracemalloc.start()
     with open_bytes(path) as stream:
         while stream.read(1 << 16):
@@ -173,9 +163,9 @@ def test_a_decompressor_takes_little_memory_whatever_the_block_holds(
     assert peak < 20 << 20
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("suffix", COMPRESSED)
 def test_parts_that_are_compressed_one_by_one_are_one_file(tmp_path: Path, suffix: str) -> None:
-    parts = [COMPRESS[suffix](f"{i}\n".encode()) for i in range(50)]
+    parts = [compress(f"{i}\n".encode(), suffix) for i in range(50)]
     assert lines(tmp_path, b"".join(parts), f"a{suffix}") == [str(i) for i in range(50)]
 
 
@@ -184,21 +174,21 @@ def test_padding_between_the_streams_of_an_xz_file_is_no_text(tmp_path: Path) ->
     assert lines(tmp_path, data, "a.xz") == ["a", "b"]
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("suffix", COMPRESSED)
 def test_an_archive_cut_short_or_damaged_is_named(tmp_path: Path, suffix: str) -> None:
-    whole = COMPRESS[suffix](b"".join(b"%d\n" % (i * i) for i in range(3000)))
+    whole = compress(b"".join(b"%d\n" % (i * i) for i in range(3000)), suffix)
     middle = len(whole) // 2
     for data in (whole[:middle], b"plain text\n", whole[:middle] + b"\xff" * 40 + whole[middle:]):
         with pytest.raises(UserError, match=rf"a{suffix}: the archive is damaged or cut short"):
             lines(tmp_path, data, f"a{suffix}")
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("suffix", COMPRESSED)
 def test_a_part_with_a_damaged_beginning_is_not_taken_for_the_end(
     tmp_path: Path, suffix: str
 ) -> None:
-    whole = COMPRESS[suffix](b"first\n")
-    damaged = b"?" + COMPRESS[suffix](b"second\n")[1:]
+    whole = compress(b"first\n", suffix)
+    damaged = b"?" + compress(b"second\n", suffix)[1:]
     with pytest.raises(UserError, match=rf"a{suffix}: the archive is damaged or cut short"):
         lines(tmp_path, whole + damaged, f"a{suffix}")
 

@@ -218,7 +218,7 @@ def _is_usual(char: str, name: str) -> bool:
         return 0x3040 <= point <= 0x30FF or _is_common_hanzi(char, "shift_jis", 0x98)
     if name == "EUC-KR":
         return 0xAC00 <= point <= 0xD7A3
-    if name in ("BIG5"):
+    if name == "BIG5":
         return _is_common_hanzi(char, "big5", 0xC7)
     if name == "GB18030":
         return _is_common_hanzi(char, "gb2312", 0xD8)

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moesaic.core.errors import DataError
-from moesaic.corpus.languages import resolve_locale
+from moesaic.corpus.languages import is_same_tag, resolve_locale
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.readers.compressed import name_without_compression
 from moesaic.corpus.readers.plain_text import require_plain_text
 from moesaic.corpus.readers.text_lines import read_lines
-from moesaic.corpus.readers.variants import WantedLanguage, is_same_tag
+from moesaic.corpus.readers.variants import WantedLanguage
 
 
 def moses_file(prefix: Path, *, code: str) -> Path | None:

@@ -7,6 +7,7 @@ do, is read by its rules: ``read_user_rows``.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from moesaic.core.errors import DataError
@@ -61,14 +62,25 @@ def read_rows(path: Path, *, columns: int) -> Iterator[TsvRow]:
 
 
 def read_user_rows(path: Path, *, columns: int) -> Iterator[TsvRow]:
-    """Yield the rows of a file that others wrote; its CSV quotes, if it has them, are undone."""
-    if not _is_csv_quoted(line for _, line in read_lines(path)):
-        yield from read_rows(path, columns=columns)
+    """Yield the rows of a file that others wrote; its CSV quotes, if it has them, are undone.
+
+    Only a file with a quote is read twice: whether its quotes are CSV's depends on all of them.
+    """
+    lines = read_lines(path)
+    for number, line in lines:
+        if '"' in line:
+            break
+        if line.strip():
+            yield _row(path, number, line.split("\t"), columns=columns)
+    else:
         return
-    for number, record in _records(read_lines(path)):
-        if record.strip():
-            fields = [_unquoted(match[1]) for match in _FIELD.finditer(record)]
-            yield _row(path, number, fields, columns=columns)
+    rest = chain([(number, line)], lines)
+    if not _is_csv_quoted(_records(read_lines(path))):
+        rows = ((number, line.split("\t")) for number, line in rest if line.strip())
+    else:
+        rows = ((number, _csv_fields(text)) for number, text in _records(rest) if text.strip())
+    for number, fields in rows:
+        yield _row(path, number, fields, columns=columns)
 
 
 def _row(path: Path, number: int, fields: list[str], *, columns: int) -> TsvRow:
@@ -81,14 +93,14 @@ def _row(path: Path, number: int, fields: list[str], *, columns: int) -> TsvRow:
     return TsvRow(number, tuple(fields))
 
 
-def _is_csv_quoted(lines: Iterable[str]) -> bool:
+def _is_csv_quoted(records: Iterable[tuple[int, str]]) -> bool:
     """Whether a file is written with CSV quotes.
 
     Every quote must stand where CSV has it, and some field must need its quotes: a doubled quote, a
     tab or a line break within, or all fields of all rows (two at least) are quoted.
     """
     certain, all_quoted, rows = False, True, 0
-    for record in _joined_lines(lines):
+    for _, record in records:
         if not record.strip():
             continue
         rows += 1
@@ -108,10 +120,6 @@ def _needs_quotes(field: str) -> bool:
     return any(mark in inner for mark in ('""', "\t", "\n"))
 
 
-def _joined_lines(lines: Iterable[str]) -> Iterator[str]:
-    return (record for _, record in _records(enumerate(lines, start=1)))
-
-
 def _records(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     """Yield (first line, record): a line, or several where a quote is open at its end."""
     held: list[str] = []
@@ -126,6 +134,10 @@ def _records(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
             held, quotes, size = [], 0, 0
     if held:
         yield first, "\n".join(held)
+
+
+def _csv_fields(record: str) -> list[str]:
+    return [_unquoted(match[1]) for match in _FIELD.finditer(record)]
 
 
 def _unquoted(field: str) -> str:

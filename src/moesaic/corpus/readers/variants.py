@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from moesaic.corpus.languages import (
     find_language,
+    is_same_tag,
     precise_tag,
     resolve_language,
     resolve_locale,
@@ -53,12 +54,3 @@ class WantedLanguage:
         if precise_tag(tag) == self.code:
             return _PLAIN
         return _STANDARD if resolve_locale(tag) is not None else _REDUCED
-
-
-def is_same_tag(first: str, second: str) -> bool:
-    """Whether two spellings differ in case and separators only."""
-    return _folded(first) == _folded(second)
-
-
-def _folded(tag: str) -> str:
-    return tag.strip().replace("_", "-").casefold()

@@ -11,7 +11,7 @@ from moesaic.core.config import Config
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import ENGLISH, precise_tag, resolve_language
 from moesaic.corpus.pair import Pair, Text
-from moesaic.corpus.readers.compressed import name_without_compression
+from moesaic.corpus.readers.compressed import COMPRESSED, name_without_compression
 from moesaic.corpus.readers.formats import PAIR_FORMATS, holds_texts, read_pairs, read_texts
 from moesaic.corpus.readers.moses import moses_file
 from moesaic.corpus.readers.text_lines import require_rows
@@ -30,11 +30,7 @@ from moesaic.corpus.sources.text_source import (
     TextSource,
 )
 
-_SPLIT_FILE = re.compile(
-    r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.bz2|\.xz|\.zst)?"
-)
-
-
+_SPLIT_FILE = re.compile(r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv")
 _NOT_STATED = "not stated"
 
 
@@ -158,10 +154,11 @@ class LocalFiles(TextSource):
         return files
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
-        for file in self.files:
-            if not file.find():
+        by_entry = [(file, file.find()) for file in self.files]
+        for file, files in by_entry:
+            if not files:
                 raise file.missing()
-        found = self._distinct_files()
+        found = _distinct_files(by_entry)
         for source_file in found:
             if source_file.missing_reason:
                 progress(f"{source_file.path} is left out: {source_file.missing_reason}")
@@ -180,7 +177,7 @@ class LocalFiles(TextSource):
 
     def inputs(self) -> tuple[Path, ...]:
         found = []
-        for source_file in self._distinct_files():
+        for source_file in _distinct_files([(file, file.find()) for file in self.files]):
             path = source_file.path
             sides = (moses_file(path, code=tag) for tag in source_file.tags if tag)
             found += [path] if path.is_file() else [side for side in sides if side]
@@ -199,21 +196,22 @@ class LocalFiles(TextSource):
             if wanted(pair.source_language) and wanted(pair.target_language):
                 yield pair
 
-    def _distinct_files(self) -> tuple[SourceFile, ...]:
-        """Each file once per languages, in the order of the entries, exact paths deciding."""
-        chosen: dict[tuple[Path, tuple[str, ...]], SourceFile] = {}
-        exact: set[tuple[Path, tuple[str, ...]]] = set()
-        for file in self.files:
-            for found in file.find():
-                key = (found.path.resolve(), found.tags)
-                is_exact = found.path == Path(file.path)
-                if key not in chosen or (is_exact and key not in exact):
-                    chosen[key] = found
-                elif is_exact and file.contradicts(chosen[key]):
-                    raise DataError(f"{found.path}: listed twice, with two licences or origins")
-                if is_exact:
-                    exact.add(key)
-        return tuple(chosen.values())
+
+def _distinct_files(by_entry: list[tuple[LocalFile, list[SourceFile]]]) -> tuple[SourceFile, ...]:
+    """Return each file once per languages, in the order of the entries, exact paths deciding."""
+    chosen: dict[tuple[Path, tuple[str, ...]], SourceFile] = {}
+    exact: set[tuple[Path, tuple[str, ...]]] = set()
+    for file, files in by_entry:
+        for found in files:
+            key = (found.path.resolve(), found.tags)
+            is_exact = found.path == Path(file.path)
+            if key not in chosen or (is_exact and key not in exact):
+                chosen[key] = found
+            elif is_exact and file.contradicts(chosen[key]):
+                raise DataError(f"{found.path}: listed twice, with two licences or origins")
+            if is_exact:
+                exact.add(key)
+    return tuple(chosen.values())
 
 
 def printable_path(path: Path) -> str:
@@ -237,7 +235,7 @@ class PresplitFolder(TextSource):
             raise DataError(f"{root}: no such folder")
         source_files = []
         for path in sorted(root.iterdir()):
-            match = _SPLIT_FILE.fullmatch(path.name)
+            match = _SPLIT_FILE.fullmatch(name_without_compression(path))
             if match:
                 split: AllowedSplit = "train" if match["split"] == "train" else "held-out"
                 try:
@@ -246,12 +244,14 @@ class PresplitFolder(TextSource):
                     raise DataError(f"{path}: {error}") from error
                 source_files.append(SourceFile(code, path, allowed_split=split))
         if not source_files:
-            raise DataError(f"{root}: no file named LANG.train.tsv, also .gz, .bz2, .xz or .zst")
+            packed = " ".join(COMPRESSED)
+            raise DataError(f"{root}: no file named LANG.train.tsv (also {packed})")
         return tuple(source_files)
 
     def inputs(self) -> tuple[Path, ...]:
         root = Path(self.folder)
-        return tuple(sorted(p for p in root.glob("*") if _SPLIT_FILE.fullmatch(p.name)))
+        found = (p for p in root.glob("*") if _SPLIT_FILE.fullmatch(name_without_compression(p)))
+        return tuple(sorted(found))
 
     def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
         if not wanted(source_file.name):

@@ -1,10 +1,10 @@
-"""Training from the command line and from Python, in turns, alone and beside a busy program.
+"""Training speed by how idle OpenMP threads wait, alone and beside other busy processes.
 
-    python benchmarks/both_doors.py [ROUNDS]
+    python benchmarks/thread_waiting.py [ROUNDS]
 
-Three doors: ``moesaic train``; Python with ``import moesaic`` first; Python with ``import torch``
-first, where idle threads spin. Prints tokens/s (median of the rounds) and writes
-benchmarks/results/both-doors.json.
+Three ways to start the same run, in turns: ``moesaic train`` and Python with ``import moesaic``
+first, where idle threads sleep; Python with ``import torch`` first, where they spin. Prints
+tokens/s (median of the rounds) and writes benchmarks/results/thread_waiting.json.
 """
 
 import json
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from support import write_result
+
 STEPS = 30
 SETTINGS = [f"steps={STEPS}", "schedule.warmup=5", "validation.every=1000", "log.every=10"]
 IN_PYTHON = """
@@ -26,18 +28,18 @@ for name in sys.argv[1].split(","):
 import moesaic
 moesaic.fit(moesaic.recipe("tiny").override(sys.argv[3:]), sys.argv[2])
 """
-DOORS = {
+STARTS = {
     "command line": [sys.executable, "-m", "moesaic", "train", "tiny", "--out"],
     "Python, moesaic first": [sys.executable, "-c", IN_PYTHON, "moesaic,torch"],
     "Python, torch first": [sys.executable, "-c", IN_PYTHON, "torch"],
 }
 
 
-def tokens_per_second(door: str, folder: Path) -> float:
-    """Train once through a door; the median over the logged steps after the first."""
-    words = [*DOORS[door], str(folder)]
+def tokens_per_second(start: str, folder: Path) -> float:
+    """Train once, started in one of the ways; the median over the logged steps after the first."""
+    words = [*STARTS[start], str(folder)]
     for setting in SETTINGS:
-        words += ["--set", setting] if door == "command line" else [setting]
+        words += ["--set", setting] if start == "command line" else [setting]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
     subprocess.run(words, check=True, capture_output=True, env=environment)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -62,21 +64,20 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     found: dict[str, dict[str, list[float]]] = {}
     for situation, count in (("alone", 0), ("beside busy programs", os.cpu_count() or 1)):
-        speeds: dict[str, list[float]] = {door: [] for door in DOORS}
+        speeds: dict[str, list[float]] = {start: [] for start in STARTS}
         with busy_programs(count), tempfile.TemporaryDirectory() as folder:
             for number in range(rounds):
-                for door in DOORS:
-                    out = Path(folder) / f"{len(speeds[door])}-{door.replace(' ', '-')}"
-                    speeds[door].append(tokens_per_second(door, out))
-                    print(f"{situation}, round {number + 1}, {door}: {speeds[door][-1]:,.0f}")
+                for start in STARTS:
+                    out = Path(folder) / f"{len(speeds[start])}-{start.replace(' ', '-')}"
+                    speeds[start].append(tokens_per_second(start, out))
+                    print(f"{situation}, round {number + 1}, {start}: {speeds[start][-1]:,.0f}")
         found[situation] = speeds
     for situation, speeds in found.items():
         print(situation)
-        for door, values in speeds.items():
-            print(f"  {door:24} {statistics.median(values):8,.0f} tokens/s")
-    result = {"cores": os.cpu_count(), "load": os.getloadavg(), "tokens_per_s": found}
-    path = Path(__file__).parent / "results" / "both-doors.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        for start, values in speeds.items():
+            print(f"  {start:24} {statistics.median(values):8,.0f} tokens/s")
+    path = Path(__file__).parent / "results" / "thread_waiting.json"
+    write_result(path, {"tokens_per_s": found})
 
 
 if __name__ == "__main__":
