@@ -19,7 +19,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.run import Run
-from moesaic.verify.compare_plans import compare_plans, make_setup
+from moesaic.verify.compare_plans import compare_plans, make_setup, run_reference
 from moesaic.verify.shrink_config import shrink_config
 
 BALANCES = (SwitchBalance(), RouterZLoss())
@@ -75,6 +75,7 @@ PLANS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_every_plan_gives_the_same_loss(name: str) -> None:
     run = shrink_config(RUNS[name]()).run.replace(gradient_accumulation_steps=2)
-    results = list(compare_plans(make_setup(run), plans=PLANS[name]))
+    setup = make_setup(run)
+    results = list(compare_plans(setup, plans=PLANS[name], reference=run_reference(setup)))
     assert {result.plan: result.problems for result in results if not result.equal} == {}
     assert [result.world_size for result in results] == [p.plan.world_size for p in PLANS[name]]

@@ -262,6 +262,16 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same():
     assert all(map(torch.equal, eager.buffers(), layer.buffers()))
 
 
+def test_what_is_not_one_graph_compiles_with_graph_breaks():
+    layer, x = module("expert-choice", expert="LoRAExpert(rank=2)"), tokens(2, 9)
+    mask = torch.arange(9) < torch.tensor([9, 4])[:, None]
+    outputs = []
+    for call in (layer, torch.compile(layer, backend="eager")):
+        torch.manual_seed(3)
+        outputs.append(call(x, mask=mask))
+    torch.testing.assert_close(*outputs)
+
+
 def test_data_parallel_ranks_share_gradients_and_rules():
     whole = module(balance=(SwitchBalance(weight=0.0), BiasUpdate(rate=0.5)))
     x = tokens(2, 10)

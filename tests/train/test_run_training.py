@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from compare_runs import compare_run_dirs
 
 from moesaic.checkpoint.full_checkpoint import read_state
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import read_run_record
 from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.core.errors import CheckpointError, ConfigError, DataError, UserError
+from moesaic.core.files import sha256
 from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
@@ -23,10 +27,10 @@ from moesaic.model.config import Stack
 from moesaic.moe.config import NoMoE
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
-from moesaic.optim.lr_schedule import WSD
+from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
-from moesaic.train.resume import ResumeFrom, ResumeLatest
+from moesaic.train.resume import ResumeFrom, ResumeLatest, learning_rate_jump
 from moesaic.train.run import BFloat16, CorpusFolder, LogConfig, Run, TensorBoard, ValidationConfig
 from moesaic.train.run_training import train
 from moesaic.train.trainer import StepReport, Trainer
@@ -234,6 +238,41 @@ def test_extending_a_finished_run_says_how_the_learning_rate_jumps(tmp_path: Pat
     train(longer, tmp_path, resume=ResumeLatest(), until=5, progress=board)
     (note,) = [text for text in board.messages if "learning rate" in text]
     assert "0.293 of its full value at step 4 (of 4), 1 at step 5 (of 12)" in note
+
+
+def test_a_name_that_is_refused_by_now_does_not_hide_the_jump() -> None:
+    run = synthetic_run(steps=4, schedule=WSD(warmup=1, decay=0.5))
+    saved = run.to_dict() | {"name": "a/b"}
+    (note,) = learning_rate_jump(saved, run=run.replace(steps=12), step=4)
+    assert "0.293 of its full value at step 4" in note
+
+
+def test_a_plugin_that_is_edited_during_training_is_recorded_as_it_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Edit(Hook):
+        def after_step(self, trainer: Trainer, report: StepReport) -> None:  # noqa: ARG002
+            file.write_text("# edited\n")
+
+    file, module = tmp_path / "my_schedule.py", ModuleType("user_schedule")
+    file.write_text("# loaded\n")
+    loaded, module.__file__ = sha256(file), str(file)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    words = {"__module__": module.__name__, "__doc__": "A schedule."}
+    flat = type("Flat", (LRSchedule,), words | {"lr_factor": lambda *_, **__: 1.0})
+    try:
+        train(
+            synthetic_run(steps=1, schedule=flat()),
+            tmp_path / "run",
+            hooks=[Edit()],
+            progress=no_progress,
+        )
+    finally:
+        del LRSchedule.members["Flat"]
+    record = read_run_record(RunDir(tmp_path / "run"))
+    assert record is not None
+    assert [(p.name, p.sha256) for p in record.plugins] == [(file.name, loaded)]
+    assert (RunDir(tmp_path / "run").plugins / file.name).read_text() == "# loaded\n"
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_note(whole: Path, tmp_path: Path) -> None:

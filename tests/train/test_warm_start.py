@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
@@ -11,6 +12,9 @@ from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
+from moesaic.moe.shared_experts import SharedExperts
 from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
 from moesaic.recipes.lookup import warm_start
@@ -94,6 +98,18 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work_and_tensors_are_na
         train(run, tmp_path / "next", progress=no_progress)
     assert "leave out the recipe" in str(caught.value)
     assert not (tmp_path / "next" / "config.yaml").exists()
+
+
+def test_weights_under_the_names_of_an_earlier_version_are_taken(init, tmp_path):
+    model = tiny_model_config(moe=MoE(experts=2, shared_experts=SharedExperts()))
+    old, new = Transformer(model), Transformer(model)
+    for name in ("config.yaml", "tokenizer.json"):
+        (tmp_path / name).write_bytes((init / name).read_bytes())
+    weights = {name.replace("shared_experts", "beside"): p for name, p in old.named_parameters()}
+    assert weights.keys() != dict(old.named_parameters()).keys()
+    save_file(weights, RunDir(tmp_path).model)
+    WeightsOfRun(path=str(tmp_path)).load_into(new)
+    assert all(map(torch.equal, new.parameters(), old.parameters()))
 
 
 def test_a_language_without_a_tag_is_refused_with_a_way_out(init, tmp_path):

@@ -43,7 +43,7 @@ def given(*, steps: int = 1, timeout_s: float = 60.0) -> VerifySetup:
 
 
 def results(*chosen: ParallelConfig, of: VerifySetup) -> list[PlanResult]:
-    return list(compare_plans(of, plans=chosen))
+    return list(compare_plans(of, plans=chosen, reference=run_reference(of)))
 
 
 def test_the_steps_drop_tokens_so_that_capacity_is_tested() -> None:

@@ -1,6 +1,7 @@
 """``moesaic verify``: train a config under every parallel plan and compare with one process."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,7 @@ from moesaic.cli.user_files import import_user_files
 with deferred():
     from moesaic.core.errors import UserError
     from moesaic.core.units import show_seconds
+    from moesaic.parallel.config import ParallelConfig
     from moesaic.recipes.lookup import find_recipe
     from moesaic.verify.compare_plans import (
         PlanResult,
@@ -34,6 +36,7 @@ with deferred():
         make_setup,
         plans_up_to,
         rejection_lines,
+        run_reference,
         summarize,
         time_left,
         time_of_plans,
@@ -101,13 +104,7 @@ def verify(
             f"no plan of {world_size} ranks fits: {'; '.join(rejection_lines(found.rejected))}"
         )
     show_progress(f"reduced: {'; '.join(shrunk.changes)}")
-    seconds, started = time_of_plans(setup, plans=chosen.valid), time.monotonic()
-    show_progress(f"{len(chosen.valid)} plans, about {show_seconds(seconds)} on this machine")
-    verdicts: list[PlanResult] = []
-    for verdict in compare_plans(setup, plans=chosen.valid):
-        verdicts.append(verdict)
-        left = time_left(chosen.valid, done=len(verdicts), seconds=time.monotonic() - started)
-        _print_verdict(verdict, of=len(chosen.valid), left=left, number=len(verdicts))
+    verdicts = _compare(setup, plans=chosen.valid)
     text = _to_markdown(verdicts, setup=setup, rejected=list(rejection_lines(found.rejected)))
     if out is not None:
         out.write_text(text, encoding="utf-8")
@@ -115,6 +112,21 @@ def verify(
     print_result(value, as_json=as_json, show=lambda console: _show(text, console))
     if unequal_plans(verdicts):
         raise typer.Exit(1)
+
+
+def _compare(setup: VerifySetup, *, plans: Sequence[ParallelConfig]) -> list[PlanResult]:
+    """Compare the plans with one process, and print how long that takes and each result."""
+    started = time.monotonic()
+    reference = run_reference(setup)
+    seconds = time_of_plans(plans, reference_s=time.monotonic() - started)
+    show_progress(f"{len(plans)} plans, about {show_seconds(seconds)} on this machine")
+    verdicts: list[PlanResult] = []
+    started = time.monotonic()
+    for verdict in compare_plans(setup, plans=plans, reference=reference):
+        verdicts.append(verdict)
+        left = time_left(plans, done=len(verdicts), seconds=time.monotonic() - started)
+        _print_verdict(verdict, of=len(plans), left=left, number=len(verdicts))
+    return verdicts
 
 
 def _print_verdict(verdict: PlanResult, *, of: int, left: float, number: int) -> None:

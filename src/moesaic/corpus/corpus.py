@@ -6,6 +6,7 @@ target, origin (escaped, see readers/tsv.py); ``DIR/{lang}.{split}.txt`` has tex
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,14 @@ class Corpus:
             )
         return found
 
+    @cached_property
+    def _direction_set(self) -> frozenset[tuple[str, str]]:
+        return frozenset(self.directions)
+
     def _stored_direction(self, source: str, target: str) -> tuple[str, str]:
         pair = self._known_language(source), self._known_language(target)
         for direction in (pair, pair[::-1]):
-            if direction in self.directions:
+            if direction in self._direction_set:
                 return direction[0], direction[1]
         raise DataError(f"corpus {self.name} has no pairs between {pair[0]} and {pair[1]}")
 

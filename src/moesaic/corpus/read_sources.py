@@ -95,9 +95,10 @@ class ReadResult:
 
     def add(self, other: "ReadResult") -> None:
         """Add the counts of another file; an origin keeps every version and licence."""
-        for mine, others in ((self.counts, other.counts), (self.texts, other.texts)):
-            for key, counts in others.items():
-                mine[key].add(counts)  # pyright: ignore[reportArgumentType]
+        for direction, counts in other.counts.items():
+            self.counts[direction].add(counts)
+        for code, counts in other.texts.items():
+            self.texts[code].add(counts)
         for origin, info in other.sources.items():
             self.sources.setdefault(origin, SourceInfo()).add(info)
         self.text_rows.update(other.text_rows)

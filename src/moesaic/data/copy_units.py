@@ -104,8 +104,8 @@ def insert_slots(text: str, *, slots: int) -> SlottedText:
 
 
 def _with_slot_characters(text: str, found: Sequence[Placeholder]) -> list[Placeholder]:
-    own = [m.start() for m in _IS_SLOT.finditer(text)]
-    free = [i for i in own if not any(p.start <= i < p.end for p in found)]
+    inside = {i for p in found for i in range(p.start, p.end)}
+    free = [m.start() for m in _IS_SLOT.finditer(text) if m.start() not in inside]
     more = [Placeholder(text[i], i, i + 1, "placeholder", text[i]) for i in free]
     return sorted([*found, *more], key=lambda p: p.start)
 

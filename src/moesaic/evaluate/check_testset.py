@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from moesaic.core.errors import UserError
 from moesaic.corpus.languages import resolve_language
-from moesaic.corpus.text_rules import TextRules
+from moesaic.corpus.text_rules import GeneralText, TextRules
 from moesaic.evaluate.testset import TestSet
 
 _HEADER_WORDS = frozenset(
@@ -38,7 +38,8 @@ def normalise_testset(test: TestSet, rules: TextRules) -> TestSet:
         notes.append(
             f"{test.name}: {changed} of {len(test)} sources and {changed_references} references "
             "were normalised as training text is (NFC, white space, characters that are not "
-            "visible" + (", and more: the rules of its corpus)" if _has_own_rules(rules) else ")")
+            "visible"
+            + (")" if isinstance(rules, GeneralText) else ", and more: the rules of its corpus)")
         )
     return replace(
         test, sources=sources, references=references, raw_references=raw, notes=tuple(notes)
@@ -78,7 +79,3 @@ def _row_list(rows: Sequence[int]) -> str:
     shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
     more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
     return f"row {shown}{more}" if len(rows) == 1 else f"rows {shown}{more}"
-
-
-def _has_own_rules(rules: TextRules) -> bool:
-    return rules.normalise("a &amp; b") != "a &amp; b"

@@ -83,8 +83,8 @@ def _copied_words(languages: Mapping[str, TestSetResult]) -> float:
     copied = total = 0
     for result in languages.values():
         for source, reference in zip(result.test.sources, result.test.references, strict=True):
-            words = reference.split()
-            copied += len([word for word in words if word in source.split()])
+            words, of_source = reference.split(), set(source.split())
+            copied += sum(word in of_source for word in words)
             total += len(words)
     return copied / total if total else 0.0
 

@@ -1,8 +1,8 @@
 """Auxiliary losses of routers: load balancing, and losses on router logits (z-loss, entropy).
 
 A term returns this rank's share (see ``batch_group.py``): local sums over global counts. The loss
-of a step is the mean over its micro-batches. The family is ``Balance``; terms with
-a state are in ``adaptive_auxiliary_losses.py`` and ``expert_bias.py``.
+of a step is the mean over its micro-batches. The family is ``Balance``; terms with a state are
+in ``adaptive_auxiliary_losses.py`` and ``expert_bias.py``.
 
 Letters: T tokens of this rank, E experts.
 """

@@ -1,6 +1,6 @@
 """Health record: the router findings of a run in ``health.json``, with the steps they lasted.
 
-Training writes it, and the report reads it, so both say the same. ``{"format": 1, "findings":
+Training writes it, and the report shows it. ``{"format": 1, "findings":
 [{"first_step", "last_step", "layer", "rule", "state", "text", "cause", "advice"}]}``, in the order
 in which they were found. ``last_step`` is null while a finding lasts.
 """
@@ -8,10 +8,12 @@ in which they were found. ``last_step`` is null while a finding lasts.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from moesaic.core.errors import DataError
-from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape
 from moesaic.core.files import write_json
 from moesaic.monitor.health_rules import HealthFinding, HealthState
 
@@ -27,6 +29,23 @@ class RecordedFinding:
     finding: HealthFinding
     first_step: int
     last_step: int | None = None
+
+
+class _FindingShape(FileShape):
+    first_step: int = Field(ge=0, le=MAX_INT)
+    last_step: int | None = Field(ge=0, le=MAX_INT)
+    layer: str
+    rule: str
+    state: HealthState
+    text: str
+    cause: str
+    advice: str
+
+
+class _HealthShape(FileShape):
+    kind: ClassVar[FileKind] = HEALTH_FILE
+    format: Literal[1]  # HEALTH_FORMAT
+    findings: tuple[_FindingShape, ...]
 
 
 def record_findings(
@@ -67,23 +86,13 @@ def read_findings(path: Path) -> tuple[RecordedFinding, ...]:
     """Read ``health.json``; empty if there is none. Raises DataError if it is not one."""
     if not path.is_file():
         return ()
-    try:
-        content = read_json_mapping(path, HEALTH_FILE)
-        if content["format"] != HEALTH_FORMAT:
-            raise DataError(f"{path}: format {content['format']}, expected {HEALTH_FORMAT}")
-        return tuple(_finding_from_json(row) for row in content["findings"][:MAX_FINDINGS])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not a record of findings ({error})") from error
+    return tuple(map(_finding_from_shape, _HealthShape.read(path).findings[:MAX_FINDINGS]))
 
 
 def _key(recorded: RecordedFinding) -> tuple[str, str]:
     return recorded.finding.layer, recorded.finding.rule
 
 
-def _finding_from_json(row: dict[str, Any]) -> RecordedFinding:
-    words = {name: row[name] for name in ("layer", "rule", "text", "cause", "advice")}
-    if wrong := [name for name, word in words.items() if not isinstance(word, str)]:
-        raise ValueError(f"{', '.join(wrong)} of a finding: expected text")
-    finding = HealthFinding(state=HealthState(row["state"]), **words)
-    last = row["last_step"]
-    return RecordedFinding(finding, int(row["first_step"]), None if last is None else int(last))
+def _finding_from_shape(found: _FindingShape) -> RecordedFinding:
+    words = found.model_dump(exclude={"first_step", "last_step"})
+    return RecordedFinding(HealthFinding(**words), found.first_step, found.last_step)

@@ -86,40 +86,33 @@ class MuonRule:
         params, grads = list(update.params), list(update.grads)
         buffers = [state["momentum"] for state in update.states]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        directions = list(torch._foreach_lerp(grads, buffers, self.momentum))  # Nesterov
+        directions = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov
         torch._foreach_mul_(params, 1 - update.lr * update.weight_decay)
         sharding = update.sharding
         if sharding is not None:
             directions = sharding.all_gather_matrices(update.names, directions)
-        fused = [update.fused.get(name, ()) for name in update.names]
-        maps = [split_maps(d, widths) for d, widths in zip(directions, fused, strict=True)]
-        updates = self._orthogonal_updates([one for several in maps for one in several])
-        for i, several in enumerate(maps):
-            parts, updates = updates[: len(several)], updates[len(several) :]
-            dim = _output_dim(directions[i])
-            directions[i] = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        maps = [
+            one
+            for name, direction in zip(update.names, directions, strict=True)
+            for one in split_maps(direction, update.fused.get(name, ()))
+        ]
+        self._orthogonalize(maps)
         if sharding is not None:
             directions = sharding.local_shards(update.names, directions)
         torch._foreach_add_(params, directions, alpha=-update.lr)
 
-    def _orthogonal_updates(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the scaled orthogonal update of each map; those of one shape in one batch."""
-        updates = list(maps)
+    def _orthogonalize(self, maps: Sequence[Tensor]) -> None:
+        """Replace each map by its scaled orthogonal update, in place; one batch for each shape."""
         for indices in group_by_matrix_shape(maps).values():
-            found = orthogonalize([maps[i] for i in indices], steps=self.steps)
-            torch._foreach_mul_(found, self.scale(*found[0].shape[-2:]))
-            for i, one in zip(indices, found, strict=True):
-                updates[i] = one
-        return updates
+            same_shape = [maps[i] for i in indices]
+            updates = orthogonalize(same_shape, steps=self.steps)
+            torch._foreach_mul_(updates, self.scale(*updates[0].shape[-2:]))
+            torch._foreach_copy_(same_shape, updates)
 
 
 def split_maps(matrix: Float[Tensor, "*E M N"], widths: Sequence[int]) -> list[Tensor]:
-    """Return the maps in a matrix [out, in] or in expert weights [E, in, out], by output widths."""
-    return list(matrix.split(list(widths), _output_dim(matrix))) if widths else [matrix]
-
-
-def _output_dim(matrix: Tensor) -> int:
-    return 0 if matrix.ndim == 2 else -1
+    """Return views of the maps in a matrix [out, in] or expert weights [E, in, out], by widths."""
+    return list(matrix.split(list(widths), 0 if matrix.ndim == 2 else -1)) if widths else [matrix]
 
 
 def group_by_matrix_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:

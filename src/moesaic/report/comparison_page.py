@@ -6,6 +6,7 @@ from moesaic.core.files import atomic_write
 from moesaic.report.charts import ChartSeries, line_chart
 from moesaic.report.html import Html, html_table, join_html, tag
 from moesaic.report.html_page import html_page
+from moesaic.report.report_inputs import QUALITY_TITLE
 from moesaic.report.run_comparison import RunComparison
 
 _CURVES = (
@@ -64,20 +65,17 @@ def _charts(comparison: RunComparison) -> list[Html]:
 
 def _quality_chart(comparison: RunComparison) -> Html:
     """Return chrF++ at the scored checkpoints of the runs that have a curve.json."""
-    curves, tests = [], {}
+    curves: list[ChartSeries] = []
+    strings = set[str]()
     for color, run in enumerate(comparison.runs):
-        found = run.inputs.quality_curve
-        points = found.get("points") or []
-        if points:
-            tests[run.name] = found.get("strings")
-            steps = [float(point["step"]) for point in points]
-            values = [float(point["chrf"]["score"]) for point in points]
-            curves.append(ChartSeries(run.name, steps, values, color))
-    title = "chrF++ at each checkpoint, mean over languages"
+        curve = run.inputs.quality_points(label=run.name, color=color)
+        if curve:
+            curves.append(curve)
+            strings.add(str(run.inputs.quality_curve.get("strings")))
     if not curves:
         words = "moesaic curve RUN scores the checkpoints of a run."
-        return tag("figure", tag("figcaption", title), tag("p", words, class_="gap"))
-    chart = line_chart(curves, title=title, from_zero=True)
-    if len(set(tests.values())) == 1:
+        return tag("figure", tag("figcaption", QUALITY_TITLE), tag("p", words, class_="gap"))
+    chart = line_chart(curves, title=QUALITY_TITLE, from_zero=True)
+    if len(strings) == 1:
         return chart
     return join_html([tag("div", chart, tag("p", "Not on the same strings.", class_="gap"))])

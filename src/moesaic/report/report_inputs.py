@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from moesaic.report.charts import ChartSeries
 from moesaic.report.check_inputs import check_score_curve, check_summary
 
 T = TypeVar("T")
+QUALITY_TITLE = "chrF++ at each checkpoint, mean over languages"
 _MAX_DRAWN = 1e30  # larger values are damage, and differences of them overflow
 _LANGUAGE_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
 
@@ -56,6 +57,13 @@ class ReportInputs:
         found = self.metrics.get(name)
         return ChartSeries(label or name, found.x, found.y, color, dash) if found else None
 
+    def quality_points(self, *, label: str, color: int = 0) -> ChartSeries | None:
+        """Return chrF++ at the scored checkpoints as a curve, or None if there are none."""
+        points = self.quality_curve.get("points") or []
+        steps = [float(point["step"]) for point in points]
+        values = [float(point["chrf"]["score"]) for point in points]
+        return ChartSeries(label, steps, values, color) if points else None
+
     def tasks_and_languages(self, prefix: str) -> tuple[list[str], list[str]]:
         """Return the tasks and the languages that have metrics ``prefix/...``."""
         ends = [n.removeprefix(prefix) for n in self.metrics if n.startswith(prefix)]
@@ -65,6 +73,20 @@ class ReportInputs:
 
 def read_report_inputs(run: RunDir) -> ReportInputs:
     """Read the files that exist. A missing or damaged file becomes a gap, never an exception."""
+    found = read_training_and_scores(run)
+    gaps = dict(found.gaps)
+    return replace(
+        found,
+        usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
+        health=_read_or_gap(run.health, read_findings, None, gaps),
+        insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
+        agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
+        gaps=gaps,
+    )
+
+
+def read_training_and_scores(run: RunDir) -> ReportInputs:
+    """Read config, metrics, scores and their curve, without the (larger) files on routing."""
     gaps: dict[str, str] = {}
     text = _read_or_gap(run.config, lambda path: read_text(path, CONFIG_FILE), "", gaps)
     config = _read_or_gap(run.config, lambda _: _require_mapping(read_yaml(text)), {}, gaps)
@@ -77,10 +99,6 @@ def read_report_inputs(run: RunDir) -> ReportInputs:
         summary=_read_or_gap(
             run.summary, lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)), {}, gaps
         ),
-        usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
-        health=_read_or_gap(run.health, read_findings, None, gaps),
-        insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
-        agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
         quality_curve=_read_or_gap(
             run.score_curve,
             lambda path: check_score_curve(read_json_mapping(path, SCORE_CURVE_FILE)),

@@ -16,7 +16,12 @@ from moesaic.checkpoint.trained_directions import TrainedDirections, read_traine
 from moesaic.core.errors import UserError
 from moesaic.core.files import sha256
 from moesaic.core.units import show_count, show_seconds
-from moesaic.report.report_inputs import ReportInputs, language_name, lookup, read_report_inputs
+from moesaic.report.report_inputs import (
+    ReportInputs,
+    language_name,
+    lookup,
+    read_training_and_scores,
+)
 from moesaic.report.training_sections import latest_value
 
 ABSENT = "–"
@@ -188,7 +193,7 @@ def _read(path: Path, name: str) -> ComparedRun:
     run = RunDir.open(path)
     tokenizer = sha256(run.tokenizer) if run.tokenizer.is_file() else ""
     return ComparedRun(
-        name, read_report_inputs(run), tokenizer, read_trained_directions(run.directions)
+        name, read_training_and_scores(run), tokenizer, read_trained_directions(run.directions)
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from moesaic.core.units import show_count, show_seconds
 from moesaic.report.charts import ChartSeries, bar_chart, line_chart, stacked_bar
 from moesaic.report.html import Html, html_table, join_html, tag
-from moesaic.report.report_inputs import ReportInputs, language_name, to_text
+from moesaic.report.report_inputs import QUALITY_TITLE, ReportInputs, language_name, to_text
 
 
 def training_section(inputs: ReportInputs) -> Html:
@@ -71,16 +71,13 @@ def _loss_curves(inputs: ReportInputs) -> list[ChartSeries]:
 
 def _quality_chart(inputs: ReportInputs) -> Html | None:
     """Return chrF++ at each scored checkpoint, with the baselines."""
-    points = inputs.quality_curve.get("points") or []
-    if not points:
+    model = inputs.quality_points(label="model")
+    if model is None:
         return None
-    steps = [float(point["step"]) for point in points]
-    curves = [ChartSeries("model", steps, [point["chrf"]["score"] for point in points])]
+    curves, ends = [model], [model.x[0], model.x[-1]]
     for color, (name, found) in enumerate(inputs.quality_curve["baselines"].items(), start=1):
-        curves.append(ChartSeries(name, [steps[0], steps[-1]], [found["score"]] * 2, color, 1))
-    return line_chart(
-        curves, title="chrF++ at each checkpoint, mean over languages", from_zero=True
-    )
+        curves.append(ChartSeries(name, ends, [found["score"]] * 2, color, 1))
+    return line_chart(curves, title=QUALITY_TITLE, from_zero=True)
 
 
 def _loss_by_language(inputs: ReportInputs) -> Html | None:

@@ -9,7 +9,6 @@ import torch
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
-from moesaic.checkpoint.safetensors_io import read_header
 from moesaic.checkpoint.trained_directions import TrainedDirections, read_trained_directions
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
@@ -52,9 +51,9 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     config = _read_config(run)
     if not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-    shape = ModelConfig.from_dict(config["model"])
-    _require_size(shape, weights)
-    model = _load_model(shape, read_weights(weights, device=device), where=weights)
+    model = _load_model(
+        ModelConfig.from_dict(config["model"]), read_weights(weights, device=device), where=weights
+    )
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -89,29 +88,10 @@ def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
     return TranslationLimits(**limits)
 
 
-def _require_size(config: ModelConfig, weights: Path) -> None:
-    """Raise CheckpointError, before memory is taken, if a config is far larger than its weights."""
-    if not weights.is_file():
-        return
-    header = read_header(weights)
-    layers = config.encoder.layers + config.decoder.layers
-    if (
-        layers > len(header.tensors) + 100  # a small difference is named tensor by tensor later
-        or count_parameters(config).total > 2 * header.numel + 10_000_000
-    ):
-        raise CheckpointError(
-            f"{weights}: {header.numel:,} values in {len(header.tensors):,} tensors, but "
-            "config.yaml beside it describes a far larger model; restore the file that differs"
-        )
-
-
 def _load_model(config: ModelConfig, tensors: dict[str, Tensor], *, where: Path) -> Transformer:
     """Build a model once its weights fit: a config may ask for any size, a file has its own."""
-    too_large = count_parameters(config).total > sum(t.numel() for t in tensors.values())
     try:
-        if too_large:  # the meta device takes no memory, and a second to import
-            with torch.device("meta"):
-                require_fitting_weights(Transformer(config), tensors)
+        _require_size(config, tensors)
         model = Transformer(config)
         restore_weights(model, tensors)
     except CheckpointError as error:
@@ -123,3 +103,16 @@ def _load_model(config: ModelConfig, tensors: dict[str, Tensor], *, where: Path)
             "file was changed; use the weights of an earlier checkpoint"
         )
     return model
+
+
+def _require_size(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError if a config asks for more than its weights have, before it takes it."""
+    layers = config.encoder.layers + config.decoder.layers
+    if layers > len(tensors):  # thousands of modules take a minute to make, on any device
+        raise CheckpointError(
+            f"{layers:,} layers, but {len(tensors):,} tensors: the config describes a far larger "
+            "model; restore the file that differs"
+        )
+    if count_parameters(config).total > sum(tensor.numel() for tensor in tensors.values()):
+        with torch.device("meta"):  # takes no memory, and a second to import
+            require_fitting_weights(Transformer(config), tensors)

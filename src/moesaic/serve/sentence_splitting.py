@@ -1,9 +1,9 @@
 """Sentence splitting for text in any script, after the rules of Unicode (UAX #29).
 
 A boundary is after a character that terminates sentences in its script (``Sentence_Break=STerm``:
-"!", "।", "。", "។", ...), or after a full stop that more of the text says is one: white space
-follows, the next word does not begin with a small letter, and what is before is neither an initial,
-a number of two digits (an ordinal) nor one of the abbreviations below. Thai, Lao and other scripts
+"!", "।", "。", "។", ...), or after a full stop if white space follows, the next word does not begin
+with a small letter, and what is before is neither an initial, a number of two digits (an ordinal)
+nor one of the abbreviations below. Thai, Lao and other scripts
 without such characters have no boundaries here: ``serve/long_text.py`` cuts their text at spaces or
 by length.
 """
@@ -24,7 +24,7 @@ _SENTENCE = regex.compile(
     """,
     regex.VERBOSE | regex.VERSION1,
 )
-_CLAUSE = regex.compile(r"[,;:،؛၊፣፥፤།༎·–—]+\s+|[、，；：､]+")
+_CLAUSE = regex.compile(r"[,;:،؛၊፣፥፤།༎·–—]\s+|[、，；：､]+")
 _WORD = regex.compile(r"\s+|\u200b")
 _UNSPACED = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"

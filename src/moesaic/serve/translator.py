@@ -133,9 +133,12 @@ class Translator:
             )
             for i, hypotheses in zip(batch, generated, strict=True):
                 answers[i] = hypotheses
-        found = iter(answers)
+        found, trained = iter(answers), self.is_trained(*codes)
         return [
-            self._to_result(text, [next(found) for _ in text.parts], codes=codes) for text in read
+            self._to_result(
+                text, [next(found) for _ in text.parts], target=codes[1], trained=trained
+            )
+            for text in read
         ]
 
     def translate_texts(
@@ -301,10 +304,14 @@ class Translator:
         )
 
     def _to_result(
-        self, text: SourceText, answers: Sequence[list[Hypothesis]], *, codes: tuple[str, str]
+        self,
+        text: SourceText,
+        answers: Sequence[list[Hypothesis]],
+        *,
+        target: str,
+        trained: bool | None,
     ) -> TranslationResult:
         """Join the answers to the parts of a text: the best ones, the second ones, and so on."""
-        trained = self.is_trained(*codes)
         if not text.parts:
             return TranslationResult(text="", score=0.0, trained=trained)
         parts = [row.part for row in text.parts]
@@ -316,7 +323,7 @@ class Translator:
                 row.slotted.restore(normalise_text(self.tokenizer.decode(h.ids)))
                 for row, h in zip(text.parts, chosen, strict=True)
             ]
-            joined = join_translations(texts, parts=parts, target=codes[1])
+            joined = join_translations(texts, parts=parts, target=target)
             alternatives.append(Alternative(joined, sum(h.score for h in chosen) / len(chosen)))
         best = [found[0] for found in answers]
         return TranslationResult(

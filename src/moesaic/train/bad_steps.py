@@ -5,8 +5,8 @@ any number of ranks, so a state is enough to load the batches again, also after 
 
 ``SpikePolicy`` decides what counts as a loss spike. The Ling team (arXiv:2503.05139) skip such a
 step, train on its samples later, and lower the learning rate when spikes persist. The criterion and
-the default values are ours. A policy receives the loss over all ranks, so all
-ranks decide the same.
+the default values are ours. A policy receives the loss over all ranks, so all ranks
+decide the same.
 """
 
 import json

@@ -2,9 +2,8 @@
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.model_card import DataSource, ModelCard
-from moesaic.checkpoint.plugins import record_plugins
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.run_record import weights_metadata, write_run_record
+from moesaic.checkpoint.run_record import read_run_record, weights_metadata, write_run_record
 from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count
@@ -24,7 +23,8 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
     run = trainer.run
     metadata = weights_metadata(run_dir, model=run.model.to_dict())
     write_tensors(run_dir.model, tensors=weights, metadata=metadata)
-    plugins = record_plugins(run, run_dir.plugins)
+    before = read_run_record(run_dir)  # has the plug-ins as they were when they were loaded
+    plugins = () if before is None else before.plugins
     write_run_record(run_dir, config=run.to_dict(), plugins=plugins)
     atomic_write(run_dir.card, model_card(trainer, run_dir=run_dir, tokens=tokens).text())
 

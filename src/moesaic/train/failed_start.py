@@ -1,7 +1,7 @@
-"""A start that fails leaves nothing: what it wrote in the run directory is removed again.
+"""Clean-up after a failed start: what a job wrote in its run directory is removed again.
 
-A second try with the mistake mended is then a first one. What was there before stays: files of the
-user, and the run that was to be resumed.
+The next try then finds the directory as the first one did. What was there before stays: files of
+the user, and the run that was to be resumed.
 """
 
 import shutil
@@ -28,7 +28,7 @@ def nothing_left_on_failure(run_dir: RunDir, *, world: World) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # what failed is the news, not the cleaning up after it
+        with suppress(OSError):  # an error of the clean-up must not replace the first one
             for path in {*run_dir.paths()} - before - {run_dir.lock}:
                 _remove(path)
             if config is not None and run_dir.config.read_bytes() != config:

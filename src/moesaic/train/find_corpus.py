@@ -64,7 +64,7 @@ def open_run_corpus(source: CorpusSource, *, run_dir: RunDir) -> Corpus:
         try:
             return find_corpus(source, run_dir=run_dir).corpus
         except DataError:
-            pass  # the corpus may be built: opening it says what is wrong
+            pass  # opening it builds it, or raises the error that fits
     return source.open()
 
 

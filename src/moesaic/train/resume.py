@@ -92,12 +92,15 @@ def learning_rate_jump(saved: Mapping[str, Any], *, run: Run, step: int) -> Iter
     """Yield a sentence if the learning rate jumps where a run with other steps is resumed.
 
     A schedule that decays over the end of a run starts again at its full rate when a finished run
-    gets more steps. ``saved`` is the plain config in the checkpoint of ``step``.
+    gets more steps. ``saved`` is the plain config in the checkpoint of ``step``. Of it, only steps
+    and schedule are read: another key may have a value that is refused by now, as a run's name.
     """
-    steps = saved["steps"]
+    read = {key: saved[key] for key in ("steps", "schedule") if key in saved}
+    earlier = Run.from_dict(run.to_dict() | read)
+    steps = earlier.steps
     if step == 0 or steps == run.steps:
         return
-    before = Run.from_dict(saved).schedule.lr_factor(step - 1, steps=steps)
+    before = earlier.schedule.lr_factor(step - 1, steps=steps)
     after = run.schedule.lr_factor(step, steps=run.steps)
     if abs(after - before) > 0.1 * max(after, before):
         yield (

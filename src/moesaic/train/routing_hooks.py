@@ -37,8 +37,8 @@ class RouterHealthHook(Hook):
 
     One step in ``log.routing_stats_every`` is counted. Counts since the last row, and those of the
     whole run (``usage.json``), are part of a checkpoint. Tokens of an encoder layer count for the
-    source language, those of a decoder layer for the target language. ``findings`` is the file that
-    keeps what the log says about routers.
+    source language, those of a decoder layer for the target language. ``findings`` is the file of
+    the findings (``monitor/health_record.py``).
     """
 
     def __init__(self, path: Path, *, trainer: Trainer, findings: Path) -> None:

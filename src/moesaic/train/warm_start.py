@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
@@ -79,7 +79,7 @@ class WeightsOfRun(InitialWeights):
 
     def load_into(self, model: nn.Module) -> None:
         try:
-            restore_weights(model, read_tensors(self._open().model))
+            restore_weights(model, read_weights(self._open().model))
         except CheckpointError as error:
             raise CheckpointError(
                 f"--init {self.path}: {error}. A warm start needs the model of that run: leave out "

@@ -5,7 +5,6 @@ order; a plan that raises, dies or hangs is a result too. ``to_markdown`` makes 
 """
 
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,13 +103,14 @@ def run_reference(setup: VerifySetup) -> TrainingTrace:
         torch.set_num_threads(threads)
 
 
-def compare_plans(setup: VerifySetup, *, plans: Sequence[ParallelConfig]) -> Iterator[PlanResult]:
+def compare_plans(
+    setup: VerifySetup, *, plans: Sequence[ParallelConfig], reference: TrainingTrace
+) -> Iterator[PlanResult]:
     """Yield the result of each plan, in the order of their numbers of ranks.
 
-    The plans of one number of ranks share a fork of this process, whose memory must hold no CUDA
-    context.
+    ``reference`` is that of ``run_reference``. The plans of one number of ranks share a fork of
+    this process, whose memory must hold no CUDA context.
     """
-    reference = run_reference(setup)
 
     def record_on_rank(parallel: ParallelConfig) -> TrainingTrace | None:
         trace = _record(setup, parallel)
@@ -129,17 +129,14 @@ def compare_plans(setup: VerifySetup, *, plans: Sequence[ParallelConfig]) -> Ite
             yield _plan_result(parallel, outcome, reference=reference, tolerances=setup.tolerances)
 
 
-def time_of_plans(setup: VerifySetup, *, plans: Sequence[ParallelConfig]) -> float:
-    """Return about how many seconds ``compare_plans`` will take: a few steps are timed first.
+def time_of_plans(plans: Sequence[ParallelConfig], *, reference_s: float) -> float:
+    """Return about how many seconds ``compare_plans`` takes, given those of the reference.
 
     Ranks share the cores of this machine, and each plan starts its groups anew.
     """
-    started = time.monotonic()
-    run_reference(setup)
-    each = time.monotonic() - started
     cores = os.cpu_count() or 1
     ranks = [parallel.plan.world_size for parallel in plans]
-    return sum(each * max(1.0, n / cores) + START_S * n / cores for n in ranks)
+    return sum(reference_s * max(1.0, n / cores) + START_S * n / cores for n in ranks)
 
 
 def time_left(plans: Sequence[ParallelConfig], *, done: int, seconds: float) -> float:

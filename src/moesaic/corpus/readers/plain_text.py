@@ -16,9 +16,8 @@ from moesaic.corpus.readers.compressed import name_without_compression, open_byt
 
 SNIFFED_BYTES = 1 << 16
 """How many bytes of a beginning formats are recognised by."""
-_SNIFFED_OF_CORPUS = (
-    1 << 12
-)  # a long text may have a time stamp or a line of a catalogue further on
+# a long text may have a time stamp or a line of a catalogue further on
+_SNIFFED_OF_CORPUS = 1 << 12
 
 
 def _begins(*starts: bytes) -> Callable[[bytes], bool]:
@@ -42,8 +41,7 @@ def _is_json(head: bytes) -> bool:
         return False
 
 
-def _never(head: bytes) -> bool:  # noqa: ARG001
-    return False
+_SUFFIX_ALONE = _begins()  # with nothing, so never
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class RefusedFormat:
 
     name: str
     suffixes: tuple[str, ...]
-    recognises: Callable[[bytes], bool] = _never
+    recognises: Callable[[bytes], bool] = _SUFFIX_ALONE
 
 
 _XML = _matches(rb"\A<(?:\?xml\b|!DOCTYPE\b|!--)")
@@ -94,20 +92,8 @@ REFUSED_FORMATS = (
         "a resource file of a program",
         (
             *(".properties", ".strings", ".ftl", ".ini", ".cfg", ".toml", ".yaml", ".yml", ".rc"),
-            *(
-                ".php",
-                ".js",
-                ".mjs",
-                ".tsx",
-                ".jsx",
-                ".py",
-                ".rb",
-                ".java",
-                ".kt",
-                ".swift",
-                ".desktop",
-            ),
-            *(".qph", ".lang", ".csv", ".tsv", ".sql"),
+            *(".php", ".js", ".mjs", ".tsx", ".jsx", ".py", ".rb", ".java", ".kt", ".swift"),
+            *(".desktop", ".qph", ".lang", ".csv", ".tsv", ".sql"),
         ),
     ),
     RefusedFormat(
