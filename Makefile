@@ -77,12 +77,11 @@ $(DOCS): $(DEV)
 	@tools/setup.sh docs
 	@touch $@
 
-docs: reference $(DOCS)  ## write the guide and the API reference as a site: site/index.html
+docs: $(DOCS)  ## write the guide and the API reference as a site: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo 'site/index.html'
 
-reference: $(DEV)  ## write the reference pages and refresh the measured table in CONTRIBUTING.md
-	$(BIN)/python tools/reference.py
+reference: $(DEV)  ## write docs/family.md and the measured table in CONTRIBUTING.md
 	$(BIN)/python tools/family.py
 	$(BIN)/python tools/house.py --write-contributing
 
