@@ -33,7 +33,7 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.monitor.metric_writers import JsonlWriter
 from moesaic.monitor.progress_display import RunStatus
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.testing.tiny_models import change_text, synthetic_run, text_of

@@ -16,7 +16,7 @@ from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 LINES = ["Open the file", "", "Save\u2028all", "Close\x0call\x85now", "Yes\r", "\u200b"]

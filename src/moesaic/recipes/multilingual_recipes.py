@@ -15,7 +15,7 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import SwitchTop1, TopK
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm, RMSNorm
 from moesaic.optim.lr_schedule import WSD, LinearDecay

@@ -8,7 +8,7 @@ from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import TopK
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.optim.lr_schedule import WSD

@@ -14,7 +14,7 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.expert_selection import SwitchTop1
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.lr_schedule import WSD
 from moesaic.train.corpus_source import BuiltCorpus, CorpusFolder
