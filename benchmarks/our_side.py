@@ -20,7 +20,7 @@ from moesaic.data.batch import (
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import Sinusoidal

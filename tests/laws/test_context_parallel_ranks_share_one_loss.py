@@ -21,7 +21,7 @@ from moesaic.moe.expert_capacity import Capacity, RandomPriority
 from moesaic.moe.expert_selection import TopK
 from moesaic.moe.router_gate import HiddenStateAndTag
 from moesaic.moe.shared_experts import GatedSharedExperts
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parallelize import parallelize

@@ -15,7 +15,7 @@ from moesaic.model.presets import PRESETS, preset
 from moesaic.model.training_memory import activation_bytes, estimate_training_memory
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import GELU, FeedForwardConfig, SquaredReLU
 
 ROWS, SOURCE, TARGET = 6, 12, 10

@@ -20,7 +20,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import Top2
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.positional_encoding import LearnedPositions
 from moesaic.serve import open_run
