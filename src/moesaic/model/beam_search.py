@@ -170,8 +170,8 @@ class _BeamState:
         best = self._best_continuations(logits)
         ends = best.token == self.inputs.eos
         # only an end among a source's k best candidates finishes a hypothesis
-        for group, column in np.argwhere(ends[:, :k] & np.isfinite(best.log_prob[:, :k])):
-            beam, log_prob = best.beam[group, column], float(best.log_prob[group, column])
+        for group, column in np.argwhere(ends[:, :k] & np.isfinite(best.log_prob[:, :k])).tolist():
+            beam, log_prob = int(best.beam[group, column]), float(best.log_prob[group, column])
             self._add_hypothesis(group, beam, log_prob, finished=True)
         self._keep_where_no_token_is_left(best.log_prob)
         best = best.without(ends).first(k)
@@ -183,7 +183,7 @@ class _BeamState:
 
     def _best_continuations(self, logits: Float[Tensor, "R V"]) -> "_Candidates":
         """Return the best 2 k continuations of each source, from the best 2 k of each row."""
-        (groups, width), count = self.log_prob.shape, 2 * self.config.size
+        groups, count = len(self.sources), 2 * self.config.size
         token_log_prob = self._token_log_prob(logits)
         top = largest_of_rows(token_log_prob, count=count)
         total = top.values + self._on_device(self.log_prob).reshape(-1, 1)
@@ -220,7 +220,8 @@ class _BeamState:
 
     def _keep_where_no_token_is_left(self, log_prob: Array) -> None:
         """Keep the present hypotheses of a source none of which can be extended or finished."""
-        for group in (~np.isfinite(log_prob).any(1)).nonzero()[0]:
+        dead = ~np.isfinite(log_prob).any(axis=1)
+        for (group,) in np.argwhere(dead).tolist():
             if not self.finished[self.sources[group]]:
                 self._keep_unfinished(group)
 

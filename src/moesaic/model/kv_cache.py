@@ -5,8 +5,6 @@ Letters: B hypotheses, S source length, n new tokens.
 
 from dataclasses import dataclass
 
-import torch
-
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.packing import Packing
