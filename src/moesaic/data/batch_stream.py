@@ -18,6 +18,7 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
 from moesaic.data.mixture import Mixture, SampleDraws
 from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
@@ -248,7 +249,11 @@ class BatchStream:
         edges = np.searchsorted(task, np.arange(len(self.mixture.tasks) + 1))
         source = Ragged.concatenate(
             [
-                task_.corrupt_source(texts.slice(start, stop), key=key[start:stop])
+                task_.corrupt_source(
+                    texts.slice(start, stop),
+                    key=key[start:stop],
+                    vocabulary=self._tokenizer.vocabulary,
+                )
                 for task_, start, stop in zip(
                     self.mixture.tasks, edges[:-1].tolist(), edges[1:].tolist(), strict=True
                 )
@@ -261,21 +266,24 @@ class BatchStream:
             task=task,
             source_language=labels.source_language[stream],
             target_language=labels.target_language[stream],
-            source_language_token=labels.source_language_token[stream],
-            target_language_token=labels.target_language_token[stream],
+            tokens={name: tokens[stream] for name, tokens in labels.tokens.items()},
             key=key,
         )
         empty = RowLengths(window.lengths.source[global_rows], window.lengths.target[global_rows])
-        return self.config.collator.collate(samples, empty=empty)
+        vocabulary = self._tokenizer.vocabulary
+        return self.config.collator.collate(samples, vocabulary=vocabulary, empty=empty)
 
     def _labels(self, streams: Sequence[TaskStream], task_of: IntArray) -> "_StreamLabels":
         index = {code: i for i, code in enumerate(self._tokenizer.languages)}
-        token_id = self._tokenizer.language_token_id
         ends = [(s.source_language, s.target_language) for s in streams]
-        columns = np.array(
-            [(index[s], index[t], token_id(s), token_id(t)) for s, t in ends], dtype=np.int64
-        ).reshape(-1, 4)
-        return _StreamLabels(task_of, *columns.T)
+        columns = np.array([(index[s], index[t]) for s, t in ends], dtype=np.int64).reshape(-1, 2)
+        names, tag = self.config.collator.frame.names, self._tokenizer.vocabulary.tag
+        tokens = {
+            name: np.array([tag(pair[side]) for pair in ends], dtype=np.int64)
+            for side, name in enumerate((SOURCE_TAG, TARGET_TAG))
+            if name in names
+        }
+        return _StreamLabels(task_of, columns[:, 0], columns[:, 1], tokens)
 
     def _nothing_fits_message(self, draws: int) -> str:
         return (
@@ -286,13 +294,12 @@ class BatchStream:
 
 @dataclass(frozen=True, slots=True)
 class _StreamLabels:
-    """Task and languages of each stream [M]."""
+    """Task, languages and special tokens of each stream [M]."""
 
     task: IntArray
     source_language: IntArray
     target_language: IntArray
-    source_language_token: IntArray
-    target_language_token: IntArray
+    tokens: dict[str, IntArray]
 
 
 def _text_ids(draws: SampleDraws, streams: Sequence[TaskStream]) -> tuple[IntArray, IntArray]:

@@ -174,7 +174,7 @@ class Transformer(nn.Module):
         ids, packing = tokens.values, packing_of(tokens)
         position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache.reserve(int(position.max()) + 1)
-        cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
+        cache.tag = torch.where(cache.length == 0, tokens.tags, cache.tag)
         stack_tokens = StackTokens(
             "decoder",
             ids.flatten()[packing.index],
@@ -271,8 +271,7 @@ class Transformer(nn.Module):
     ) -> StackTokens:
         packing = self.sequence_sharding(packing_of(rows))
         packed = rows.values.flatten()[packing.index]
-        tag = torch.where(rows.lengths > 0, rows.values[:, 0], 0)  # padding may be any number
-        return StackTokens(stack, packed, packing, packing.position, tag, row_key)
+        return StackTokens(stack, packed, packing, packing.position, rows.tags, row_key)
 
 
 def packing_of(rows: InputRows) -> Packing:
