@@ -298,8 +298,8 @@ def language_monopoly(interval: LayerInterval) -> _Diagnosis | None:
         f"{of_expert[expert, language]:.0%} of the expert's load, "
         f"{usage.load[expert] / usage.mean_load:.1f} times the mean",
         cause="the router depends on the language tag alone, and the language is frequent",
-        advice=f"a higher data.mixture.temperature, or {_balance_advice(interval.settings)}; no fault "
-        "if intended",
+        advice=f"a higher data.mixture.temperature, or {_balance_advice(interval.settings)}; no "
+        "fault if intended",
     )
 
 
