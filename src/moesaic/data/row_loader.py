@@ -10,13 +10,14 @@ Letters: N draws, G groups, B rows of a batch.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
+from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.core.file_reader import MIB, FileKind, FileShape, parse_shape
 from moesaic.data.batch import Batch
@@ -83,6 +84,18 @@ class RowDataset(ABC):
     @abstractmethod
     def make_batch(self, draws: RowDraws, *, split: str) -> Batch:
         """Return the batch of these draws (perhaps none), in their order."""
+
+
+class RowSource(Choice):
+    """Family: what rows are made of. ``positions`` is the length of the longest row."""
+
+    @property
+    def positions(self) -> int:
+        raise NotImplementedError
+
+    def open(self, notify: Callable[[str], None]) -> RowDataset:
+        """Return the data set; it may be downloaded first, which ``notify`` is told."""
+        raise NotImplementedError
 
 
 class RowLoader:
