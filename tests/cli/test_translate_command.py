@@ -36,7 +36,7 @@ def run(tmp_path_factory):
         feed_forward=FeedForwardConfig(hidden=8),
     )
     loader = {"max_source": 16, "max_target": 8}
-    run.config.write_text(yaml.safe_dump({"model": config.to_dict(), "loader": loader}))
+    run.config.write_text(yaml.safe_dump({"model": config.to_dict(), "data": {"loader": loader}}))
     write_tensors(run.model, tensors=export_weights(Transformer(config)))
     train_tokenizer(
         {"eng_Latn": ["Open the file", "Save all now", "Yes"]},

@@ -62,6 +62,10 @@ class SyntheticBatches(ABC):
         """Yield one batch that training does not use."""
         yield self._read_shard(0)
 
+    def final_notes(self) -> list[str]:
+        """Return no notes: no row is left out."""
+        return []
+
     def close(self) -> None:  # noqa: B027 - for subclasses that open a file
         """Do nothing: there is no file to close."""
 
