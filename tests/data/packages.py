@@ -35,6 +35,8 @@ def _table(layout: str, columns: tuple[str, ...]) -> str:
     values = np.arange(30)[:, None] + np.arange(len(columns))
     rows = [[str(value) for value in row] for row in values]
     rows[4][-1] = ""  # a missing point
+    if layout == "columns":
+        columns, rows = ("number", *columns), [["0", *row] for row in rows]
     if layout == "groups":
         rows = [[f"group {i % 2}", *row[1:]] for i, row in enumerate(rows)]
     return "\n".join(",".join(row) for row in [list(columns), *rows])

@@ -161,6 +161,10 @@ class RowLoader:
         """Rows drawn so far, by all replicas."""
         return self._first
 
+    def final_notes(self) -> list[str]:
+        """Return the sentences to print when training ends: none."""
+        return []
+
     def close(self) -> None:
         """End the thread. The next batch starts another: no batch is lost."""
         iterator, self._iterator = self._iterator, None
