@@ -9,7 +9,7 @@ import numpy as np
 from moesaic.data.series import PACKAGED_FILES
 
 METADATA = "Metadata-Version: 2.1\nName: x\nVersion: 1\nLicense-Expression: BSD-3-Clause\n\n"
-MONTHS = "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC".split()
+MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
 
 
 def write_packages(home: Path) -> None:

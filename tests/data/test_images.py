@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from packages import write_packages
 
 from moesaic.core.errors import DataError
-from moesaic.data.images import ImagePatches, PackagedDigits, SyntheticBars, cut_patches, join_patches
+from moesaic.data.images import (
+    ImagePatches,
+    PackagedDigits,
+    SyntheticBars,
+    cut_patches,
+    join_patches,
+)
 from moesaic.data.row_loader import RowLoader
-from packages import write_packages
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
@@ -33,7 +39,8 @@ def test_digits_are_read_from_the_package_and_scaled(tmp_path, monkeypatch):
     monkeypatch.setenv("MOESAIC_HOME", str(tmp_path))
     write_packages(tmp_path)
     images, classes = PackagedDigits().read(print)
-    assert images.shape == (40, 8, 8) and classes.tolist() == [*range(10)] * 4
+    assert images.shape == (40, 8, 8)
+    assert classes.tolist() == [*range(10)] * 4
     assert (images.min(), images.max()) == (-1, 1)
 
 

@@ -19,7 +19,8 @@ def test_every_text_is_in_two_pairs_and_never_with_itself():
     shards = cases.shards()
     (stream,) = Preferences(number=1).streams(shards, languages=("eng_Latn",), split="train")
     better, worse = stream.rows.text_ids(np.arange(stream.size))
-    assert stream.size == 300 and (better != worse).all()
+    assert stream.size == 300
+    assert (better != worse).all()
     assert set(np.bincount(np.concatenate([better, worse]) - min(better.min(), worse.min()))) == {2}
 
 
@@ -31,7 +32,8 @@ def test_training_pairs_are_reversed_as_often_as_the_noise_says(noise):
 
 def test_held_out_pairs_are_in_the_order_of_the_gold_reward():
     better, worse, _ = _gold_of_pairs(Preferences(number=1, noise=0.4), "valid")
-    assert len(better) and (better >= worse).all()
+    assert len(better)
+    assert (better >= worse).all()
 
 
 def test_two_tasks_prefer_different_texts():
@@ -41,7 +43,10 @@ def test_two_tasks_prefer_different_texts():
 
 
 def test_a_text_has_the_same_gold_reward_alone_and_among_others():
-    task, rows = Preferences(number=2), [np.array([5, 9, 9]), np.array([7]), np.array([], dtype=int)]
+    task, rows = (
+        Preferences(number=2),
+        [np.array([5, 9, 9]), np.array([7]), np.array([], dtype=int)],
+    )
     together = task.gold_reward(
         Ragged(np.concatenate(rows).astype(np.int64), np.array([len(r) for r in rows]))
     )

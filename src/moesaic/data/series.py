@@ -127,7 +127,9 @@ PACKAGED_FILES = (
     SeriesFile(_STATSMODELS, f"{_STATS_DATA}/macrodata/macrodata.csv", "economy", _ACCOUNTS),
     SeriesFile(_BOKEH, f"{_BOKEH_DATA}/unemployment1948.csv", "economy", layout="months"),
     SeriesFile(_STATSMODELS, f"{_STATS_DATA}/co2/co2.csv", "earth and sun", ("co2",)),
-    SeriesFile(_STATSMODELS, f"{_STATS_DATA}/sunspots/sunspots.csv", "earth and sun", ("SUNACTIVITY",)),
+    SeriesFile(
+        _STATSMODELS, f"{_STATS_DATA}/sunspots/sunspots.csv", "earth and sun", ("SUNACTIVITY",)
+    ),
 )
 
 

@@ -12,9 +12,9 @@ from moesaic.core.shapes import Float, Tensor
 
 
 def recall_at_1(queries: Float[Tensor, "N D"], *, candidates: Float[Tensor, "N D"]) -> float:
-    """Return the share of queries whose own candidate, that of the same row, has the highest cosine.
+    """Return the share of queries whose own candidate has the highest cosine of all.
 
-    A tie with another candidate counts as a miss.
+    The own candidate is that of the same row. A tie with another candidate counts as a miss.
     """
     if not len(queries):
         raise ValueError("found no queries, expected one or more")

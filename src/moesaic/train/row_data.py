@@ -1,4 +1,4 @@
-"""Row data: training data of rows that are computed from their numbers, such as series or images."""
+"""Row data: training data of rows that are computed from their numbers (series, images)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
