@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.data.batch import Batch
+from moesaic.data.batch import Batch, InputRows
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld
@@ -48,7 +48,7 @@ MODELS = {
     "decoder": _model(CAPPED).replace(encoder=Stack(layers=0)),
     "decoupled": _model(CAPPED.replace(cross_layer=DecoupledRouting(dim=8, heads=4))),
     "attention experts": _model(CAPPED.replace(router_input=HiddenStateAndTag())).replace(
-        attention_experts=MixtureOfAttention()
+        mixers={"attention": MixtureOfAttention()}
     ),
 }
 PLANS = {
@@ -80,7 +80,7 @@ class Outcome:
 def _batch(case: tuple[str, str]) -> Batch:
     rows, length = ROWS[case[1]]
     batch = random_batch(rows, seed=3, length=length)
-    return replace(batch, source=batch.source[:, :0]) if case[0] == "decoder" else batch
+    return replace(batch, source=InputRows.empty(rows)) if case[0] == "decoder" else batch
 
 
 def _build(case: tuple[str, str]) -> Transformer:

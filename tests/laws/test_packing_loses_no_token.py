@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pipeline_cases as cases
-from moesaic.data.batch import PAD
+from moesaic.data.batch import IGNORE_LABEL
 from moesaic.data.document_packing import Concatenated, Separated
 from moesaic.data.tokenizer import EOS
 
@@ -28,7 +28,8 @@ def test_every_token_is_predicted_once_in_an_epoch(packing, window):
     for _ in range(2):
         found: Counter[int] = Counter()
         while found.total() < expected.total():
-            found.update(t for t in next(stream).target_out.flatten().tolist() if t != PAD)
+            labels = next(stream).labels
+            found.update(labels[labels != IGNORE_LABEL].tolist())
         assert found == expected
     assert stream.num_draws == 2 * len(texts)
     assert not stream.skipped
@@ -38,7 +39,7 @@ def test_a_row_of_concatenated_documents_has_the_begin_token_after_each_end():
     mixture = cases.packed(Concatenated(), languages=(GREEK,))
     batch = next(cases.loader(config=cases.PACKED, mixture=mixture))
     tag = cases.tokenizer().language_token_id(GREEK)
-    inputs, labels = batch.target_in[:, 1:], batch.target_out[:, :-1]
-    real = batch.target_out[:, 1:] != PAD
+    inputs, labels = batch.target.values[:, 1:], batch.labels[:, :-1]
+    real = batch.labels[:, 1:] != IGNORE_LABEL
     assert (inputs[real & (labels == EOS)] == tag).all()
     assert (inputs[real & (labels != EOS)] == labels[real & (labels != EOS)]).all()

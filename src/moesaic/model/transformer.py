@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.data.batch import PAD, Batch
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.data.batch import IGNORE_LABEL, Batch, InputRows
 from moesaic.model.block import (
     BlockState,
     DecoderBlock,
@@ -31,11 +31,12 @@ from moesaic.model.weights import initialize_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.initial_weights import parameter_kinds
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_gate import RouterDecodeState, RouterShape, SharedRouter, StackInput
-from moesaic.nn.attention_backend import KeyValue
+from moesaic.moe.router_gate import RouterShape, SharedRouter, StackInput
+from moesaic.nn.decode_state import DecodeState, newest_positions
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.initializer import deferred_initialization
 from moesaic.nn.packing import Packing
+from moesaic.nn.sequence_mixer import MixerContext
 from moesaic.ops.cross_entropy import TokenLoss
 from moesaic.optim.optimizer import ParameterKind
 
@@ -61,7 +62,9 @@ class ModelOutput:
 class StackTokens:
     """The tokens that a stack (``encoder`` or ``decoder``) embeds, on whichever rank each is.
 
-    ``tag`` is the first token of each row, ``row_key`` the key of the row's random numbers.
+    ``tag`` is the first token of each row, ``row_key`` the key of the row's random numbers. In
+    decoding ``start`` is the number of tokens before these in each row, and ``routing`` the decode
+    state of a shared router.
     """
 
     stack: str
@@ -70,7 +73,8 @@ class StackTokens:
     position: Int[Tensor, "T"]
     tag: Int[Tensor, "B"]
     row_key: Int[Tensor, "B"]
-    decode_state: RouterDecodeState | None = None
+    start: Int[Tensor, "B"] | None = None
+    routing: DecodeState | None = None
 
 
 def no_sequence_sharding(packing: Packing) -> Packing:
@@ -130,9 +134,9 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         """Return the output of a pass, given what the last decoder block returned."""
         x, local = state.x, packing.local_tokens
-        label, row = batch.target_out.flatten()[packing.index[local]], packing.row[local]
+        label, row = batch.labels.flatten()[packing.index[local]], packing.row[local]
         if batch.num_predicted < packing.num_tokens:
-            predicted = (label != PAD).nonzero()[:, 0]
+            predicted = (label != IGNORE_LABEL).nonzero()[:, 0]
             x, label, row = x.index_select(0, predicted), label[predicted], row[predicted]
         return ModelOutput(self.decoder_norm(x), label, row, encoder_records + state.records)
 
@@ -148,75 +152,66 @@ class Transformer(nn.Module):
         """Parameter name -> embedding, norm, bias, matrix, expert or router."""
         return parameter_kinds(self)
 
-    def encode(self, source: Int[Tensor, "B S"]) -> EncoderOutput | None:
+    def encode(self, source: InputRows) -> EncoderOutput | None:
         """Run the encoder on a batch of sources for ``init_cache``; None if there is no encoder."""
-        return self._encode(source, row_key=source.new_zeros(source.shape[0]))[0]
+        return self._encode(source, row_key=torch.zeros_like(source.lengths))[0]
 
     def init_cache(self, encoder_output: EncoderOutput | None, rows: Int[Tensor, "R"]) -> KVCache:
         """Return an empty cache for decoding: hypothesis i reads the source ``rows[i]``."""
-        config, shared = self.config, self.decoder_routing
+        shared = self.decoder_routing
         like = encoder_output.states if encoder_output else self.embedding.weight
-        kv_heads = config.self_attention.num_kv_heads()
-        empty = like.new_zeros(rows.numel(), kv_heads, 0, config.head_dim)
+        count = rows.numel()
         source = [block.project_source(encoder_output) for block in self._decoder_blocks]
         mask = encoder_output.packing.key_mask if encoder_output else None
         return KVCache(
-            self_attention=[KeyValue(empty, empty) for _ in self.decoder],
+            mixers=[block.init_states(count, like=like) for block in self._decoder_blocks],
             cross_attention=[layer.select(rows) if layer else None for layer in source],
             mask=None if mask is None else mask.index_select(0, rows),
             length=torch.zeros_like(rows),
             tag=torch.zeros_like(rows),
-            routing=shared.empty_cache(rows.numel()) if shared else None,
+            routing=shared.init_state(count) if shared else None,
         )
 
-    def step(self, ids: Int[Tensor, "B n"], cache: KVCache) -> Float[Tensor, "B V"]:
-        """Append tokens to each row (``PAD`` on the right: fewer) and return its next logits."""
-        packing = Packing.from_mask(ids != PAD)
-        position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
+    def step(self, tokens: InputRows, cache: KVCache) -> Float[Tensor, "B V"]:
+        """Append tokens to each row (at least one) and return its next logits."""
+        ids, packing = tokens.values, packing_of(tokens)
+        position = newest_positions(cache.length, ids.shape[1])
         cache.reserve(int(position.max()) + 1)
         cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
-        tokens = StackTokens(
+        stack_tokens = StackTokens(
             "decoder",
             ids.flatten()[packing.index],
             packing,
             position.flatten()[packing.index],
             cache.tag,
             torch.zeros_like(cache.tag),
-            RouterDecodeState(position, cache.routing),
+            start=cache.length,
+            routing=cache.routing,
         )
-        context = self.forward_context(tokens)
-        state = self.embed(tokens, context=context)
-        for block, layer_cache, source in zip(
-            self._decoder_blocks, cache.self_attention, cache.cross_attention, strict=True
+        context = self.forward_context(stack_tokens)
+        state = self.embed(stack_tokens, context=context)
+        for block, states, source in zip(
+            self._decoder_blocks, cache.mixers, cache.cross_attention, strict=True
         ):
             state = block.step(
-                state,
-                context=context,
-                cache=layer_cache,
-                position=position,
-                source=source,
-                mask=cache.mask,
+                state, context=context, states=states, source=source, mask=cache.mask
             )
-        count = (ids != PAD).sum(1)
-        cache.length = cache.length + count
-        return self.logits(self.decoder_norm(state.x[count.cumsum(0) - 1]))
+        cache.length = cache.length + tokens.lengths
+        return self.logits(self.decoder_norm(state.x[tokens.lengths.cumsum(0) - 1]))
 
-    def encoder_tokens(
-        self, source: Int[Tensor, "B S"], *, row_key: Int[Tensor, "B"]
-    ) -> StackTokens:
+    def encoder_tokens(self, source: InputRows, *, row_key: Int[Tensor, "B"]) -> StackTokens:
         """Return the tokens that the encoder reads."""
-        return self._stack_tokens("encoder", source, real=source != PAD, row_key=row_key)
+        return self._stack_tokens("encoder", source, row_key=row_key)
 
     def decoder_tokens(self, batch: Batch) -> StackTokens:
-        """Return the tokens that the decoder reads: all that are given or predicted."""
-        real = (batch.target_in != PAD) | (batch.target_out != PAD)
-        return self._stack_tokens("decoder", batch.target_in, real=real, row_key=batch.key)
+        """Return the tokens that the decoder reads."""
+        return self._stack_tokens("decoder", batch.target, row_key=batch.key)
 
     def forward_context(self, tokens: StackTokens) -> ForwardContext:
         """Return what every block of the stack needs beside the states of these tokens."""
         packing, local = tokens.packing, tokens.packing.local_tokens
         row = packing.row[local]
-        moe = self.config.moe_of_stack(self._stack_config(tokens.stack))
+        moe = self.config.moe_of_stack(self.config.stack_of(tokens.stack))
         source = moe.router_input.embedding_source if isinstance(moe, MoE) else "nothing"
         embedded = self.embedding(tokens.ids, packing=packing) if source == "token" else None
         prompt = self.embedding.embed_replicated(tokens.tag)[row] if source == "tag" else None
@@ -229,8 +224,9 @@ class Transformer(nn.Module):
             token_embedding=embedded,
             tag_embedding=prompt,
         )
-        rotation = self.position.rotation(tokens.position[packing.gathered_tokens])
-        return ForwardContext(packing, rotation, routing_context)
+        gathered, causal = tokens.position[packing.gathered_tokens], tokens.stack == "decoder"
+        mixing = MixerContext(packing, gathered, causal=causal, start=tokens.start)
+        return ForwardContext(mixing, routing_context)
 
     def embed(self, tokens: StackTokens, *, context: ForwardContext) -> BlockState:
         """Return the input of a stack's first block: embeddings with positions and dropout."""
@@ -243,8 +239,7 @@ class Transformer(nn.Module):
         shared = self.shared_router(tokens.stack)
         if shared is None:
             return BlockState(x, RouterState())
-        position = tokens.position[packing.gathered_tokens]
-        stack_input = StackInput(packing, position, tokens.decode_state)
+        stack_input = StackInput(context.mixing, tokens.routing)
         return BlockState(x, shared.initial_state(x, stack_input=stack_input))
 
     def shared_router(self, stack: str) -> SharedRouter | None:
@@ -256,7 +251,7 @@ class Transformer(nn.Module):
         return cast("Iterable[DecoderBlock]", self.decoder)
 
     def _encode(
-        self, source: Int[Tensor, "B S"], *, row_key: Int[Tensor, "B"]
+        self, source: InputRows, *, row_key: Int[Tensor, "B"]
     ) -> tuple[EncoderOutput | None, Records]:
         if not self.encoder:
             return None, ()
@@ -267,20 +262,18 @@ class Transformer(nn.Module):
             state = self.run_block(block, state, context=context)
         return EncoderOutput(self.encoder_norm(state.x), tokens.packing), state.records
 
-    def _stack_config(self, stack: str) -> Stack:
-        return self.config.encoder if stack == "encoder" else self.config.decoder
-
     def _stack_tokens(
-        self,
-        stack: str,
-        ids: Int[Tensor, "B S"],
-        *,
-        real: Bool[Tensor, "B S"],
-        row_key: Int[Tensor, "B"],
+        self, stack: str, rows: InputRows, *, row_key: Int[Tensor, "B"]
     ) -> StackTokens:
-        packing = self.sequence_sharding(Packing.from_mask(real))
-        packed = ids.flatten()[packing.index]
-        return StackTokens(stack, packed, packing, packing.position, ids[:, 0], row_key)
+        packing = self.sequence_sharding(packing_of(rows))
+        packed = rows.values.flatten()[packing.index]
+        tag = torch.where(rows.lengths > 0, rows.values[:, 0], 0)  # padding may be any number
+        return StackTokens(stack, packed, packing, packing.position, tag, row_key)
+
+
+def packing_of(rows: InputRows) -> Packing:
+    """Return where the real entries of the rows are."""
+    return Packing.from_lengths(rows.lengths, length=rows.width)
 
 
 def _shared_router(config: ModelConfig, *, stack: Stack, causal: bool) -> SharedRouter | None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import IGNORE_LABEL, Batch
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
@@ -56,8 +56,9 @@ def tiny_model_config(*, moe: SparseLayer = BALANCED_TOP1, layers: int = 1) -> M
 def random_batch(rows: int, *, seed: int, length: int = 9) -> Batch:
     """Return rows of random lengths (at least 2), tasks and languages."""
     batch = uneven_batch(SyntheticShape(length=length), rows=rows, seed=seed)
-    labels = batch.target_in.roll(-1, dims=1).where(batch.target_in != PAD, PAD)
-    return replace(batch, target_out=labels)
+    real = batch.target.real
+    labels = batch.target.values.roll(-1, dims=1)
+    return replace(batch, labels=labels.where(real & real.roll(-1, dims=1), IGNORE_LABEL))
 
 
 class TinyStream(SyntheticBatches):
