@@ -86,6 +86,10 @@ class SampleDraws:
     def __len__(self) -> int:
         return self.number.shape[0]
 
+    def first(self, count: int) -> "SampleDraws":
+        """Return the first draws."""
+        return SampleDraws(self.number[:count], self.stream[:count], self.row[:count])
+
 
 @dataclass(frozen=True, slots=True)
 class StreamFrequency:
