@@ -5,6 +5,7 @@ import torch
 
 from mixer_cases import MIXERS
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.sequence_mixer import MixerContext, MixerShape, Parallel
@@ -14,7 +15,9 @@ SHAPE = MixerShape(
 )
 MEMBERS = MIXERS | {"all_in_parallel": Parallel(mixers=tuple(MIXERS.values()))}
 LENGTHS = torch.tensor([7, 4, 6])
-STEPS = torch.tensor([[3, 1, 2], [1, 1, 0], [1, 0, 2], [1, 1, 1], [1, 1, 1]])  # newest of each row
+STEPS = ((3, 1, 2), (1, 1, 0), (1, 0, 2), (1, 2, 1), (1, 0, 1))  # newest tokens of each row
+# after a step: (which rows continue, of which sources); each row is then one of two of its source
+KEPT = {1: ([0, 0, 1, 1, 2, 2], None), 3: ([4, 5, 1, 1], [2, 0])}
 
 
 def _module(name):
@@ -25,37 +28,30 @@ def _module(name):
     return module
 
 
-def _rows_of(packing, y, row):
-    return y[packing.row == row]
-
-
 @pytest.mark.parametrize("name", MEMBERS)
 @torch.no_grad()
 def test_a_mixer_in_steps_equals_one_pass(name):
-    module, width = _module(name), int(LENGTHS.max())
-    packing = Packing.from_lengths(LENGTHS, length=width)
+    module, packing = _module(name), Packing.from_lengths(LENGTHS, length=int(LENGTHS.max()))
     x = torch.randn(packing.num_tokens, SHAPE.dim)
     whole = module(x, context=MixerContext.of_rows(packing, causal=True))
-    state, start = module.init_state(3, like=x), torch.zeros(3, dtype=torch.long)
-    found = [[] for _ in LENGTHS]
+    given, wanted = (packing.pad(y) for y in (x, whole))
+    row, start = torch.arange(3), torch.zeros(3, dtype=torch.long)  # of each row that is decoded
+    state, slots = module.init_state(3, like=x), DecodeSlots.empty(3, device=x.device)
     for step, newest in enumerate(STEPS):
-        now = Packing.from_lengths(newest, length=int(newest.max()))
+        count = torch.tensor(newest)[row]
+        now = Packing.from_lengths(count, length=int(count.max()))
         place = start[now.row] + now.position
-        given = torch.cat(
-            [_rows_of(packing, x, r)[start[r] : start[r] + newest[r]] for r in range(3)]
-        )
-        state.reserve(int((start + now.length).max()))
-        context = MixerContext(now, place, causal=True, start=start)
-        out = module(given, context=context, state=state)
-        for row in range(3):
-            found[row].append(_rows_of(now, out, row))
-        start = start + newest
-        if step == 2:  # a search continues some rows twice, in another order
-            state = state.select(torch.tensor([0, 1, 2, 1])).select(torch.tensor([0, 3, 2]))
-    assert torch.equal(start, LENGTHS)
-    for row, parts in enumerate(found):
-        want = _rows_of(packing, whole, row)
-        torch.testing.assert_close(torch.cat(parts), want, rtol=1e-4, atol=1e-5)
+        slots.append(start, now)
+        context = MixerContext(now, place, causal=True, slots=slots)
+        out = module(given[row[now.row], place], context=context, state=state)
+        torch.testing.assert_close(out, wanted[row[now.row], place], rtol=1e-4, atol=1e-5)
+        start = start + count
+        if step in KEPT:
+            rows, sources = (None if k is None else torch.tensor(k) for k in KEPT[step])
+            state = state.select(rows, sources)
+            slots.select(rows, sources)
+            row, start = row[rows], start[rows]
+    assert torch.equal(start, LENGTHS[row])
 
 
 @pytest.mark.parametrize("name", MEMBERS)
