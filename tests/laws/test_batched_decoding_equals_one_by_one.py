@@ -1,5 +1,7 @@
 """Law: the output of a source does not depend on the other sources of the batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,12 +9,14 @@ from model.samples import BASE, RULES, VARIANTS, ids, question
 from moesaic.data.batch import InputRows
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.generate import generate
+from moesaic.model.sampling import Sample
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
 
 SEARCHES = {
     "greedy": Greedy(),
+    "sample": Sample(temperature=1.5, top_p=0.9, seed=2),
     "beam": Beam(size=3, n_best=3),
     "beam-long": Beam(size=4, length_penalty=2.0, early_stopping="never", no_repeat_ngram_size=2),
 }
@@ -33,7 +37,8 @@ def test_batched_decoding_equals_one_by_one(name, search):
         one = slice(row, row + 1)
         words = InputRows.full(source.values[one, :length])
         asked = question(model, words, tag=tag[one])
-        (alone,) = generate(model, **asked, max_tokens=LIMITS[one], **settings)
+        rules = replace(RULES, row_key=torch.tensor([row]))
+        (alone,) = generate(model, **asked, max_tokens=LIMITS[one], **settings | {"rules": rules})
         assert [h.ids for h in alone] == [h.ids for h in together[row]]
         for here, there in zip(alone, together[row], strict=True):
             assert here.score == pytest.approx(there.score, abs=1e-4)

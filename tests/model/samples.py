@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from mixer_cases import MIXERS, alone, hybrid
 from moesaic.data.batch import (
     IGNORE_LABEL,
     SOURCE_LANGUAGE,
@@ -149,15 +150,15 @@ LAYER_PARTS = {  # what an expert is, and what stands around it
 }
 VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in LAYER_PARTS.items()}
 VARIANTS |= {
-    "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
+    "attention-experts-own-keys": BASE.replace(mixers={"attention": MixtureOfAttention(experts=3)}),
     "attention-experts-shared-keys-parallel": BASE.replace(
-        attention_experts=MixtureOfAttention(experts=3, key_values="shared"),
+        mixers={"attention": MixtureOfAttention(experts=3, key_values="shared")},
         block_layout=ParallelResidual(),
         bias=True,
     ),
     "parallel-decoder-only": BASE.replace(
         encoder=NONE,
-        attention_experts=MixtureOfAttention(experts=2),
+        mixers={"attention": MixtureOfAttention(experts=2)},
         block_layout=ParallelResidual(),
         norm=LayerNorm(),
     ),
@@ -166,6 +167,11 @@ VARIANTS["residual-pyramid-bias"] = BASE.replace(
     decoder=Stack(layers=3, moe_every=1, first_dense_layers=1, experts_per_layer=(2, 5)),
     moe=MIXTURE.replace(select=SwitchTop1(), shared_experts=ResidualExpert()),
     bias=True,
+)
+VARIANTS |= {f"mixer-{name}": alone(BASE, name) for name in MIXERS}
+VARIANTS["mixers-of-all-kinds"] = hybrid(BASE)
+VARIANTS["mixers-parallel-residual"] = hybrid(BASE).replace(
+    encoder=NONE, block_layout=ParallelResidual(), bias=True
 )
 
 

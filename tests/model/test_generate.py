@@ -30,8 +30,7 @@ def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
             prompt = [*words.tolist(), *prompt]
         for place, token in enumerate(generated):
             fed = InputRows.from_lists([[*prompt, *generated[:place]]])
-            one = torch.zeros(1, dtype=torch.long)
-            cache = model.init_cache(model.encode(InputRows.full(words[None])), one)
+            cache = model.init_cache(model.encode(InputRows.full(words[None])), rows=1)
             logits = model.step(fed, cache)[0]
             logits[list(ROLES.suppressed)] = float("-inf")
             assert int(logits.argmax()) == token
@@ -107,6 +106,5 @@ def test_learned_positions_end_an_answer_instead_of_being_used_twice():
         long = question(model, ids(2, [40, 2], width=40), tag=TAG)
         generate(model, **long, rules=RULES)
     fed = ids(2, [33, 2], width=33)
-    rows = torch.arange(2)
     with pytest.raises(RuntimeError, match="max_length=32"):
-        model.step(fed, model.init_cache(model.encode(ids(2, [4, 2], width=4)), rows))
+        model.step(fed, model.init_cache(model.encode(ids(2, [4, 2], width=4)), rows=2))

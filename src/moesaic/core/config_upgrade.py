@@ -188,12 +188,15 @@ def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[
 
 def _move(tree: Mapping[str, object], old: str, path: tuple[str, ...]) -> dict[str, object]:
     """Return ``tree`` with the value of the key ``old`` at ``path``, in records as needed."""
-    moved = {key: value for key, value in tree.items() if key != old}
+    moved: dict[str, object] = {key: value for key, value in tree.items() if key != old}
     here = moved
     for depth, step in enumerate(path[:-1]):
-        kind = KINDS_OF_MOVED_KEYS.get(".".join(path[: depth + 1]))
         found = here.get(step)
-        inner = dict(found) if isinstance(found, Mapping) else {"kind": kind} if kind else {}
+        inner: dict[str, object] = {}
+        if isinstance(found, Mapping):
+            inner |= found
+        elif kind := KINDS_OF_MOVED_KEYS.get(".".join(path[: depth + 1])):
+            inner["kind"] = kind
         here[step] = inner
         here = inner
     here[path[-1]] = tree[old]
@@ -236,7 +239,20 @@ def _upgrade(value: object, *, config: str, path: str, renamed: dict[str, str]) 
         if new != old:
             renamed[here] = f"{path}.{new}".strip(".")
         upgraded[new] = _upgrade(item, config=SECTIONS.get(new, ""), path=here, renamed=renamed)
+    if owner == "ModelConfig" and "attention_experts" in upgraded:
+        renamed[f"{path}.attention_experts".strip(".")] = f"{path}.mixers".strip(".")
+        return _attention_experts_to_mixers(upgraded)
     return upgraded
+
+
+def _attention_experts_to_mixers(model: dict[str, object]) -> dict[str, object]:
+    """Attention experts are a sequence mixer: it replaces the one called ``attention``."""
+    rest = {key: value for key, value in model.items() if key != "attention_experts"}
+    experts, mixers = model["attention_experts"], rest.get("mixers", {})
+    kind = experts.get("kind") if isinstance(experts, Mapping) else experts
+    if kind == "NoAttentionExperts" or not isinstance(mixers, Mapping):
+        return rest
+    return rest | {"mixers": {"attention": experts, **mixers}}
 
 
 def _upgrade_kind(text: str, *, path: str, renamed: dict[str, str]) -> str:

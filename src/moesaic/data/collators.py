@@ -19,6 +19,7 @@ from moesaic.data.batch import (
     Batch,
     InputRows,
 )
+from moesaic.data.document_packing import BEGIN, DocumentRows
 from moesaic.data.language_tag import TARGET_TAG, FirstSourceToken, LanguageTag, RowFrame
 from moesaic.data.numpy_counter_rng import UInt64Array
 from moesaic.data.ragged import IntArray, Ragged
@@ -37,6 +38,7 @@ class TokenizedSamples:
     """Rows as text tokens, without special tokens. All arrays are [B] except for the two texts.
 
     ``tokens`` are special tokens that differ by row, by the names that a ``RowFrame`` uses.
+    ``documents`` are the rows of packed documents among them, whose texts are empty here.
     """
 
     source: Ragged
@@ -46,6 +48,7 @@ class TokenizedSamples:
     target_language: IntArray
     tokens: Mapping[str, IntArray]
     key: UInt64Array
+    documents: DocumentRows | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -97,10 +100,11 @@ class EncoderDecoderCollator(Collator):
         frame = self.frame
         special = _special_tokens(frame, samples, vocabulary)
         lengths = self.lengths(samples.source.lengths, target=samples.target.lengths)
-        source = _grid(lengths.source, empty.source if empty else lengths.source)
+        width = _width(lengths.source, empty.source if empty else None)
+        source = np.zeros((len(samples), width), dtype=np.int64)
         _write_source(source, samples.source, frame=frame, special=special)
         begin = np.zeros(len(samples), dtype=np.int64)
-        width = empty.target if empty else lengths.target
+        width = empty.target if empty else None
         target, labels = _target_side(samples, begin, width, frame=frame, special=special)
         inputs = InputRows(torch.from_numpy(source), torch.from_numpy(lengths.source))
         return _to_batch(samples, source=inputs, target=target, labels=labels)
@@ -109,7 +113,8 @@ class EncoderDecoderCollator(Collator):
 class DecoderOnlyCollator(Collator):
     """One row: source, ``eos``, target, ``eos``, each text behind its special tokens.
 
-    Only the target is predicted. Without a source text (causal LM) the row is the target alone.
+    Only the target is predicted. Without a source text (causal LM) the row is the target alone. In
+    packed rows each document begins with the last special token before a target.
     """
 
     @property
@@ -128,17 +133,18 @@ class DecoderOnlyCollator(Collator):
         special = _special_tokens(frame, samples, vocabulary)
         source = samples.source.lengths
         begin = np.where(source > 0, source + frame.source_specials, 0)
-        lengths = self.lengths(source, target=samples.target.lengths).target
-        width = empty.target if empty else lengths
+        width = empty.target if empty else None
         target, labels = _target_side(samples, begin, width, frame=frame, special=special)
         rows = np.flatnonzero(source)
         grid = target.values.numpy()
         sourced = grid[rows]
         texts = Ragged(samples.source.tokens, source[rows])
-        _write_source(
-            sourced, texts, frame=frame, special={n: ids[rows] for n, ids in special.items()}
-        )
+        named = {name: ids[rows] for name, ids in special.items()}
+        _write_source(sourced, texts, frame=frame, special=named)
         grid[rows] = sourced
+        if samples.documents is not None:
+            begin_token = special[frame.prompt[-1]]
+            _write_documents(target, labels, samples.documents, begin_token=begin_token)
         return _to_batch(
             samples, source=InputRows.empty(len(samples)), target=target, labels=labels
         )
@@ -171,7 +177,7 @@ def _write_source(
 def _target_side(
     samples: TokenizedSamples,
     begin: IntArray,
-    width: IntArray,
+    width: IntArray | None,
     *,
     frame: RowFrame,
     special: Mapping[str, IntArray],
@@ -179,7 +185,10 @@ def _target_side(
     """Return the decoder's rows, whose prompts start at ``begin`` [B], and their labels."""
     rows, texts, prompt = np.arange(len(samples)), samples.target, len(frame.prompt)
     lengths = begin + prompt + texts.lengths
-    target = _grid(lengths, width)
+    longest = lengths
+    if samples.documents is not None:
+        longest = np.concatenate([lengths, samples.documents.labels.lengths])
+    target = np.zeros((len(rows), _width(longest, width)), dtype=np.int64)
     labels = np.full_like(target, IGNORE_LABEL)
     for place, name in enumerate(frame.prompt):
         target[rows, begin + place] = special[name]
@@ -194,16 +203,34 @@ def _target_side(
     return InputRows(torch.from_numpy(target), torch.from_numpy(lengths), tag), labels
 
 
-def _grid(lengths: IntArray, empty: IntArray) -> IntArray:
-    width = int((lengths if lengths.size else empty).max(initial=1))
-    return np.zeros((lengths.size, width), dtype=np.int64)
+def _write_documents(
+    target: InputRows, labels: IntArray, documents: DocumentRows, *, begin_token: IntArray
+) -> None:
+    """Write packed documents over their rows; ``begin_token`` [B] is the first of each document."""
+    grid, rows, inputs = target.values.numpy(), documents.rows, documents.inputs
+    grid[rows], labels[rows] = 0, IGNORE_LABEL
+    tokens = np.where(inputs.tokens == BEGIN, begin_token[rows][inputs.row_index], inputs.tokens)
+    _write_rows(grid, Ragged(tokens, inputs.lengths), shift=0, rows=rows)
+    _write_rows(labels, documents.labels, shift=0, rows=rows)
+    target.lengths.numpy()[rows] = inputs.lengths
 
 
-def _write_rows(grid: IntArray, rows: Ragged, *, shift: IntArray | int) -> None:
-    """Write every row's tokens into the grid, ``shift`` (one, or one per row) to the right."""
-    start = np.arange(len(rows)) * grid.shape[1] + shift - rows.starts
-    index = np.repeat(start, rows.lengths) + np.arange(rows.tokens.size)
-    grid.reshape(-1)[index] = rows.tokens
+def _width(lengths: IntArray, empty: IntArray | None) -> int:
+    given = lengths if lengths.size or empty is None else empty
+    return int(given.max(initial=1))
+
+
+def _write_rows(
+    grid: IntArray, texts: Ragged, *, shift: IntArray | int, rows: IntArray | None = None
+) -> None:
+    """Write texts into the grid, ``shift`` (one, or one per text) to the right.
+
+    ``rows`` are the rows of the grid that they are written to; None: all.
+    """
+    number = np.arange(len(texts)) if rows is None else rows
+    start = number * grid.shape[1] + shift - texts.starts
+    index = np.repeat(start, texts.lengths) + np.arange(texts.tokens.size)
+    grid.reshape(-1)[index] = texts.tokens
 
 
 def _to_batch(

@@ -193,11 +193,10 @@ def _trained_vocabulary(hf_tokenizer: HfTokenizer) -> Vocabulary:
     """Return the roles of a tokenizer that moesaic trained, by the names of its tokens."""
     added = sorted(hf_tokenizer.get_added_tokens_decoder().items())
     names = {i: token.content for i, token in added if i >= len(SPECIALS)}
-    roles = {role: index for index, role in enumerate(SPECIALS)}
-    return Vocabulary(
+    return Vocabulary.of_roles(
         hf_tokenizer.get_vocab_size(),
+        {role: index for index, role in enumerate(SPECIALS)},
         tags={n[1:-1]: i for i, n in names.items() if not n.startswith("<unused_")},
-        **roles,
     )
 
 

@@ -29,6 +29,12 @@ class Vocabulary:
     tags: Mapping[str, int] = field(default_factory=dict)
     not_text: tuple[int, ...] = ()
 
+    @staticmethod
+    def of_roles(size: int, roles: Mapping[str, int], *, tags: Mapping[str, int]) -> "Vocabulary":
+        """Return the record of roles by name, of which ``eos`` must be one."""
+        pad, bos, unk, mask = (roles.get(name) for name in ("pad", "bos", "unk", "mask"))
+        return Vocabulary(size, roles["eos"], pad=pad, bos=bos, unk=unk, mask=mask, tags=tags)
+
     def __post_init__(self) -> None:
         for name, index in {**self.roles, **{f"tag {c}": i for c, i in self.tags.items()}}.items():
             if not 0 <= index < self.size:

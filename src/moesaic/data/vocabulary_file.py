@@ -15,7 +15,7 @@ from pydantic import Field
 from moesaic.core.errors import DataError
 from moesaic.core.file_reader import MIB, Count, FileKind, FileShape, Sha256
 from moesaic.core.files import sha256, write_json
-from moesaic.data.vocabulary import ROLES, Vocabulary
+from moesaic.data.vocabulary import Vocabulary
 
 VOCABULARY_FILE = FileKind(name="record of a vocabulary", max_bytes=MIB, error=DataError)
 VOCABULARY_FORMAT = 1
@@ -57,11 +57,12 @@ def read_vocabulary(tokenizer: Path) -> RecordedVocabulary | None:
         raise VOCABULARY_FILE.problem(
             path, f"it belongs to another tokenizer than {tokenizer.name} beside it"
         )
-    roles = {name: index for name, index in shape.roles.items() if name != "eos"}
     if "eos" not in shape.roles:
         raise VOCABULARY_FILE.problem(path, "roles: found no eos, expected one of the ids")
     try:
-        found = Vocabulary(shape.size, shape.roles["eos"], tags=shape.tags, **roles)
+        found = Vocabulary.of_roles(
+            shape.size, {str(k): v for k, v in shape.roles.items()}, tags=shape.tags
+        )
     except DataError as error:
         raise VOCABULARY_FILE.problem(path, str(error)) from error
     return RecordedVocabulary(found, shape.languages)
@@ -70,14 +71,13 @@ def read_vocabulary(tokenizer: Path) -> RecordedVocabulary | None:
 def write_vocabulary(record: RecordedVocabulary, *, tokenizer: Path) -> None:
     """Write the record of a tokenizer file that is there already."""
     vocabulary = record.vocabulary
-    roles = {name: index for name, index in vocabulary.roles.items() if name in ROLES}
     write_json(
         vocabulary_path(tokenizer),
         {
             "format": VOCABULARY_FORMAT,
             "tokenizer": sha256(tokenizer),
             "size": vocabulary.size,
-            "roles": roles,
+            "roles": vocabulary.roles,
             "tags": dict(vocabulary.tags),
             "languages": list(record.languages),
         },

@@ -16,6 +16,7 @@ from moesaic.model.beam_search import (
     Hypothesis,
     LogitsProcessor,
     NonFiniteLogitsError,
+    Observer,
     Search,
     SearchInputs,
 )
@@ -28,11 +29,14 @@ class DecodingRules:
     """What ends an answer and what is never in it, and changes to log-probabilities.
 
     ``vocabulary`` has the end and the ids that are no text, ``suppress_tokens`` are further ones.
+    ``row_key`` and ``observer`` are those of ``SearchInputs``.
     """
 
     vocabulary: Vocabulary
     suppress_tokens: tuple[int, ...] = ()
     processors: tuple[LogitsProcessor, ...] = ()
+    row_key: Int[Tensor, "B"] | None = None
+    observer: Observer | None = None
 
     def suppressed(self, rows: int) -> tuple[int, ...]:
         """Return the ids that are never generated, of a model with so many rows of embeddings."""
@@ -67,8 +71,7 @@ def generate(
     try:
         limit = torch.as_tensor(max_tokens, device=source.device).expand(source.rows)
         limit = _within_positions(limit, model=model, source=source, prompt=prompt)
-        rows = torch.arange(source.rows, device=source.device)
-        cache = model.init_cache(model.encode(source), rows)
+        cache = model.init_cache(model.encode(source), rows=source.rows)
         logits = model.step(prompt, cache)
         inputs = SearchInputs(
             logits=logits,
@@ -80,6 +83,8 @@ def generate(
             ),
             eos=rules.vocabulary.eos,
             processors=rules.processors,
+            row_key=rules.row_key,
+            observer=rules.observer,
         )
         return (search or Greedy())(inputs)
     except (NonFiniteLogitsError, IndexError, ValueError, RuntimeError) as error:

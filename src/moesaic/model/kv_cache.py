@@ -1,12 +1,14 @@
-"""KV cache: keys and values of the tokens decoded so far, one row per hypothesis.
+"""Decoding cache: the decode states of all mixers (KV caches), one row per hypothesis.
 
-Letters: B hypotheses, S source length, n new tokens.
+Letters: B sources, R hypotheses, S source length, T tokens, D model dim.
 """
 
 from dataclasses import dataclass
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.decode_slots import DecodeSlots
+from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.packing import Packing
 
 
@@ -20,37 +22,45 @@ class EncoderOutput:
 
 @dataclass(slots=True)
 class KVCache:
-    """Keys and values of each decoder block, the length of each row and its first token.
+    """The decode states of each decoder block, the length of each row and its first token.
 
-    ``routing`` has the keys and values of routers that attend to earlier tokens.
-    ``Transformer.step`` appends to the cache in place; ``reorder`` selects rows (those that a beam
-    search continues).
+    Rows are hypotheses: equally many for each source, those of a source one after the other.
+    ``mixers`` has one state for each residual branch of a block that mixes tokens; ``routing`` is
+    that of routers that read earlier tokens; ``cross_attention`` and ``mask`` have a row for each
+    source, which all its hypotheses read. ``Transformer.step`` appends to the cache in place;
+    ``reorder`` selects rows (those that a beam search continues).
     """
 
-    self_attention: list[KeyValue]
+    mixers: list[list[DecodeState]]
     cross_attention: list[KeyValue | None]
     mask: Bool[Tensor, "B 1 1 S"] | None
-    length: Int[Tensor, "B"]
-    tag: Int[Tensor, "B"]
-    routing: KeyValue | None = None
+    slots: DecodeSlots
+    length: Int[Tensor, "R"]
+    tag: Int[Tensor, "R"]
+    routing: DecodeState | None = None
 
     @property
     def rows(self) -> int:
         return self.length.numel()
 
-    def reserve(self, length: int) -> None:
-        """Grow to at least ``length`` tokens per row."""
-        self.self_attention = [layer.grow(length) for layer in self.self_attention]
-        self.routing = self.routing.grow(length) if self.routing else None
+    def reorder(self, rows: Int[Tensor, "R2"], sources: Int[Tensor, "B2"] | None = None) -> None:
+        """Select the rows ``rows``, in that order; a row may occur twice or not at all.
 
-    def reorder(self, rows: Int[Tensor, "R"], _sources: Int[Tensor, "K"] | None = None) -> None:
-        """Select the rows ``rows``, in that order; a row may occur twice or not at all."""
-        self.self_attention = [layer.select(rows) for layer in self.self_attention]
-        self.routing = self.routing.select(rows) if self.routing else None
+        They continue the ``sources``, equally many of each, one after the other; None: all sources.
+        """
+        self.slots.select(rows, sources)
+        self.mixers = [[state.select(rows, sources) for state in block] for block in self.mixers]
+        self.routing = self.routing.select(rows, sources) if self.routing else None
         self.length = self.length.index_select(0, rows)
         self.tag = self.tag.index_select(0, rows)
-        self.cross_attention = [
-            layer.select(rows) if layer else None for layer in self.cross_attention
-        ]
+        if sources is None:
+            return
+        self.cross_attention = [layer and layer.select(sources) for layer in self.cross_attention]
         if self.mask is not None:
-            self.mask = self.mask.index_select(0, rows)
+            self.mask = self.mask.index_select(0, sources)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the states of all mixers now, cross-attention aside."""
+        states = [state for block in self.mixers for state in block]
+        return sum(state.nbytes for state in [*states, *filter(None, [self.routing])])

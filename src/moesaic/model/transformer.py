@@ -25,17 +25,19 @@ from moesaic.model.block import (
     ForwardContext,
     Records,
 )
-from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.config import ModelConfig
 from moesaic.model.kv_cache import EncoderOutput, KVCache
 from moesaic.model.weights import initialize_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.initial_weights import parameter_kinds
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_gate import RouterDecodeState, RouterShape, SharedRouter, StackInput
-from moesaic.nn.attention_backend import KeyValue
+from moesaic.moe.router_gate import RouterShape, SharedRouter, StackInput
+from moesaic.nn.decode_slots import DecodeSlots
+from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.initializer import deferred_initialization
 from moesaic.nn.packing import Packing
+from moesaic.nn.sequence_mixer import MixerContext
 from moesaic.ops.cross_entropy import TokenLoss
 from moesaic.optim.optimizer import ParameterKind
 
@@ -61,7 +63,9 @@ class ModelOutput:
 class StackTokens:
     """The tokens that a stack (``encoder`` or ``decoder``) embeds, on whichever rank each is.
 
-    ``tag`` is the first token of each row, ``row_key`` the key of the row's random numbers.
+    ``tag`` is the first token of each row, ``row_key`` the key of the row's random numbers. In
+    decoding ``slots`` says where all tokens so far are cached, and ``routing`` is the decode state
+    of a shared router.
     """
 
     stack: str
@@ -70,7 +74,8 @@ class StackTokens:
     position: Int[Tensor, "T"]
     tag: Int[Tensor, "B"]
     row_key: Int[Tensor, "B"]
-    decode_state: RouterDecodeState | None = None
+    slots: DecodeSlots | None = None
+    routing: DecodeState | None = None
 
 
 def no_sequence_sharding(packing: Packing) -> Packing:
@@ -109,8 +114,8 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
         )
-        self.encoder_routing = _shared_router(config, stack=config.encoder, causal=False)
-        self.decoder_routing = _shared_router(config, stack=config.decoder, causal=True)
+        self.encoder_routing = _shared_router(config, side="encoder")
+        self.decoder_routing = _shared_router(config, side="decoder")
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
@@ -152,53 +157,51 @@ class Transformer(nn.Module):
         """Run the encoder on a batch of sources for ``init_cache``; None if there is no encoder."""
         return self._encode(source, row_key=torch.zeros_like(source.lengths))[0]
 
-    def init_cache(self, encoder_output: EncoderOutput | None, rows: Int[Tensor, "R"]) -> KVCache:
-        """Return an empty cache for decoding: hypothesis i reads the source ``rows[i]``."""
-        config, shared = self.config, self.decoder_routing
+    def init_cache(self, encoder_output: EncoderOutput | None, *, rows: int) -> KVCache:
+        """Return an empty cache for decoding: one hypothesis for each of ``rows`` sources."""
+        shared = self.decoder_routing
         like = encoder_output.states if encoder_output else self.embedding.weight
-        kv_heads = config.self_attention.num_kv_heads()
-        empty = like.new_zeros(rows.numel(), kv_heads, 0, config.head_dim)
-        source = [block.project_source(encoder_output) for block in self._decoder_blocks]
-        mask = encoder_output.packing.key_mask if encoder_output else None
+        zeros = torch.zeros(rows, dtype=torch.long, device=like.device)
         return KVCache(
-            self_attention=[KeyValue(empty, empty) for _ in self.decoder],
-            cross_attention=[layer.select(rows) if layer else None for layer in source],
-            mask=None if mask is None else mask.index_select(0, rows),
-            length=torch.zeros_like(rows),
-            tag=torch.zeros_like(rows),
-            routing=shared.empty_cache(rows.numel()) if shared else None,
+            mixers=[block.init_states(rows, like=like) for block in self._decoder_blocks],
+            cross_attention=[
+                block.project_source(encoder_output) for block in self._decoder_blocks
+            ],
+            mask=encoder_output.packing.key_mask if encoder_output else None,
+            slots=DecodeSlots.empty(rows, device=like.device),
+            length=zeros,
+            tag=zeros,
+            routing=shared.init_state(rows) if shared else None,
         )
 
     def step(self, tokens: InputRows, cache: KVCache) -> Float[Tensor, "B V"]:
         """Append tokens to each row (at least one) and return its next logits."""
-        ids, packing = tokens.values, packing_of(tokens)
-        position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        cache.reserve(int(position.max()) + 1)
-        cache.tag = torch.where(cache.length == 0, tokens.tags, cache.tag)
+        ids, single = tokens.values, tokens.width == 1
+        packing = Packing.single(cache.rows, device=ids.device) if single else packing_of(tokens)
+        if not cache.slots.used:
+            cache.tag = tokens.tags
+        cache.slots.append(cache.length, packing)
         stack_tokens = StackTokens(
             "decoder",
-            ids.flatten()[packing.index],
+            ids[:, 0] if single else ids.flatten()[packing.index],
             packing,
-            position.flatten()[packing.index],
+            cache.length if single else cache.length[packing.row] + packing.position,
             cache.tag,
             torch.zeros_like(cache.tag),
-            RouterDecodeState(position, cache.routing),
+            slots=cache.slots,
+            routing=cache.routing,
         )
         context = self.forward_context(stack_tokens)
         state = self.embed(stack_tokens, context=context)
-        for block, layer_cache, source in zip(
-            self._decoder_blocks, cache.self_attention, cache.cross_attention, strict=True
+        for block, states, source in zip(
+            self._decoder_blocks, cache.mixers, cache.cross_attention, strict=True
         ):
             state = block.step(
-                state,
-                context=context,
-                cache=layer_cache,
-                position=position,
-                source=source,
-                mask=cache.mask,
+                state, context=context, states=states, source=source, mask=cache.mask
             )
-        cache.length = cache.length + tokens.lengths
-        return self.logits(self.decoder_norm(state.x[tokens.lengths.cumsum(0) - 1]))
+        cache.length = cache.length + (1 if single else tokens.lengths)
+        last = state.x if single else state.x[tokens.lengths.cumsum(0) - 1]
+        return self.logits(self.decoder_norm(last))
 
     def encoder_tokens(self, source: InputRows, *, row_key: Int[Tensor, "B"]) -> StackTokens:
         """Return the tokens that the encoder reads."""
@@ -212,7 +215,7 @@ class Transformer(nn.Module):
         """Return what every block of the stack needs beside the states of these tokens."""
         packing, local = tokens.packing, tokens.packing.local_tokens
         row = packing.row[local]
-        moe = self.config.moe_of_stack(self._stack_config(tokens.stack))
+        moe = self.config.moe_of_stack(self.config.stack_of(tokens.stack))
         source = moe.router_input.embedding_source if isinstance(moe, MoE) else "nothing"
         embedded = self.embedding(tokens.ids, packing=packing) if source == "token" else None
         prompt = self.embedding.embed_replicated(tokens.tag)[row] if source == "tag" else None
@@ -220,13 +223,15 @@ class Transformer(nn.Module):
             row=row,
             position=tokens.position[local],
             token=tokens.ids[local],
-            tag=tokens.tag[row],
-            row_key=tokens.row_key[row],
+            tag=tokens.tag if packing.is_single else tokens.tag[row],
+            row_key=tokens.row_key if packing.is_single else tokens.row_key[row],
             token_embedding=embedded,
             tag_embedding=prompt,
         )
-        rotation = self.position.rotation(tokens.position[packing.gathered_tokens])
-        return ForwardContext(packing, rotation, routing_context)
+        gathered = tokens.position[packing.gathered_tokens]
+        causal = self.config.is_causal(tokens.stack)
+        mixing = MixerContext(packing, gathered, causal=causal, slots=tokens.slots)
+        return ForwardContext(mixing, routing_context)
 
     def embed(self, tokens: StackTokens, *, context: ForwardContext) -> BlockState:
         """Return the input of a stack's first block: embeddings with positions and dropout."""
@@ -239,8 +244,7 @@ class Transformer(nn.Module):
         shared = self.shared_router(tokens.stack)
         if shared is None:
             return BlockState(x, RouterState())
-        position = tokens.position[packing.gathered_tokens]
-        stack_input = StackInput(packing, position, tokens.decode_state)
+        stack_input = StackInput(context.mixing, tokens.routing)
         return BlockState(x, shared.initial_state(x, stack_input=stack_input))
 
     def shared_router(self, stack: str) -> SharedRouter | None:
@@ -263,9 +267,6 @@ class Transformer(nn.Module):
             state = self.run_block(block, state, context=context)
         return EncoderOutput(self.encoder_norm(state.x), tokens.packing), state.records
 
-    def _stack_config(self, stack: str) -> Stack:
-        return self.config.encoder if stack == "encoder" else self.config.decoder
-
     def _stack_tokens(
         self, stack: str, rows: InputRows, *, row_key: Int[Tensor, "B"]
     ) -> StackTokens:
@@ -279,8 +280,9 @@ def packing_of(rows: InputRows) -> Packing:
     return Packing.from_lengths(rows.lengths, length=rows.width)
 
 
-def _shared_router(config: ModelConfig, *, stack: Stack, causal: bool) -> SharedRouter | None:
+def _shared_router(config: ModelConfig, *, side: str) -> SharedRouter | None:
     """Build what the MoE layers of a stack share, if their routers are coupled across layers."""
+    stack, causal = config.stack_of(side), config.is_causal(side)
     moe = config.moe_of_stack(stack)
     if not isinstance(moe, MoE) or not stack.moe_layers:
         return None
