@@ -19,7 +19,7 @@ from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
-from moesaic.nn.sequence_mixer import MixerShape, Parallel, SequenceMixer
+from moesaic.nn.sequence_mixer import MixerShape, ParallelMixers, SequenceMixer
 
 MAX_LAYERS = 4096  # of a stack: each is a module, and is counted by itself
 
@@ -133,11 +133,15 @@ class ModelConfig(Config):
         """Return the ``encoder`` or the ``decoder``."""
         return self.encoder if side == "encoder" else self.decoder
 
+    def is_causal(self, side: str) -> bool:
+        """Return whether a token of the stack may read itself and earlier ones only."""
+        return side == "decoder"
+
     def mixer_shape(self, side: str) -> MixerShape:
-        """Return what the mixers of a stack may read of the model; the decoder is causal."""
+        """Return what the mixers of a stack may read of the model."""
         return MixerShape(
             self.dim,
-            causal=side == "decoder",
+            causal=self.is_causal(side),
             attention=self.attention,
             bias=self.bias,
             position=self.position,
@@ -159,7 +163,7 @@ class ModelConfig(Config):
         return tuple(
             self._mixer(branch[0])
             if len(branch) == 1
-            else Parallel(mixers=tuple(map(self._mixer, branch)))
+            else ParallelMixers(mixers=tuple(map(self._mixer, branch)))
             for branch in stack.block_pattern(layer).branches
         )
 
@@ -209,7 +213,7 @@ class ModelConfig(Config):
             for layer in stack.moe_layers:
                 _check_select(self.routed_moe_of_layer(stack, layer=layer))
         moe = self.moe_of_stack(self.decoder)
-        if self.decoder.moe_layers and not moe.causal:
+        if self.decoder.moe_layers and self.is_causal("decoder") and not moe.causal:
             raise ValueError(
                 f"found {_rule_name(moe)} in the decoder, expected a causal rule: decoding does "
                 f"not have later tokens yet. Set it as encoder.moe, and another rule as moe (or "

@@ -25,7 +25,7 @@ from moesaic.model.block import (
     ForwardContext,
     Records,
 )
-from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.config import ModelConfig
 from moesaic.model.kv_cache import EncoderOutput, KVCache
 from moesaic.model.weights import initialize_weights
 from moesaic.moe.config import MoE
@@ -114,8 +114,8 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
         )
-        self.encoder_routing = _shared_router(config, stack=config.encoder, causal=False)
-        self.decoder_routing = _shared_router(config, stack=config.decoder, causal=True)
+        self.encoder_routing = _shared_router(config, side="encoder")
+        self.decoder_routing = _shared_router(config, side="decoder")
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
@@ -228,7 +228,8 @@ class Transformer(nn.Module):
             token_embedding=embedded,
             tag_embedding=prompt,
         )
-        gathered, causal = tokens.position[packing.gathered_tokens], tokens.stack == "decoder"
+        gathered = tokens.position[packing.gathered_tokens]
+        causal = self.config.is_causal(tokens.stack)
         mixing = MixerContext(packing, gathered, causal=causal, slots=tokens.slots)
         return ForwardContext(mixing, routing_context)
 
@@ -280,8 +281,9 @@ def packing_of(rows: InputRows) -> Packing:
     return Packing.from_lengths(rows.lengths, length=rows.width)
 
 
-def _shared_router(config: ModelConfig, *, stack: Stack, causal: bool) -> SharedRouter | None:
+def _shared_router(config: ModelConfig, *, side: str) -> SharedRouter | None:
     """Build what the MoE layers of a stack share, if their routers are coupled across layers."""
+    stack, causal = config.stack_of(side), config.is_causal(side)
     moe = config.moe_of_stack(stack)
     if not isinstance(moe, MoE) or not stack.moe_layers:
         return None
