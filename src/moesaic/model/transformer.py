@@ -177,7 +177,7 @@ class Transformer(nn.Module):
     def step(self, tokens: InputRows, cache: KVCache) -> Float[Tensor, "B V"]:
         """Append tokens to each row (at least one) and return its next logits."""
         ids, single = tokens.values, tokens.width == 1
-        packing = Packing.single(cache.rows, device=ids.device) if single else packing_of(tokens)
+        packing = cache.single if single else packing_of(tokens)
         if not cache.slots.used:
             cache.tag = ids[:, 0]
         cache.slots.append(cache.length, packing)
