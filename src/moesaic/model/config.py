@@ -252,7 +252,7 @@ class ModelConfig(Config):
         moe = self.moe_of_stack(self.decoder)
         if problems := self.head.problems(self.input):
             raise ValueError(f"{type(self.head).__name__} expects {problems}")
-        if self.is_causal("decoder") and self.decoder.moe_layers and not moe.causal:
+        if self.decoder.moe_layers and self.is_causal("decoder") and not moe.causal:
             raise ValueError(
                 f"found {_rule_name(moe)} in the decoder, expected a causal rule: decoding does "
                 f"not have later tokens yet. Set it as encoder.moe, and another rule as moe (or "
