@@ -15,7 +15,7 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.languages import ENGLISH, UNDETERMINED, resolve_language
 from moesaic.corpus.text_rules import GeneralText, TextRules
 from moesaic.data.batch import InputRows
-from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.model.beam_search import Array, Hypothesis
 from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
 from moesaic.model.sampling import Sample
@@ -142,6 +142,15 @@ class TextGenerator:
             for start in range(0, len(numbered), _ROWS)
             for answer in self._continue(numbered[start : start + _ROWS], request)
         ]
+
+    def normalise(self, text: str) -> str:
+        """Return a text as the corpus of the run has it; empty if nothing in it is visible."""
+        return self._text_rules.normalise(text)
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text."""
+        return EOS
 
     def begin_tokens(self, language: str | None) -> tuple[int, ...]:
         """Return the tokens that a text begins with. Raises DataError: which language is unclear."""
