@@ -33,9 +33,7 @@ def test_groups_are_ratios_of_sums_within_their_intervals():
     groups = {(g.language, g.domain): g for g in group_perplexities(found, resamples=100)}
     assert len(groups) == 9
     for (language, domain), group in groups.items():
-        members = [
-            d for d in found if language in ("", d.language) and domain in ("", d.domain)
-        ]
+        members = [d for d in found if language in ("", d.language) and domain in ("", d.domain)]
         nll, tokens = sum(d.nll for d in members), sum(d.tokens for d in members)
         assert group.documents == len(members)
         assert group.perplexity.score == pytest.approx(math.exp(nll / tokens))

@@ -59,9 +59,17 @@ class TextGenerator:
     """A decoder-only model with its tokenizer; ``open`` loads one from a run directory."""
 
     def __init__(
-        self, model: Transformer, *, tokenizer: Tokenizer, text_rules: TextRules | None = None
+        self,
+        model: Transformer,
+        *,
+        tokenizer: Tokenizer,
+        text_rules: TextRules | None = None,
+        window: int = 512,
     ) -> None:
-        """Raises DataError for a model with an encoder."""
+        """``window`` is the length of the rows that the model was trained on.
+
+        Raises DataError for a model with an encoder.
+        """
         if model.config.encoder.layers:
             raise DataError(
                 "this model has an encoder: it translates, and does not continue texts "
@@ -69,6 +77,7 @@ class TextGenerator:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.window = window
         self._text_rules = text_rules or GeneralText()
         tags = [tokenizer.language_token_id(code) for code in tokenizer.languages]
         unused = [
@@ -88,7 +97,12 @@ class TextGenerator:
         no language model.
         """
         run = open_run(Path(path), weights=weights, device=device)
-        return cls(run.model, tokenizer=run.tokenizer, text_rules=run.text_rules)
+        return cls(
+            run.model,
+            tokenizer=run.tokenizer,
+            text_rules=run.text_rules,
+            window=run.limits.max_target,
+        )
 
     @overload  # a string is a sequence of strings too: the first overload takes it
     def generate(  # pyright: ignore[reportOverlappingOverload]
