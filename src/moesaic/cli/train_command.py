@@ -106,9 +106,9 @@ def _find_run(
 def _next_command(out: Path) -> str:
     """Return the command that scores a run: what it was trained on decides."""
     record = read_trained_directions(RunDir(out).directions)
-    if record and any(s.test_rows for s in record.streams):
-        if is_language_model(EvaluatedRun.open(out)):
-            return f"eval {shlex.quote(str(out))}"
+    has_test_rows = record is not None and any(s.test_rows for s in record.streams)
+    if has_test_rows and is_language_model(EvaluatedRun.open(out)):
+        return f"eval {shlex.quote(str(out))}"
     return (record.next_command if record else "eval {run}").format(run=shlex.quote(str(out)))
 
 

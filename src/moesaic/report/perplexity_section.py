@@ -41,7 +41,7 @@ def _perplexity_table(found: dict[str, Any], groups: list[dict[str, Any]]) -> Ht
     ]
     words = (
         f"Texts: {found.get('texts')}. Windows of {found.get('window')} tokens that are "
-        f"{found.get('stride')} apart; each token, and the end of each document, is predicted once. "
+        f"{found.get('stride')} apart; each token, and each document's end, is predicted once. "
         "Intervals of 95 % by a bootstrap over documents. Bits per byte of UTF-8 can be compared "
         "across tokenizers."
     )

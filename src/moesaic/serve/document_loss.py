@@ -93,7 +93,7 @@ def _window_losses(model: Transformer, windows: Sequence[_Window]) -> list[float
     output = model(Batch(empty, inputs, labels, {}, zeros))
     size = max(1, _LOGIT_CELLS // model.config.vocab_size)
     parts = zip(output.hidden.split(size), output.label.split(size), strict=True)
-    nll = torch.cat([_nll(model.logits(hidden), label) for hidden, label in parts])
+    nll = torch.cat([_nll(model.predict(hidden), label) for hidden, label in parts])
     sums = torch.zeros(len(windows), dtype=torch.float64, device=device)
     return sums.index_add(0, output.row, nll).tolist()
 

@@ -167,7 +167,7 @@ class TextGenerator:
         return EOS
 
     def begin_tokens(self, language: str | None) -> tuple[int, ...]:
-        """Return the tokens that a text begins with. Raises DataError: which language is unclear."""
+        """Return the tokens that a text begins with. Raises DataError: the language is unclear."""
         known = self.tokenizer.languages
         if language is not None:
             return (self.tokenizer.language_token_id(resolve_language(language).code),)
