@@ -23,7 +23,7 @@ def no_rotation(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
 
 
 class PositionalEncodingModule(nn.Module):
-    """Base of positional encodings: adds nothing to embeddings and rotates nothing.
+    """Base of positional encodings: adds nothing to embeddings.
 
     ``max_positions`` is the longest sequence that can be encoded; None: any.
     """
@@ -34,17 +34,25 @@ class PositionalEncodingModule(nn.Module):
         """Return the embeddings of tokens at these positions, encoded."""
         return x
 
-    def rotation(self, _position: Int[Tensor, "T"], /) -> Rotation:
-        """Return the function that rotates the queries and keys of tokens at these positions."""
-        return no_rotation
-
 
 class PositionalEncoding(Choice):
-    """Family of positional encodings."""
+    """Family of positional encodings.
+
+    The module adds to embeddings, once per stack; ``rotation`` is for attention, in every block.
+    """
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
         """Return the module."""
         raise NotImplementedError
+
+    def rotation(self, _position: Int[Tensor, "T"], *, head_dim: int) -> Rotation:
+        """Return the function that rotates the queries and keys of tokens at these positions."""
+        del head_dim
+        return no_rotation
+
+    def rotated_channels(self, _head_dim: int, /) -> int:
+        """Return the channels of a head that are rotated: as many values are saved per token."""
+        return 0
 
 
 class NoPositionalEncoding(PositionalEncoding):
@@ -64,7 +72,23 @@ class Rotary(PositionalEncoding):
             raise ConfigError(
                 [f"position: Rotary rotates pairs, so head_dim={head_dim} must be even"]
             )
-        return _RotaryModule(self, head_dim=head_dim)
+        return PositionalEncodingModule()
+
+    def rotation(self, position: Int[Tensor, "T"], *, head_dim: int) -> Rotation:
+        pairs = head_dim // 2
+        steps = torch.arange(pairs, device=position.device, dtype=torch.float32)
+        angle = position.float()[:, None] * self.theta ** (-steps / pairs)
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+        def rotate(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
+            by_pair = heads.float().unflatten(-1, (-1, 2))
+            turned = torch.view_as_complex(by_pair.contiguous()) * turn
+            return torch.view_as_real(turned).flatten(-2).to(heads.dtype)
+
+        return rotate
+
+    def rotated_channels(self, head_dim: int, /) -> int:
+        return head_dim
 
 
 class Sinusoidal(PositionalEncoding):
@@ -88,24 +112,6 @@ class LearnedPositions(PositionalEncoding):
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return _LearnedPositionsModule(self, dim=dim)
-
-
-class _RotaryModule(PositionalEncodingModule):
-    def __init__(self, config: Rotary, *, head_dim: int) -> None:
-        super().__init__()
-        self.theta, self.pairs = config.theta, head_dim // 2
-
-    def rotation(self, position: Int[Tensor, "T"], /) -> Rotation:
-        steps = torch.arange(self.pairs, device=position.device, dtype=torch.float32)
-        angle = position.float()[:, None] * self.theta ** (-steps / self.pairs)
-        turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-
-        def rotate(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
-            pairs = heads.float().unflatten(-1, (-1, 2))
-            turned = torch.view_as_complex(pairs.contiguous()) * turn
-            return torch.view_as_real(turned).flatten(-2).to(heads.dtype)
-
-        return rotate
 
 
 class _SinusoidalModule(PositionalEncodingModule):
