@@ -30,12 +30,12 @@ from moesaic.nn.sequence_mixer import MixerContext, MixerShape, SequenceMixer, S
 from moesaic.nn.shardable_module import (
     ContextScope,
     ContextSharding,
-    ShardedTensor,
     TensorSharding,
     column_parallel,
     row_parallel,
 )
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
+from moesaic.ops.decayed_scan import state_dtype
 
 
 class GatedLinearAttention(SequenceMixer):
@@ -144,7 +144,7 @@ class GatedLinearAttentionModule(SequenceMixerModule, FusedProjections):
 
     def init_state(self, rows: int, *, like: Tensor) -> TensorState:
         sizes = (rows, self.heads, self.key_dim, self.value_dim)
-        return TensorState((like.new_zeros(sizes, dtype=torch.float32),))
+        return TensorState((like.new_zeros(sizes, dtype=state_dtype(like)),))
 
     def forward(
         self, x: Float[Tensor, "T D"], *, context: MixerContext, state: DecodeState | None = None
@@ -173,4 +173,4 @@ class GatedLinearAttentionModule(SequenceMixerModule, FusedProjections):
     def _log_decay(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T HK"]:
         """``log(sigmoid(gate)) / temperature``, at most 0."""
         gate = self.gate_up(self.gate_down(x))
-        return F.softplus(-gate.float()) * (-1 / self.temperature)
+        return F.softplus(-gate.to(state_dtype(gate))) * (-1 / self.temperature)

@@ -40,6 +40,7 @@ from moesaic.nn.shardable_module import (
     row_parallel,
 )
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
+from moesaic.ops.decayed_scan import state_dtype
 from moesaic.ops.gated_rms_norm import gated_rms_norm
 
 
@@ -188,7 +189,7 @@ class Mamba2Module(SequenceMixerModule, FusedProjections, CustomInitializers):
     def init_state(self, rows: int, *, like: Tensor) -> TensorState:
         sizes = (rows, self.heads, self.config.state, self.config.head_dim)
         inputs = (rows, self.convolution.num_earlier, sum(self.segments[1:4]))
-        return TensorState((like.new_zeros(inputs), like.new_zeros(sizes, dtype=torch.float32)))
+        return TensorState((like.new_zeros(inputs), like.new_zeros(sizes, dtype=state_dtype(like))))
 
     def forward(
         self, x: Float[Tensor, "T D"], *, context: MixerContext, state: DecodeState | None = None
@@ -204,7 +205,7 @@ class Mamba2Module(SequenceMixerModule, FusedProjections, CustomInitializers):
         )
         inputs, key, query = convolved.out.split((inner, shared, shared), 1)
         inputs = inputs.unflatten(1, (self.heads, -1))
-        step = F.softplus(step.float() + self.step_bias)[..., None]
+        step = F.softplus(step.to(state_dtype(step)) + self.step_bias)[..., None]
         tokens = TokenScan(
             query.unflatten(1, (self.groups, -1)),
             key.unflatten(1, (self.groups, -1)),

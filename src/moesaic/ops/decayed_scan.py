@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from moesaic.core.shapes import Float, Tensor
+from moesaic.core.shapes import Float, Shaped, Tensor
 
 CHUNK = 64
 
@@ -104,7 +104,7 @@ def _scan(
     with torch.autocast(value.device.type, enabled=False):
         if state is None:
             sizes = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
-            state = value.new_zeros(sizes, dtype=_state_dtype(value))
+            state = value.new_zeros(sizes, dtype=state_dtype(value))
         if value.shape[1] == 1:
             return _one_token(inputs, state, scale)
         cut = _cut_inputs(inputs, chunk)
@@ -116,7 +116,8 @@ def _scan(
         return rows.to(value.dtype).contiguous(), states[-1]
 
 
-def _state_dtype(value: Tensor) -> torch.dtype:
+def state_dtype(value: Shaped[Tensor, "*N"]) -> torch.dtype:
+    """Return the dtype of a state of such values: float32, or float64 as they are."""
     return torch.promote_types(value.dtype, torch.float32)
 
 
@@ -133,7 +134,7 @@ def _one_token(inputs: ScanInputs, state: Tensor, scale: float) -> tuple[Tensor,
 def _cut_inputs(inputs: ScanInputs, chunk: int) -> ScanInputs:
     """Return the inputs as [B, heads, M, C, channels]; the last chunk is padded with zeros."""
     assert chunk & (chunk - 1) == 0, "a chunk is halved down to one token"
-    length, dtype = inputs.value.shape[1], _state_dtype(inputs.value)
+    length, dtype = inputs.value.shape[1], state_dtype(inputs.value)
     size = min(chunk, 1 << max(length - 1, 0).bit_length())
     padded = (F.pad(x.to(dtype), (0, 0, 0, 0, 0, -length % size)) for x in inputs)
     return ScanInputs(*(x.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4) for x in padded))
