@@ -1,4 +1,4 @@
-"""Mamba-2 equals its definition, token by token and row by row; its initial values are the paper's."""
+"""Mamba-2 equals its definition, token by token; its initial values are those of the paper."""
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,9 @@ def _definition(module: Mamba2Module, row: Tensor) -> Tensor:
         mixed = (inputs * module.convolution.weight.t()).sum(0) + module.convolution.bias
         channels, key, query = F.silu(mixed).split([inner, shared, shared])
         channels, step = channels.view(heads, -1), F.softplus(step + module.step_bias)
-        key, query = (y.view(groups, -1).repeat_interleave(heads // groups, 0) for y in (key, query))
+        key, query = (
+            y.view(groups, -1).repeat_interleave(heads // groups, 0) for y in (key, query)
+        )
         added = step[:, None, None] * key[:, :, None] * channels[:, None]
         state = torch.exp(step * rate)[:, None, None] * state + added
         read = (query[:, None] @ state)[:, 0] + module.skip[:, None] * channels
@@ -57,8 +59,10 @@ def test_a_module_equals_its_definition_on_every_row() -> None:
 def test_initial_steps_and_decay_rates_are_in_their_ranges() -> None:
     module = _module(Mamba2(head_dim=1, expand=64.0, state=1, min_step=0.01, max_step=0.2))
     step, rate = F.softplus(module.step_bias.detach()), module.log_rate.detach().exp()
-    assert 0.01 <= float(step.min()) < 0.02 and 0.1 < float(step.max()) <= 0.2001
-    assert 1 <= float(rate.min()) < 2 and 14 < float(rate.max()) <= 16
+    assert 0.01 <= float(step.min()) < 0.02
+    assert 0.1 < float(step.max()) <= 0.2001
+    assert 1 <= float(rate.min()) < 2
+    assert 14 < float(rate.max()) <= 16
 
 
 def test_it_names_what_does_not_fit() -> None:

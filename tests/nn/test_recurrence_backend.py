@@ -1,4 +1,4 @@
-"""Decode states of recurrences: constant in length, and the same whatever the steps and the padding.
+"""Decode states of recurrences: constant in length, the same whatever the steps and the padding.
 
 That context ranks compute the same is a law (``test_context_parallel_ranks_share_one_loss``).
 """

@@ -47,9 +47,9 @@ from moesaic.ops.gated_rms_norm import gated_rms_norm
 class Mamba2(SequenceMixer):
     """Mamba-2 (SSD, 2405.21060): a state space model with a scalar decay per head.
 
-    ``expand`` times the model dim are the inner channels, in heads of ``head_dim``. ``state`` is the
-    number of channels of B and C, which ``groups`` of heads have each for themselves; the norm is
-    over the channels of one of ``norm_groups`` (default: ``groups``). Initial step sizes are
+    ``expand`` times the model dim are the inner channels, in heads of ``head_dim``. ``state`` is
+    the number of channels of B and C, which ``groups`` of heads have each for themselves; the norm
+    is over the channels of one of ``norm_groups`` (default: ``groups``). Initial step sizes are
     between ``min_step`` and ``max_step``, decay rates between 1 and ``max_decay``.
     """
 
@@ -93,7 +93,7 @@ class Mamba2(SequenceMixer):
         inner, channels, heads = segments[0], sum(segments[1:4]), segments[4]
         return [
             *linear_specs(shape.dim, sum(segments), bias=shape.bias),
-            ParameterSpec("norm", (channels, self.width)),
+            ParameterSpec("bias", (channels, self.width)),
             ParameterSpec("bias", (channels,)),
             *2 * [ParameterSpec("bias", (heads,))],
             ParameterSpec("norm", (heads,)),
@@ -111,9 +111,19 @@ class Mamba2(SequenceMixer):
         inner, *_ = segments = self.segments(shape.dim)
         return tokens * (4.0 * inner * self.state + 2.0 * self.width * sum(segments[1:4]))
 
+    def exchanged_values(
+        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
+    ) -> float:
+        del tokens  # a span is sent as what it does to the state
+        segments = self.segments(shape.dim)
+        state = segments[4] + segments[0] * self.state  # log decays and what is added, of one span
+        return (ranks - 1) * (state + (self.width - 1) * sum(segments[1:4])) / tensor
+
     def shrink(self, shape: MixerShape, /) -> Self:
         groups = min(self.groups, 2)
-        small = self.replace(groups=groups, norm_groups=self.norm_groups and min(self.norm_groups, 2))
+        small = self.replace(
+            groups=groups, norm_groups=self.norm_groups and min(self.norm_groups, 2)
+        )
         return small.replace(head_dim=max(1, shape.dim // 4), expand=1.0, state=4)
 
 
@@ -151,7 +161,7 @@ class Mamba2Module(SequenceMixerModule, FusedProjections, CustomInitializers):
 
     def initializers(self) -> Mapping[str, Initializer]:
         return {
-            "convolution.weight": Initializer(kind="norm", draw=self._draw_convolution),
+            "convolution.weight": Initializer(kind="bias", draw=self._draw_convolution),
             "step_bias": Initializer(kind="bias", draw=self._draw_step_bias),
             "log_rate": Initializer(kind="bias", draw=self._draw_log_rate),
         }

@@ -4,7 +4,8 @@
 rank has spans of rows: what a span does to a state is exchanged, and prefix products of it are the
 states from which the spans start.
 
-Letters: T tokens, B rows, N spans of this rank, C channels, W width of a convolution, G key heads, H heads, K key channels, V value channels, E decay channels (K, or 1).
+Letters: T tokens, B rows, N spans of this rank, C channels, W width of a convolution, G key heads,
+H heads, K key channels, V value channels, E decay channels (K, or 1).
 """
 
 from dataclasses import dataclass
@@ -178,8 +179,9 @@ class ContextRecurrence:
 class _ExchangePlan:
     """The spans of this rank, and which spans of all ranks are exchanged, in rank order.
 
-    ``sent`` are the numbers of those of this rank, ``sizes`` how many each rank sends. For each span
-    of this rank ``before`` has the exchanged spans before it in its row, ``lengths`` their tokens.
+    ``sent`` are the numbers of those of this rank, ``sizes`` how many each rank sends, ``lengths``
+    their tokens. ``before`` has, for each span of this rank, the exchanged ones before it in its
+    row.
     """
 
     spans: tuple[TokenSpan, ...]

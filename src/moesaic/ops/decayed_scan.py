@@ -77,40 +77,34 @@ class _DecayedScan(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Any:
         *tensors, ctx.scale, ctx.chunk = inputs
         ctx.save_for_backward(*tensors)
-        return _scan(*tensors, scale=ctx.scale, chunk=ctx.chunk)
+        return _scan(ScanInputs(*tensors[:4]), tensors[4], scale=ctx.scale, chunk=ctx.chunk)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        inputs = [x if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *rows, state = ctx.saved_tensors
+        given = [x.detach().requires_grad_() for x in (*rows, *([] if state is None else [state]))]
+        initial = None if state is None else given[4]
         with torch.enable_grad():
-            outputs = _scan(*inputs, scale=ctx.scale, chunk=ctx.chunk)
-        given = [x for x in inputs if x is not None]
-        found = torch.autograd.grad(outputs, given, grads, allow_unused=True)
-        return *found, *[None] * (len(inputs) - len(given)), None, None
+            outputs = _scan(ScanInputs(*given[:4]), initial, scale=ctx.scale, chunk=ctx.chunk)
+        found = torch.autograd.grad(outputs, given, grads)
+        return *found, *[None] * (7 - len(found))
 
 
 def _scan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    *,
-    scale: float,
-    chunk: int,
+    inputs: ScanInputs, state: Tensor | None, *, scale: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    inputs = ScanInputs(query, key, value, log_decay)
+    value = inputs.value
     with torch.autocast(value.device.type, enabled=False):
         if state is None:
-            sizes = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+            sizes = (value.shape[0], value.shape[2], inputs.key.shape[3], value.shape[3])
             state = value.new_zeros(sizes, dtype=state_dtype(value))
         if value.shape[1] == 1:
             return _one_token(inputs, state, scale)
         cut = _cut_inputs(inputs, chunk)
         cut = cut._replace(query=cut.query * scale)
         states = _states(_added_by_chunk(cut), cut.log_decay.sum(3), state)
-        within = _within_heads(cut) if log_decay.shape[-1] == 1 else _within_channels(cut)
+        within = _within_heads(cut) if inputs.log_decay.shape[-1] == 1 else _within_channels(cut)
         out = within + _from_state(cut, torch.stack(states[:-1], 2))
         rows = out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : value.shape[1]]
         return rows.to(value.dtype).contiguous(), states[-1]
