@@ -69,8 +69,7 @@ def generate(
         prompt = InputRows.full(tag[:, None]) if has_encoder else append_tag(source, tag=tag)
         limit = torch.as_tensor(max_tokens, device=source.device).expand(source.rows)
         limit = _within_positions(limit, model=model, source=source, prompt=prompt)
-        rows = torch.arange(source.rows, device=source.device)
-        cache = model.init_cache(model.encode(source), rows)
+        cache = model.init_cache(model.encode(source), rows=source.rows)
         logits = model.step(prompt, cache)
         inputs = SearchInputs(
             logits=logits,
