@@ -32,8 +32,7 @@ def _step(
 ) -> list[Tensor]:
     """Return each row's outputs for its newest tokens, the first ``counts`` of x [B, n, D]."""
     packing = Packing.from_lengths(torch.tensor(counts), length=x.shape[1])
-    position = packing.position
-    context = MixerContext(packing, position, causal=True, start=torch.zeros(ROWS).long())
+    context = MixerContext.of_rows(packing, causal=True)
     out = module(packing.pack(x), context=context, state=state)
     return list(out.split(counts))
 
@@ -67,7 +66,7 @@ def test_a_selected_state_goes_on_as_its_row(name: str) -> None:
     x = torch.randn(ROWS, 6, DIM, dtype=torch.float64)
     state = module.init_state(ROWS, like=x)
     _step(module, x[:, :5], counts=[5] * ROWS, state=state)
-    swapped = state.select(torch.tensor([2, 0, 2]))
+    swapped = state.select(torch.tensor([2, 0, 2]), None)
     here = _step(module, x[:, 5:], counts=[1] * ROWS, state=state)
     there = _step(module, x[[2, 0, 2], 5:], counts=[1] * ROWS, state=swapped)
     torch.testing.assert_close(torch.stack(there), torch.stack([here[2], here[0], here[2]]))

@@ -22,6 +22,7 @@ from moesaic.nn.mamba2 import Mamba2 as Mamba2  # registers a member, as the lin
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
 from moesaic.nn.sequence_mixer import MixerShape, Parallel, SequenceMixer
+from moesaic.nn.spike_coding import ActivationCoding, RealValues
 
 MAX_LAYERS = 4096  # of a stack: each is a module, and is counted by itself
 
@@ -123,6 +124,7 @@ class ModelConfig(Config):
     embedding: EmbeddingConfig = EmbeddingConfig()
     mixers: dict[str, SequenceMixer] = Field(default_factory=dict)
     block_layout: BlockLayout = SequentialResidual()
+    activation_coding: ActivationCoding = RealValues()
     bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
     init: InitConfig = InitConfig()
