@@ -17,6 +17,7 @@ from torch import nn
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.distributed.collectives import all_gather_rows
 from moesaic.distributed.process_groups import Group, group_rank
+from moesaic.nn.initializer import normal_parameter
 from moesaic.nn.packing import Packing, TokenSpan
 from moesaic.ops.decayed_scan import ScanInputs, StateChange, decayed_scan, state_change
 from moesaic.ops.short_convolution import short_convolution
@@ -50,7 +51,7 @@ class ConvolutionWeights(nn.Module):
 
     def __init__(self, channels: int, *, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-1, 1) * width**-0.5)
+        self.weight = normal_parameter(channels, width, std=(3 * width) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(channels))
 
     @property
