@@ -21,7 +21,7 @@ from moesaic.nn.gated_linear_attention import GatedLinearAttention as GatedLinea
 from moesaic.nn.mamba2 import Mamba2 as Mamba2  # registers a member, as the line above
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
-from moesaic.nn.sequence_mixer import MixerShape, Parallel, SequenceMixer
+from moesaic.nn.sequence_mixer import MixerShape, ParallelMixers, SequenceMixer
 from moesaic.nn.spike_coding import ActivationCoding, RealValues
 
 MAX_LAYERS = 4096  # of a stack: each is a module, and is counted by itself
@@ -167,7 +167,7 @@ class ModelConfig(Config):
         return tuple(
             self._mixer(branch[0])
             if len(branch) == 1
-            else Parallel(mixers=tuple(map(self._mixer, branch)))
+            else ParallelMixers(mixers=tuple(map(self._mixer, branch)))
             for branch in stack.block_pattern(layer).branches
         )
 
