@@ -75,9 +75,11 @@ class InputRows:
 
     @property
     def tags(self) -> Int[Tensor, "B"]:
-        """The tag of each row of ids; 0 of a row without any."""
+        """The tag of each row of ids; 0 of a row without any, and of values that are no ids."""
         if self.tag is not None:
             return self.tag
+        if not self.width or self.values.is_floating_point():
+            return torch.zeros_like(self.lengths)
         return torch.where(self.lengths > 0, self.values[:, 0], 0)  # padding may be any number
 
     def select(self, rows: slice | Tensor) -> "InputRows":

@@ -67,8 +67,12 @@ class TextGenerator:
         tokenizer: Tokenizer,
         text_rules: TextRules | None = None,
         collator: Collator | None = None,
+        window: int = 512,
     ) -> None:
-        """Raises DataError for a model with an encoder."""
+        """``window`` is the length of the rows that the model was trained on.
+
+        Raises DataError for a model with an encoder.
+        """
         if model.config.encoder.layers:
             raise DataError(
                 "this model has an encoder: it translates, and does not continue texts "
@@ -76,6 +80,7 @@ class TextGenerator:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.window = window
         self._text_rules = text_rules or GeneralText()
         self._frame = (collator or DecoderOnlyCollator()).frame
 
@@ -94,6 +99,7 @@ class TextGenerator:
             tokenizer=run.tokenizer,
             text_rules=run.text_rules,
             collator=run.collator,
+            window=run.limits.max_target,
         )
 
     @overload  # a string is a sequence of strings too: the first overload takes it
@@ -149,8 +155,17 @@ class TextGenerator:
             for answer in self._continue(numbered[start : start + _ROWS], request)
         ]
 
+    def normalise(self, text: str) -> str:
+        """Return a text as the corpus of the run has it; empty if nothing in it is visible."""
+        return self._text_rules.normalise(text)
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.vocabulary.eos
+
     def begin_tokens(self, language: str | None) -> tuple[int, ...]:
-        """Return the tokens that a text begins with. Raises DataError: which language is unclear."""
+        """Return the tokens that a text begins with. Raises DataError: the language is unclear."""
         vocabulary, names = self.tokenizer.vocabulary, self._frame.prompt
         return tuple(
             vocabulary.tag(self._language_code(language))
