@@ -6,7 +6,7 @@ import torch
 from model.samples import VARIANTS, ids
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.data.batch import InputRows
-from moesaic.model.beam_search import Beam, Greedy
+from moesaic.model.beam_search import Beam, Greedy, SearchInputs
 from moesaic.model.generate import DecodingRules, append_tag, generate
 from moesaic.model.transformer import Transformer
 
@@ -87,3 +87,46 @@ def test_learned_positions_end_an_answer_instead_of_being_used_twice():
     fed = ids(2, [33, 2], width=33)
     with pytest.raises(RuntimeError, match="max_length=32"):
         model.step(fed, model.init_cache(model.encode(ids(2, [4, 2], width=4)), rows=2))
+
+
+@pytest.mark.parametrize("search", [Greedy(), Beam(size=3, n_best=3)], ids=["greedy", "beam"])
+@pytest.mark.parametrize("name", ["rotary-top2", "decoder-only", "mixers-of-all-kinds"])
+def test_answers_through_the_cache_are_those_of_whole_prefixes(name, search):
+    """The plain twin decodes every prefix from the start, in a new cache without any reordering."""
+    torch.manual_seed(4)
+    model, source = Transformer(VARIANTS[name]).eval(), ids(2, [4, 2], width=4)
+    limit = torch.tensor([7, 5])
+    has_encoder = bool(model.config.encoder.layers)
+    start = InputRows.full(TAG[:, None]) if has_encoder else append_tag(source, tag=TAG)
+    prefixes = [
+        (row, values[:length])
+        for row, (values, length) in enumerate(
+            zip(start.values.tolist(), start.lengths.tolist(), strict=True)
+        )
+    ]
+
+    def logits():
+        of = torch.tensor([row for row, _ in prefixes])
+        cache = model.init_cache(model.encode(source.select(of)), rows=len(prefixes))
+        return model.step(InputRows.from_lists([prefix for _, prefix in prefixes]), cache)
+
+    def step(tokens):
+        prefixes[:] = [
+            (row, [*prefix, token])
+            for (row, prefix), token in zip(prefixes, tokens.tolist(), strict=True)
+        ]
+        return logits()
+
+    def reorder(rows, _sources):
+        prefixes[:] = [prefixes[row] for row in rows.tolist()]
+
+    rules = DecodingRules(suppress_tokens=(0, 1, 3, 4))
+    found = generate(model, source, tag=TAG, search=search, max_tokens=limit, rules=rules)
+    with torch.inference_mode():
+        suppressed = torch.tensor(rules.suppress_tokens)
+        inputs = SearchInputs(logits(), step, reorder, limit, suppressed, eos=2)
+        plain = search(inputs)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert [h.ids for h in ours] == [h.ids for h in theirs]
+        scores = [h.score for h in theirs]
+        assert [h.score for h in ours] == pytest.approx(scores, rel=1e-6, abs=2e-6)
