@@ -8,7 +8,7 @@ import torch
 from model.samples import ROLES, RULES, VARIANTS, VOCABULARY, ids, question
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.data.batch import InputRows
-from moesaic.model.beam_search import Beam, Greedy
+from moesaic.model.beam_search import Beam, Greedy, SearchInputs
 from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.transformer import Transformer
 
@@ -108,3 +108,45 @@ def test_learned_positions_end_an_answer_instead_of_being_used_twice():
     fed = ids(2, [33, 2], width=33)
     with pytest.raises(RuntimeError, match="max_length=32"):
         model.step(fed, model.init_cache(model.encode(ids(2, [4, 2], width=4)), rows=2))
+
+
+@pytest.mark.parametrize("search", [Greedy(), Beam(size=3, n_best=3)], ids=["greedy", "beam"])
+@pytest.mark.parametrize("name", ["rotary-top2", "decoder-only", "mixers-of-all-kinds"])
+def test_answers_through_the_cache_are_those_of_whole_prefixes(name, search):
+    """The plain twin decodes every prefix from the start, in a new cache without any reordering."""
+    torch.manual_seed(4)
+    model, source = Transformer(VARIANTS[name]).eval(), ids(2, [4, 2], width=4)
+    limit = torch.tensor([7, 5])
+    asked = question(model, source, tag=TAG)
+    source, start = asked["source"], asked["prompt"]
+    prefixes = [
+        (row, values[:length])
+        for row, (values, length) in enumerate(
+            zip(start.values.tolist(), start.lengths.tolist(), strict=True)
+        )
+    ]
+
+    def logits():
+        of = torch.tensor([row for row, _ in prefixes])
+        cache = model.init_cache(model.encode(source.select(of)), rows=len(prefixes))
+        return model.step(InputRows.from_lists([prefix for _, prefix in prefixes]), cache)
+
+    def step(tokens):
+        prefixes[:] = [
+            (row, [*prefix, token])
+            for (row, prefix), token in zip(prefixes, tokens.tolist(), strict=True)
+        ]
+        return logits()
+
+    def reorder(rows, _sources):
+        prefixes[:] = [prefixes[row] for row in rows.tolist()]
+
+    found = generate(model, **asked, search=search, max_tokens=limit, rules=RULES)
+    with torch.inference_mode():
+        suppressed = torch.tensor(ROLES.suppressed)
+        inputs = SearchInputs(logits(), step, reorder, limit, suppressed, eos=ROLES.eos)
+        plain = search(inputs)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert [h.ids for h in ours] == [h.ids for h in theirs]
+        scores = [h.score for h in theirs]
+        assert [h.score for h in ours] == pytest.approx(scores, rel=1e-6, abs=2e-6)
