@@ -5,6 +5,7 @@ Letters: T tokens, D model dim, H heads, d head dim.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +13,8 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
-from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.core.shapes import Float, Int, Shaped, Tensor
+from moesaic.nn.rotary_scaling import NoRotaryScaling, RotaryScaling
 
 Rotation = Callable[[Tensor], Tensor]
 
@@ -25,17 +27,28 @@ def no_rotation(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
 class PositionalEncodingModule(nn.Module):
     """Base of positional encodings: adds nothing to embeddings and rotates nothing.
 
-    ``max_positions`` is the longest sequence that can be encoded; None: any.
+    ``max_positions`` is the longest sequence that can be encoded; None: any. ``reads_length``:
+    rotations depend on the lengths of rows.
     """
 
     max_positions: int | None = None
+    reads_length: bool = False
 
     def add(self, x: Float[Tensor, "T D"], _position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
         """Return the embeddings of tokens at these positions, encoded."""
         return x
 
-    def rotation(self, _position: Int[Tensor, "T"], /) -> Rotation:
-        """Return the function that rotates the queries and keys of tokens at these positions."""
+    def rotation(
+        self,
+        _position: Int[Tensor, "T"],
+        /,
+        *,
+        length: Int[Tensor, "T"] | None = None,  # noqa: ARG002
+    ) -> Rotation:
+        """Return the function that rotates the queries and keys of tokens at these positions.
+
+        ``length`` is the length of each token's row so far, if the module ``reads_length``.
+        """
         return no_rotation
 
 
@@ -55,16 +68,36 @@ class NoPositionalEncoding(PositionalEncoding):
 
 
 class Rotary(PositionalEncoding):
-    """Rotary position embedding (RoPE, 2104.09864): neighbouring channels rotate as pairs."""
+    """Rotary position embedding (RoPE, 2104.09864): pairs of channels rotate with the position.
+
+    ``pairing``: a pair is two neighbouring channels (as in the paper), or a channel and the one
+    half a head further (GPT-NeoX, and checkpoints of Hugging Face). Only the first ``fraction`` of
+    a head's channels rotates (partial rotary). ``scaling`` stretches positions for longer rows.
+    """
 
     theta: float = Field(default=10000.0, gt=1)
+    pairing: Literal["neighbouring", "halves"] = "neighbouring"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    scaling: RotaryScaling = NoRotaryScaling()
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
-        if head_dim % 2:
-            raise ConfigError(
-                [f"position: Rotary rotates pairs, so head_dim={head_dim} must be even"]
-            )
+        if problem := self.problems(head_dim):
+            raise ConfigError([f"position: {problem}"])
         return _RotaryModule(self, head_dim=head_dim)
+
+    def rotated_channels(self, head_dim: int) -> int:
+        """Return the number of channels of a head that rotate."""
+        return int(head_dim * self.fraction)
+
+    def problems(self, head_dim: int) -> str | None:
+        """Return why heads of ``head_dim`` channels cannot rotate, or None."""
+        channels = self.rotated_channels(head_dim)
+        if channels < 2 or channels % 2:
+            part = f" * fraction={self.fraction}" if self.fraction < 1 else ""
+            return f"Rotary rotates pairs, so head_dim={head_dim}{part} must be even and at least 2"
+        if problem := self.scaling.problems(channels // 2):
+            return f"{type(self.scaling).__name__} expects {problem}"
+        return None
 
 
 class Sinusoidal(PositionalEncoding):
@@ -93,19 +126,41 @@ class LearnedPositions(PositionalEncoding):
 class _RotaryModule(PositionalEncodingModule):
     def __init__(self, config: Rotary, *, head_dim: int) -> None:
         super().__init__()
-        self.theta, self.pairs = config.theta, head_dim // 2
+        self.config, self.channels = config, config.rotated_channels(head_dim)
+        self.reads_length = config.scaling.reads_length
 
-    def rotation(self, position: Int[Tensor, "T"], /) -> Rotation:
-        steps = torch.arange(self.pairs, device=position.device, dtype=torch.float32)
-        angle = position.float()[:, None] * self.theta ** (-steps / self.pairs)
-        turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    def rotation(
+        self, position: Int[Tensor, "T"], /, *, length: Int[Tensor, "T"] | None = None
+    ) -> Rotation:
+        config, channels = self.config, self.channels
+        frequency = config.scaling.frequencies(
+            channels // 2, theta=config.theta, length=length, device=position.device
+        )
+        angle = position.float()[:, None] * frequency
+        turn = torch.polar(torch.full_like(angle, config.scaling.magnitude()), angle)[:, None]
+        rotate = _rotate_neighbours if config.pairing == "neighbouring" else _rotate_halves
 
-        def rotate(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
-            pairs = heads.float().unflatten(-1, (-1, 2))
-            turned = torch.view_as_complex(pairs.contiguous()) * turn
-            return torch.view_as_real(turned).flatten(-2).to(heads.dtype)
+        def rotate_heads(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
+            if heads.shape[-1] == channels:
+                return rotate(heads.float(), turn).to(heads.dtype)
+            first, rest = heads.split([channels, heads.shape[-1] - channels], -1)
+            return torch.cat([rotate(first.float(), turn).to(heads.dtype), rest], -1)
 
-        return rotate
+        return rotate_heads
+
+
+def _rotate_neighbours(
+    heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
+) -> Float[Tensor, "T H d"]:
+    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def _rotate_halves(
+    heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
+) -> Float[Tensor, "T H d"]:
+    turned = torch.complex(*heads.chunk(2, -1)) * turn
+    return torch.cat([turned.real, turned.imag], -1)
 
 
 class _SinusoidalModule(PositionalEncodingModule):
