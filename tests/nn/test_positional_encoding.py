@@ -16,7 +16,7 @@ PLACE = torch.tensor([0, 1, 2, 5])
 
 def test_rotary_rotates_each_pair_by_its_angle():
     heads = torch.randn(4, 3, 6)
-    got = Rotary(theta=100.0).build(dim=12, head_dim=6).rotation(PLACE)(heads)
+    got = Rotary(theta=100.0).rotation(PLACE, head_dim=6)(heads)
     for t, place in enumerate(PLACE.tolist()):
         for pair in range(3):
             angle = torch.tensor(place * 100.0 ** (-pair / 3))
@@ -27,11 +27,10 @@ def test_rotary_rotates_each_pair_by_its_angle():
 
 
 def test_rotary_scores_depend_on_distance_only():
-    module = Rotary().build(dim=8, head_dim=8)
     query, key = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
 
     def score(i, j):
-        turned = [module.rotation(torch.tensor([p]))(v) for p, v in ((i, query), (j, key))]
+        turned = [Rotary().rotation(torch.tensor([p]), head_dim=8)(v) for p, v in ((i, query), (j, key))]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(3, 1), score(13, 11), rtol=1e-4, atol=1e-5)
@@ -39,7 +38,7 @@ def test_rotary_scores_depend_on_distance_only():
 
 
 def test_rotary_keeps_the_dtype_and_refuses_odd_heads():
-    turned = Rotary().build(dim=8, head_dim=8).rotation(PLACE)(torch.randn(4, 1, 8).bfloat16())
+    turned = Rotary().rotation(PLACE, head_dim=8)(torch.randn(4, 1, 8).bfloat16())
     assert turned.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="head_dim=5"):
         Rotary().build(dim=8, head_dim=5)
@@ -74,7 +73,7 @@ def test_learned_looks_up_a_vector_per_position():
 )
 def test_an_additive_encoding_does_not_rotate(position):
     heads = torch.randn(4, 2, 4)
-    assert position.build(dim=8, head_dim=4).rotation(PLACE)(heads) is heads
+    assert position.rotation(PLACE, head_dim=4)(heads) is heads
 
 
 def test_no_positional_encoding_changes_no_embedding():

@@ -25,39 +25,54 @@ def no_rotation(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
 
 
 class PositionalEncodingModule(nn.Module):
-    """Base of positional encodings: adds nothing to embeddings and rotates nothing.
+    """Base of positional encodings: adds nothing to embeddings.
 
-    ``max_positions`` is the longest sequence that can be encoded; None: any. ``reads_length``:
-    rotations depend on the lengths of rows.
+    ``max_positions`` is the longest sequence that can be encoded; None: any.
     """
 
     max_positions: int | None = None
-    reads_length: bool = False
 
     def add(self, x: Float[Tensor, "T D"], _position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
         """Return the embeddings of tokens at these positions, encoded."""
         return x
 
-    def rotation(
-        self,
-        _position: Int[Tensor, "T"],
-        /,
-        *,
-        length: Int[Tensor, "T"] | None = None,  # noqa: ARG002
-    ) -> Rotation:
-        """Return the function that rotates the queries and keys of tokens at these positions.
-
-        ``length`` is the length of each token's row so far, if the module ``reads_length``.
-        """
-        return no_rotation
-
 
 class PositionalEncoding(Choice):
-    """Family of positional encodings."""
+    """Family of positional encodings.
+
+    The module adds to embeddings, once per stack; ``rotation`` is for attention, in every block.
+    """
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
         """Return the module."""
         raise NotImplementedError
+
+    def rotation(
+        self, _position: Int[Tensor, "T"], *, head_dim: int, length: Int[Tensor, "T"] | None = None
+    ) -> Rotation:
+        """Return the function that rotates the queries and keys of tokens at these positions.
+
+        ``length`` is the length of each token's row so far, needed if it ``reads_length``.
+        """
+        del head_dim, length
+        return no_rotation
+
+    @property
+    def reads_length(self) -> bool:
+        """Whether rotations depend on the lengths of rows."""
+        return False
+
+    def rotated_channels(self, _head_dim: int, /) -> int:
+        """Return the channels of a head that are rotated: as many values are saved per token."""
+        return 0
+
+    def score_factor(self) -> float:
+        """Return the factor of attention scores that goes with the rotation."""
+        return 1.0
+
+    def problems(self, _head_dim: int, /) -> str | None:
+        """Return what it expects of heads of ``head_dim`` channels where they do not fit, or None."""
+        return None
 
 
 class NoPositionalEncoding(PositionalEncoding):
@@ -82,22 +97,44 @@ class Rotary(PositionalEncoding):
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         if problem := self.problems(head_dim):
-            raise ConfigError([f"position: {problem}"])
-        return _RotaryModule(self, head_dim=head_dim)
+            raise ConfigError([f"position: expected {problem}"])
+        return PositionalEncodingModule()
 
-    def rotated_channels(self, head_dim: int) -> int:
-        """Return the number of channels of a head that rotate."""
+    def rotation(
+        self, position: Int[Tensor, "T"], *, head_dim: int, length: Int[Tensor, "T"] | None = None
+    ) -> Rotation:
+        channels, scaling = self.rotated_channels(head_dim), self.scaling
+        frequency = scaling.frequencies(
+            channels // 2, theta=self.theta, length=length, device=position.device
+        )
+        angle = position.float()[:, None] * frequency
+        turn = torch.polar(torch.full_like(angle, scaling.magnitude()), angle)[:, None]
+        rotate = _rotate_neighbours if self.pairing == "neighbouring" else _rotate_halves
+
+        def rotate_heads(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
+            if channels == head_dim:
+                return rotate(heads.float(), turn).to(heads.dtype)
+            first, rest = heads.split([channels, head_dim - channels], -1)
+            return torch.cat([rotate(first.float(), turn).to(heads.dtype), rest], -1)
+
+        return rotate_heads
+
+    @property
+    def reads_length(self) -> bool:
+        return self.scaling.reads_length
+
+    def rotated_channels(self, head_dim: int, /) -> int:
         return int(head_dim * self.fraction)
 
-    def problems(self, head_dim: int) -> str | None:
-        """Return why heads of ``head_dim`` channels cannot rotate, or None."""
+    def score_factor(self) -> float:
+        return self.scaling.score_factor()
+
+    def problems(self, head_dim: int, /) -> str | None:
         channels = self.rotated_channels(head_dim)
         if channels < 2 or channels % 2:
-            part = f" * fraction={self.fraction}" if self.fraction < 1 else ""
-            return f"Rotary rotates pairs, so head_dim={head_dim}{part} must be even and at least 2"
-        if problem := self.scaling.problems(channels // 2):
-            return f"{type(self.scaling).__name__} expects {problem}"
-        return None
+            part = f" with fraction={self.fraction}" if self.fraction < 1 else ""
+            return f"an even number of channels to rotate, not {channels} of head_dim={head_dim}{part}"
+        return self.scaling.problems(channels // 2)
 
 
 class Sinusoidal(PositionalEncoding):
@@ -121,32 +158,6 @@ class LearnedPositions(PositionalEncoding):
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return _LearnedPositionsModule(self, dim=dim)
-
-
-class _RotaryModule(PositionalEncodingModule):
-    def __init__(self, config: Rotary, *, head_dim: int) -> None:
-        super().__init__()
-        self.config, self.channels = config, config.rotated_channels(head_dim)
-        self.reads_length = config.scaling.reads_length
-
-    def rotation(
-        self, position: Int[Tensor, "T"], /, *, length: Int[Tensor, "T"] | None = None
-    ) -> Rotation:
-        config, channels = self.config, self.channels
-        frequency = config.scaling.frequencies(
-            channels // 2, theta=config.theta, length=length, device=position.device
-        )
-        angle = position.float()[:, None] * frequency
-        turn = torch.polar(torch.full_like(angle, config.scaling.magnitude()), angle)[:, None]
-        rotate = _rotate_neighbours if config.pairing == "neighbouring" else _rotate_halves
-
-        def rotate_heads(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
-            if heads.shape[-1] == channels:
-                return rotate(heads.float(), turn).to(heads.dtype)
-            first, rest = heads.split([channels, heads.shape[-1] - channels], -1)
-            return torch.cat([rotate(first.float(), turn).to(heads.dtype), rest], -1)
-
-        return rotate_heads
 
 
 def _rotate_neighbours(
