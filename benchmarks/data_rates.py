@@ -116,7 +116,7 @@ def measure(root: Path, *, tokens: int) -> dict[str, float]:
         batch = next(loader)
         waits.append(time.perf_counter() - asked)
         real += batch.num_tokens
-        area += batch.source.numel() + batch.target_in.numel()
+        area += batch.source.values.numel() + batch.target.values.numel()
     seconds = sum(waits)
     return {
         "open_s": opened,

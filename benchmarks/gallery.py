@@ -32,6 +32,7 @@ from moesaic.serve.score import count_experts
 from moesaic.train.routing_hooks import health_check_settings
 from moesaic.train.run import Run
 from moesaic.train.run_training import train
+from moesaic.train.text_data import require_text
 from moesaic.train.training_hooks import no_progress
 
 HERE = Path(__file__).parent
@@ -48,7 +49,7 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         changes = [*table["base"]["set"], *rule["set"], f"steps={options.steps}"]
-        changes.append(f"corpus={{kind: NamedCorpus, name: {options.corpus}}}")
+        changes.append(f"data.corpus={{kind: NamedCorpus, name: {options.corpus}}}")
         known = results["rules"].get(name, {})
         if known.get("changes") == changes and not known.get("skipped") and not options.again:
             print(f"{name}: done before")
@@ -92,7 +93,12 @@ def _one(rule: dict[str, Any], recipe: str, changes: list[str], runs: Path) -> d
 def _trained(run: Run, out: Path) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     result = train(run, out, progress=no_progress)
-    tests = held_out_tests(run, corpus=run.corpus.open(), split="valid", limit=SENTENCES)
+    tests = held_out_tests(
+        run,
+        corpus=require_text(run.data, what="the gallery").corpus.open(),
+        split="valid",
+        limit=SENTENCES,
+    )
     counts = count_experts(out, tests=tests)
     rows = list(read_metrics(RunDir(out).metrics))
     layers, size = counts.layers(), count_parameters(run.model)

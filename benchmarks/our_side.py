@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from random_pairs import CLIP, LR, SHAPE, SMOOTHING, STEPS, WARM, Pair, batches, real_tokens
 
-from moesaic.data.batch import Batch
+from moesaic.data.batch import (
+    IGNORE_LABEL,
+    SOURCE_LANGUAGE,
+    TARGET_LANGUAGE,
+    TASK,
+    Batch,
+    InputRows,
+)
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import Sinusoidal
@@ -45,19 +52,14 @@ class Given:
 def padded(pairs: list[Pair]) -> Batch:
     """Return pairs as a batch; the decoder reads the target moved by one, after a start id."""
     zeros = torch.zeros(len(pairs), dtype=torch.int64)
+    labels = InputRows.from_lists([target for _, target in pairs])
     return Batch(
-        source=_pad([source for source, _ in pairs]),
-        target_in=_pad([[1, *target[:-1]] for _, target in pairs]),
-        target_out=_pad([target for _, target in pairs]),
-        task=zeros,
-        source_language=zeros,
-        target_language=zeros,
+        source=InputRows.from_lists([source for source, _ in pairs]),
+        target=InputRows.from_lists([[1, *target[:-1]] for _, target in pairs]),
+        labels=labels.values.where(labels.real, IGNORE_LABEL),
+        groups=dict.fromkeys((TASK, SOURCE_LANGUAGE, TARGET_LANGUAGE), zeros),
+        key=zeros,
     )
-
-
-def _pad(rows: list[list[int]]) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
 def model_config() -> ModelConfig:

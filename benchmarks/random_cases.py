@@ -22,7 +22,7 @@ from moesaic.moe.null_experts import NullExperts
 from moesaic.moe.router_gate import CrossLayerRouting, RouterInput
 from moesaic.moe.router_noise import RouterNoise
 from moesaic.moe.shared_experts import SharedExpertBranch
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import Activation, FeedForwardConfig
 from moesaic.nn.norm import Norm

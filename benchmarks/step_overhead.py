@@ -33,14 +33,15 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.monitor.metric_writers import JsonlWriter
 from moesaic.monitor.progress_display import RunStatus
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
-from moesaic.testing.tiny_models import synthetic_run
-from moesaic.train.prepare_data import prepare_data
-from moesaic.train.run import CorpusSource, LogConfig, NamedCorpus, Run, ValidationConfig
+from moesaic.testing.tiny_models import change_text, synthetic_run, text_of
+from moesaic.train.corpus_source import CorpusSource, NamedCorpus
+from moesaic.train.run import LogConfig, Run, ValidationConfig
 from moesaic.train.run_training import make_trainer, standard_hooks
 from moesaic.train.trainer import Trainer
+from moesaic.train.training_data import Preparation
 from moesaic.train.training_hooks import Hook, no_progress
 from moesaic.train.training_hooks import MetricsLogHook as LogHook
 
@@ -61,11 +62,12 @@ def the_run(corpus: CorpusSource, *, steps: int) -> Run:
     )
     both = (WeightedTask(task=Translation()), WeightedTask(task=Denoising(), weight=0.5))
     base = synthetic_run()
-    return base.replace(
+    return change_text(
+        base,
         corpus=corpus,
         tokenizer=TokenizerConfig(vocab_size=4000),
         mixture=MixtureConfig(tasks=both, temperature=2.0),
-        loader=base.loader.replace(
+        loader=text_of(base).loader.replace(
             batch_tokens=4096, max_source=96, max_target=96, bucket_window=8192
         ),
         model=model,
@@ -162,7 +164,7 @@ def main() -> None:
     run = the_run(NamedCorpus(name=options.corpus), steps=(options.blocks + 1) * options.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = RunDir(Path(name))
-        prepared = prepare_data(run, run_dir=folder, world=SingleProcess(), notify=print)
+        prepared = run.data.prepare(Preparation(folder, SingleProcess(), print))
         trainer = make_trainer(run, prepared=prepared, world=SingleProcess())
         twin = make_trainer(run, prepared=prepared, world=SingleProcess())
         log = LogHook(writer=JsonlWriter(folder.metrics), progress=no_progress(RunStatus(steps=1)))

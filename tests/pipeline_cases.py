@@ -10,6 +10,7 @@ import numpy as np
 
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.pair import Pair, Text
+from moesaic.data.batch import IGNORE_LABEL, SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK
 from moesaic.data.loader import DataReplica, Loader, LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.ragged import Ragged
@@ -101,9 +102,10 @@ def rows(batch) -> list[tuple]:
     """Every row without its padding, so that batches of other widths compare."""
     found = []
     for i in range(batch.rows):
-        sides = (batch.source[i], batch.target_in[i], batch.target_out[i])
-        texts = [tuple(x for x in side.tolist() if x) for side in sides]
-        labels = (batch.task[i], batch.source_language[i], batch.target_language[i])
+        sides = (batch.source, batch.target)
+        texts = [tuple(side.values[i, : side.lengths[i]].tolist()) for side in sides]
+        texts.append(tuple(batch.labels[i][batch.labels[i] != IGNORE_LABEL].tolist()))
+        labels = (batch.groups[name][i] for name in (TASK, SOURCE_LANGUAGE, TARGET_LANGUAGE))
         found.append((*texts, *(int(x) for x in labels)))
     return sorted(found)
 

@@ -67,9 +67,9 @@ def test_an_error_is_json_too_when_json_is_asked_for(capsys):
         ("model.dmi=3", ["model.dmi", 'did you mean "dim"']),
         ("model.dim=wide", ["model.dim", '"wide"', "whole number"]),
         ("model.norm=RMSNrm", ["model.norm", 'did you mean "RMSNorm"']),
-        ("mixture.tasks=[{task: Translate}]", ["mixture.tasks.0.task", "Translation"]),
+        ("data.mixture.tasks=[{task: Translate}]", ["data.mixture.tasks.0.task", "Translation"]),
         ("model.dim=63", ["63", "heads"]),
-        ("languages=[qzz]", ["qzz"]),
+        ("data.languages=[qzz]", ["qzz"]),
         ("steps", ["path=value"]),
     ],
 )
@@ -347,8 +347,8 @@ def test_a_domain_is_built_counted_and_scored_by_its_name(capsys, home):
     assert "tales is held out: game.tsv (moesaic eval RUN --split tales)" in output
     main_ok(["data", "show", "games", "--to", "qaa", "--split", "tales", "--json"])
     assert {row["source"] for row in last_json(capsys)["pairs"]} == {"Slay the dragon", "Flee"}
-    corpus = 'corpus=CorpusFolder(path="games")'
-    words = ["--set", corpus, "--set", 'languages=["en","qaa"]', *TINY]
+    corpus = 'data.corpus=CorpusFolder(path="games")'
+    words = ["--set", corpus, "--set", 'data.languages=["en","qaa"]', *TINY]
     main_ok(["train", "tiny", "--out", "runs/games", "--quiet", *words])
     capsys.readouterr()
     main_ok(["eval", "runs/games", "--split", "tales", "--resamples", "20", "--json"])

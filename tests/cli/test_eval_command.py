@@ -13,8 +13,8 @@ from moesaic.cli.main import main
 
 TINY = [
     *("--quiet", "--set", "steps=2", "--set", "schedule.warmup=1", "--set", "checkpoint.every=1"),
-    *("--set", "tokenizer.vocab_size=320", "--set", "model.vocab_size=320"),
-    *("--set", "loader.batch_tokens=256"),
+    *("--set", "data.tokenizer.vocab_size=320", "--set", "model.vocab_size=320"),
+    *("--set", "data.loader.batch_tokens=256"),
 ]
 NOUNS = ("Tür", "Brücke", "Mühle", "Bühne", "Lücke", "Küste")
 VERBS = ("fällt", "läuft", "hört", "glüht")
@@ -43,7 +43,7 @@ def build(name, pairs, capsys):
     Path(f"{name}.yaml").write_text(recipe)
     run(["data", "build", f"{name}.yaml"])
     capsys.readouterr()
-    return ["--set", f'corpus=CorpusFolder(path="data/corpora/{name}")']
+    return ["--set", f'data.corpus=CorpusFolder(path="data/corpora/{name}")']
 
 
 def run(words):
@@ -70,7 +70,7 @@ def scored(words, capsys):
 
 
 def directions(value):
-    return "mixture.tasks=[{task: " + json.dumps(f"Translation(directions={value})") + "}]"
+    return "data.mixture.tasks=[{task: " + json.dumps(f"Translation(directions={value})") + "}]"
 
 
 @pytest.fixture(scope="module")

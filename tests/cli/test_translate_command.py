@@ -16,7 +16,7 @@ from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 LINES = ["Open the file", "", "Save\u2028all", "Close\x0call\x85now", "Yes\r", "\u200b"]
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
         feed_forward=FeedForwardConfig(hidden=8),
     )
     loader = {"max_source": 16, "max_target": 8}
-    run.config.write_text(yaml.safe_dump({"model": config.to_dict(), "loader": loader}))
+    run.config.write_text(yaml.safe_dump({"model": config.to_dict(), "data": {"loader": loader}}))
     write_tensors(run.model, tensors=export_weights(Transformer(config)))
     train_tokenizer(
         {"eng_Latn": ["Open the file", "Save all now", "Yes"]},

@@ -35,14 +35,14 @@ train --resume nowhere
 train --resume adir
 train
 train tiny --out x3 --until -5
-train tiny --out x3 --set languages=[de,xx]
+train tiny --out x3 --set data.languages=[de,xx]
 train tiny --out x3 --set precision=bf16
 train tiny --out runs/first --set precision=BFloat16
 train broken.yaml --out x3
 train typo.yaml --out x3
 train pairs.tsv --out x3
-train tiny --out x3 --set 'corpus=CorpusFolder(path="nope")'
-train tiny --out x3 --set 'corpus=NamedCorpus(name="nope")'
+train tiny --out x3 --set 'data.corpus=CorpusFolder(path="nope")'
+train tiny --out x3 --set 'data.corpus=NamedCorpus(name="nope")'
 train tiny --out /proc/x
 launch tiny
 launch tiny --gpus-per-node 8 --launcher slrum
@@ -122,7 +122,7 @@ config show tiny --set clip_norm=.inf
 config show tiny --set seed=9223372036854775808
 config show tiny --set 'name=*nothing'
 config show tiny --set 'name=!!python/object:os.system'
-config show tiny --set mixture.tasks.9.weight=2
+config show tiny --set data.mixture.tasks.9.weight=2
 config show tiny --set optimizer.lr=-1
 config show tiny --set precision=[Float32]
 config show tiny --use broken.py
@@ -136,7 +136,7 @@ config upgrade lines.txt
 config diff tiny tiny tiny
 explain tiny --set model.dim=1099511627776
 explain tiny --set model.encoder.layers=1000000000
-explain tiny --set loader.batch_tokens=1000000000000 --json
+explain tiny --set data.loader.batch_tokens=1000000000000 --json
 explain tiny --set model.attention.heads=0
 explain tiny --set model.feed_forward.hidden=-1
 explain ''

@@ -57,7 +57,7 @@ from moesaic.monitor.metric_writers import METRICS_FILE, read_metrics
 from moesaic.ops.triton.tiles import TABLE, TILES_FILE, load_table
 from moesaic.report.html_report import write_report
 from moesaic.serve.open_run import open_run
-from moesaic.testing.tiny_models import synthetic_run
+from moesaic.testing.tiny_models import synthetic_run, text_of
 from moesaic.train.resume import learning_rate_jump
 from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.run_training import load_saved_state, train
@@ -106,7 +106,7 @@ def make_files(folder: Path) -> Made:
         (folder / name).write_text(text)
     shutil.copy(TABLE, folder / "tiles.json")
     reshard(run / "checkpoints" / STEP, root=folder / "sharded", form=ShardedForm(2))
-    corpus = config.corpus.open()
+    corpus = text_of(config).corpus.open()
     shutil.copytree(corpus.path, folder / "corpus")
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     write_shards(corpus, tokenizer, out=folder / "shards")

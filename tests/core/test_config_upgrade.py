@@ -5,7 +5,13 @@ import re
 import pytest
 
 from moesaic.core.config import Choice, Config
-from moesaic.core.config_upgrade import RENAMED_KEYS, RENAMED_KINDS, SECTIONS, upgrade_config
+from moesaic.core.config_upgrade import (
+    MOVED_KEYS,
+    RENAMED_KEYS,
+    RENAMED_KINDS,
+    SECTIONS,
+    upgrade_config,
+)
 from moesaic.core.errors import ConfigError
 from moesaic.distributed.launchers import Slurm
 from moesaic.recipes.lookup import RECIPES
@@ -20,7 +26,7 @@ OLD = {
 }
 NEW = {
     "gradient_accumulation_steps": 2,
-    "corpus": {"kind": "NamedCorpus", "name": "Catalogue"},
+    "data": {"kind": "TextData", "corpus": {"kind": "NamedCorpus", "name": "Catalogue"}},
     "log": {"routing_stats_every": 5, "sinks": ["TensorBoard"]},
     "spikes": {"kind": "SkipSpikes", "patience": 3},
     "schedule": {"kind": "WSD", "shape": "LinearDecay"},
@@ -33,6 +39,7 @@ def test_keys_and_kinds_are_renamed_and_other_text_is_not() -> None:
     assert renamed == {
         "accumulate": "gradient_accumulation_steps",
         "corpus.kind=Catalogue": "NamedCorpus",
+        "corpus": "data.corpus",
         "log.routes_every": "log.routing_stats_every",
         "log.also": "log.sinks",
         "spikes.lasting": "spikes.patience",
@@ -51,6 +58,10 @@ def test_every_new_name_exists() -> None:
     assert all(issubclass(configs[name], Choice) for name in RENAMED_KINDS.values())
     assert set(SECTIONS.values()) <= set(configs)
     assert issubclass(Slurm, Choice)  # its module is imported by the launch command alone
+    for owner, moved in MOVED_KEYS.items():
+        present = configs[owner].model_fields
+        assert not set(moved) & set(present), owner
+        assert {path[0] for path in moved.values()} <= set(present), owner
     for owner, keys in RENAMED_KEYS.items():
         fields = configs[owner].model_fields
         assert set(keys.values()) <= set(fields), owner

@@ -32,5 +32,6 @@ def test_the_fast_path_for_ascii_equals_the_general_one() -> None:
 
 
 def test_the_scripts_of_most_languages_are_known() -> None:
-    unknown = {row.script for row in all_languages() if not is_known_script(row.script)}
+    stated = [row.script for row in all_languages() if row.script != "Zyyy"]  # undetermined
+    unknown = {script for script in stated if not is_known_script(script)}
     assert len(unknown) <= 2, unknown

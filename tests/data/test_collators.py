@@ -3,6 +3,7 @@
 import numpy as np
 
 import pipeline_cases as cases
+from moesaic.data.batch import IGNORE_LABEL as NONE
 from moesaic.data.collators import (
     DecoderOnlyCollator,
     EncoderDecoderCollator,
@@ -34,24 +35,24 @@ def both(collator, source, target):
 
 def test_encoder_decoder_rows_start_with_the_target_language():
     batch, widths = both(EncoderDecoderCollator(), [[20, 21], []], [[30], [31, 32, 33]])
-    assert batch.source.tolist() == [[DE, 20, 21, EOS], [DE, EOS, 0, 0]]
-    assert batch.target_in.tolist() == [[DE, 30, 0, 0], [DE, 31, 32, 33]]
-    assert batch.target_out.tolist() == [[30, EOS, 0, 0], [31, 32, 33, EOS]]
-    assert widths.source.tolist() == (batch.source != 0).sum(1).tolist()
-    assert widths.target.tolist() == (batch.target_in != 0).sum(1).tolist()
+    assert batch.source.values.tolist() == [[DE, 20, 21, EOS], [DE, EOS, 0, 0]]
+    assert batch.target.values.tolist() == [[DE, 30, 0, 0], [DE, 31, 32, 33]]
+    assert batch.labels.tolist() == [[30, EOS, NONE, NONE], [31, 32, 33, EOS]]
+    assert widths.source.tolist() == batch.source.lengths.tolist()
+    assert widths.target.tolist() == batch.target.lengths.tolist()
 
 
 def test_decoder_only_rows_predict_only_the_target():
     batch, widths = both(DecoderOnlyCollator(), [[20, 21], []], [[30], [31, 32, 33]])
-    assert batch.source.shape == (2, 0)
-    assert batch.target_in.tolist() == [[EN, 20, 21, EOS, DE, 30], [DE, 31, 32, 33, 0, 0]]
-    assert batch.target_out.tolist() == [[0, 0, 0, 0, 30, EOS], [31, 32, 33, EOS, 0, 0]]
-    assert widths.target.tolist() == (batch.target_in != 0).sum(1).tolist()
+    assert batch.source.values.shape == (2, 0)
+    assert batch.target.values.tolist() == [[EN, 20, 21, EOS, DE, 30], [DE, 31, 32, 33, 0, 0]]
+    assert batch.labels.tolist() == [[NONE] * 4 + [30, EOS], [31, 32, 33, EOS, NONE, NONE]]
+    assert widths.target.tolist() == batch.target.lengths.tolist()
 
 
 def test_an_empty_batch_has_the_given_widths():
     width = RowLengths(np.array([9, 4]), np.array([5, 6]))
     for collator, shape in ((EncoderDecoderCollator(), (0, 9)), (DecoderOnlyCollator(), (0, 0))):
         batch = collator.collate(samples([], []), empty=width)
-        assert batch.source.shape == shape
-        assert batch.target_in.shape == batch.target_out.shape == (0, 6)
+        assert batch.source.values.shape == shape
+        assert batch.target.values.shape == batch.labels.shape == (0, 6)

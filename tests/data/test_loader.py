@@ -7,6 +7,7 @@ import pytest
 
 import pipeline_cases as cases
 from moesaic.core.errors import CheckpointError, ConfigError, DataError
+from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK
 from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.loader import DataReplica, Loader
 from moesaic.data.mixture import MixtureConfig, WeightedTask
@@ -20,17 +21,20 @@ def test_rows_are_pairs_of_the_corpus_with_their_labels():
     for _ in range(20):
         batch = next(stream)
         for i in range(batch.rows):
-            target = tokenizer.decode(batch.target_out[i].tolist())
-            code = stream.languages[batch.target_language[i]]
-            assert batch.target_in[i, 0] == batch.source[i, 0] == tokenizer.language_token_id(code)
+            target = tokenizer.decode(batch.labels[i, : batch.target.lengths[i]].tolist())
+            code = stream.languages[batch.groups[TARGET_LANGUAGE][i]]
+            assert batch.target.values[i, 0] == tokenizer.language_token_id(code)
+            assert batch.source.values[i, 0] == tokenizer.language_token_id(code)
             number = int(target.removesuffix(" δ").split()[-1])
             assert target.removesuffix(" δ") == cases.sentence(code, number)
-            if stream.tasks[batch.task[i]] == "translation":
-                source = tokenizer.decode(batch.source[i].tolist())
+            if stream.tasks[batch.groups[TASK][i]] == "translation":
+                source = tokenizer.decode(
+                    batch.source.values[i, : batch.source.lengths[i]].tolist()
+                )
                 assert source == cases.sentence("eng_Latn", number)
-                assert stream.languages[batch.source_language[i]] == "eng_Latn"
+                assert stream.languages[batch.groups[SOURCE_LANGUAGE][i]] == "eng_Latn"
             else:
-                assert batch.source_language[i] == batch.target_language[i]
+                assert batch.groups[SOURCE_LANGUAGE][i] == batch.groups[TARGET_LANGUAGE][i]
 
 
 def test_denoising_sources_are_corrupted_and_translation_sources_are_not():
@@ -39,8 +43,10 @@ def test_denoising_sources_are_corrupted_and_translation_sources_are_not():
     for _ in range(20):
         batch = next(stream)
         for i in range(batch.rows):
-            masked[stream.tasks[batch.task[i]]] += int((batch.source[i] == MASK).any())
-        assert not (batch.target_out == MASK).any()
+            masked[stream.tasks[batch.groups[TASK][i]]] += int(
+                (batch.source.values[i] == MASK).any()
+            )
+        assert not (batch.labels == MASK).any()
     assert masked["translation"] == 0
     assert masked["denoising"] > 20
 
@@ -50,15 +56,15 @@ def test_causal_lm_has_no_source_and_its_padding_is_not_counted():
     batch = next(
         cases.loader(mixture=mixture, config=cases.SMALL.replace(collator=DecoderOnlyCollator()))
     )
-    assert batch.source.shape[1] == 0
+    assert batch.source.width == 0
     assert batch.num_predicted == batch.num_tokens
-    assert next(cases.loader(mixture=mixture)).source.shape[1] == 2  # tag and end
+    assert next(cases.loader(mixture=mixture)).source.width == 2  # tag and end
 
 
 def test_overlong_rows_are_skipped_and_counted_by_direction():
     stream = cases.loader(config=cases.SMALL.replace(max_target=12))
     for _ in range(60):
-        assert next(stream).target_in.shape[1] <= 12
+        assert next(stream).target.width <= 12
     assert set(stream.skipped) >= {"eng_Latn-deu_Latn", "deu_Latn-deu_Latn"}
     assert cases.loader().skipped == {}
 
@@ -115,14 +121,14 @@ def test_held_out_rows_are_limited_per_stream_and_never_from_train():
     batches = list(stream.held_out_batches("valid", rows=10))
     assert sum(batch.rows for batch in batches) == 10 + 10 + 6
     for batch in batches:
-        for row in batch.target_out.tolist():
-            assert int(cases.tokenizer().decode(row).split()[-1]) >= 1000
+        for row, length in zip(batch.labels.tolist(), batch.target.lengths, strict=True):
+            assert int(cases.tokenizer().decode(row[:length]).split()[-1]) >= 1000
     assert list(stream.held_out_batches("test")) == []
 
 
 def test_batches_are_frozen_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        next(cases.loader()).task = None
+        next(cases.loader()).labels = None
 
 
 @pytest.mark.parametrize(

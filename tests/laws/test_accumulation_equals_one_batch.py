@@ -1,11 +1,9 @@
 """Law: gradient accumulation over micro-batches equals one large batch, token by token."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 
-from moesaic.data.batch import Batch
+from moesaic.data.batch import Batch, InputRows
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
@@ -20,8 +18,18 @@ from moesaic.train.step import ForwardBackwardResult, Objective
 
 def _joined(batches: list[Batch]) -> Batch:
     return Batch(
-        **{f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(Batch)}
+        source=_stacked([batch.source for batch in batches]),
+        target=_stacked([batch.target for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        groups={
+            name: torch.cat([batch.groups[name] for batch in batches]) for name in batches[0].groups
+        },
+        key=torch.cat([batch.key for batch in batches]),
     )
+
+
+def _stacked(rows: list[InputRows]) -> InputRows:
+    return InputRows(torch.cat([r.values for r in rows]), torch.cat([r.lengths for r in rows]))
 
 
 def _gradients(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS, ids
+from moesaic.data.batch import InputRows
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.generate import generate
 from moesaic.model.transformer import Transformer
@@ -31,7 +32,11 @@ def test_batched_decoding_equals_one_by_one(name, search):
     for row, length in enumerate(LENGTHS):
         one = slice(row, row + 1)
         (alone,) = generate(
-            model, source[one, :length], tag=tag[one], max_tokens=LIMITS[one], **settings
+            model,
+            InputRows.full(source.values[one, :length]),
+            tag=tag[one],
+            max_tokens=LIMITS[one],
+            **settings,
         )
         assert [h.ids for h in alone] == [h.ids for h in together[row]]
         for here, there in zip(alone, together[row], strict=True):

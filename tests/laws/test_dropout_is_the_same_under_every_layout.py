@@ -4,14 +4,14 @@ Ranks that share rows are in ``test_context_parallel_ranks_share_one_loss.py``, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from model.samples import VARIANTS, batch_for
+from model.samples import VARIANTS, batch_for, padded
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
@@ -28,19 +28,9 @@ LAYOUTS: dict[str, Callable[[Batch], Sequence[Batch]]] = {
     "a row at a time": lambda batch: [
         shard_batch(batch, rank=row, world_size=6) for row in range(6)
     ],
-    "another order": lambda batch: [_rows(batch, [4, 0, 5, 3, 1, 2])],
-    "more padding": lambda batch: [_wider(batch, by=3)],
+    "another order": lambda batch: [batch.select(torch.tensor([4, 0, 5, 3, 1, 2]))],
+    "more padding": lambda batch: [padded(batch, 3)],
 }
-
-
-def _rows(batch: Batch, rows: Sequence[int]) -> Batch:
-    return Batch(**{field.name: getattr(batch, field.name)[rows] for field in fields(Batch)})
-
-
-def _wider(batch: Batch, *, by: int) -> Batch:
-    tensors = {field.name: getattr(batch, field.name) for field in fields(Batch)}
-    pad = partial(torch.nn.functional.pad, pad=(0, by))
-    return Batch(**{name: pad(t) if t.dim() == 2 else t for name, t in tensors.items()})
 
 
 def _gradients(batches: Sequence[Batch], *, recompute: bool = False, seed: int = 0) -> list[Tensor]:
@@ -73,9 +63,7 @@ def test_a_pass_that_is_repeated_drops_the_same() -> None:
 
 def test_another_epoch_of_the_same_rows_drops_others() -> None:
     batch = random_batch(6, seed=1)
-    other = Batch(
-        **{f.name: getattr(batch, f.name) for f in fields(Batch)} | {"key": batch.key + 1}
-    )
+    other = replace(batch, key=batch.key + 1)
     assert not torch.allclose(_gradients([other])[0], _gradients([batch])[0], rtol=1e-3)
 
 

@@ -7,7 +7,7 @@ few statistics counted twice).
 import pytest
 import torch
 
-from model.samples import BASE, VARIANTS
+from model.samples import BASE, VARIANTS, full_batch
 from moesaic.data.batch import Batch
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_flop_count import BatchDims
@@ -15,7 +15,7 @@ from moesaic.model.presets import PRESETS, preset
 from moesaic.model.training_memory import activation_bytes, estimate_training_memory
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import GELU, FeedForwardConfig, SquaredReLU
 
 ROWS, SOURCE, TARGET = 6, 12, 10
@@ -68,7 +68,6 @@ def test_estimated_activations_are_those_that_autograd_saves(name):
     columns = SOURCE if config.encoder.layers else 0
     source = torch.randint(5, config.vocab_size, (ROWS, columns))
     target = torch.randint(5, config.vocab_size, (ROWS, TARGET))
-    zero = torch.zeros(ROWS, dtype=torch.long)
-    real = kept_bytes(config, Batch(source, target, target, zero, zero, zero, zero))
+    real = kept_bytes(config, full_batch(source, target))
     sizes = BatchDims(rows=ROWS, source=columns, target=TARGET)
     assert activation_bytes(config, sizes=sizes) == pytest.approx(real, rel=0.05)

@@ -12,7 +12,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import SharedExperts
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig

@@ -31,7 +31,7 @@ def test_no_batch_is_over_the_token_budget(batch_tokens, decoder_only, seed):
     stream = cases.loader(config=config, seed=seed)
     for _ in range(30):
         batch = next(stream)
-        width = batch.source.shape[1] + batch.target_in.shape[1]
+        width = batch.source.width + batch.target.width
         assert 0 < batch.rows * width <= batch_tokens
 
 
@@ -42,8 +42,8 @@ def test_a_rank_without_rows_gets_an_empty_batch_of_the_same_kind():
     shares = [next(part) for _ in range(20) for part in parts]
     empty = [s for s in shares if s.rows == 0]
     assert empty
-    assert all(s.num_tokens == 0 and s.source.shape[1] > 0 for s in empty)
-    assert all(s.source.dtype == shares[0].source.dtype for s in empty)
+    assert all(s.num_tokens == 0 and s.source.width > 0 for s in empty)
+    assert all(s.source.values.dtype == shares[0].source.values.dtype for s in empty)
 
 
 def test_held_out_batches_are_the_same_in_every_call_and_for_any_number_of_ranks():

@@ -1,8 +1,17 @@
 """Models and batches for the tests of the model: every part appears in some variant."""
 
+from dataclasses import replace
+
 import torch
 
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import (
+    IGNORE_LABEL,
+    SOURCE_LANGUAGE,
+    TARGET_LANGUAGE,
+    TASK,
+    Batch,
+    InputRows,
+)
 from moesaic.model.block_layout import ParallelResidual
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.adaptive_auxiliary_losses import NullBalance
@@ -33,7 +42,7 @@ from moesaic.moe.router_gate import HiddenStateAndTag, HiddenStateAndToken, TagO
 from moesaic.moe.router_noise import StochasticWarmup
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
 from moesaic.moe.soft_moe import SoftMoE
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm
@@ -157,30 +166,52 @@ VARIANTS["residual-pyramid-bias"] = BASE.replace(
 )
 
 
-def ids(rows: int, lengths: list[int], *, width: int) -> torch.Tensor:
+PADDING = 10**9  # no id of any vocabulary: padding is never read
+
+
+def ids(rows: int, lengths: list[int], *, width: int) -> InputRows:
     """Random tokens, right-padded."""
     tokens = torch.randint(5, VOCABULARY, (rows, width))
-    return torch.where(torch.arange(width) < torch.tensor(lengths)[:, None], tokens, PAD)
+    found = InputRows(tokens, torch.tensor(lengths))
+    return InputRows(tokens.where(found.real, PADDING), found.lengths)
+
+
+def batch_of(source: InputRows, target: InputRows, labels: torch.Tensor) -> Batch:
+    """A batch of one task and language."""
+    zero = torch.zeros(target.rows, dtype=torch.long)
+    groups = dict.fromkeys((TASK, SOURCE_LANGUAGE, TARGET_LANGUAGE), zero)
+    return Batch(source, target, labels, groups, zero)
+
+
+def full_batch(source: torch.Tensor, target: torch.Tensor) -> Batch:
+    """A batch without padding in which every target token is a label."""
+    return batch_of(InputRows.full(source), InputRows.full(target), target)
 
 
 def batch_for(config: ModelConfig, *, padding: int = 0) -> Batch:
     """Four rows of different lengths; ``padding`` adds empty columns on both sides."""
     lengths = [5, 1, 3, 6]
     target = ids(4, lengths, width=6)
-    says = torch.where(target != PAD, torch.randint(5, VOCABULARY, target.shape), PAD)
+    labels = torch.randint(5, VOCABULARY, target.values.shape).where(target.real, IGNORE_LABEL)
     source = ids(4, [2, 7, 4, 4], width=7)
     if not config.encoder.layers:
-        source = source[:, :0]
-        says[:, 0] = PAD  # a prompt is not predicted
-    zero = torch.zeros(4, dtype=torch.long)
-    batch = Batch(source, target, says, zero, zero, zero, zero)
+        source = InputRows.empty(4)
+        labels[:, 0] = IGNORE_LABEL  # a prompt is not predicted
+    batch = batch_of(source, target, labels)
     return padded(batch, padding) if padding else batch
 
 
 def padded(batch: Batch, columns: int) -> Batch:
     """The same rows with more padding on the right."""
-    wider = [
-        torch.nn.functional.pad(t, (0, columns), value=PAD)
-        for t in (batch.source, batch.target_in, batch.target_out)
-    ]
-    return Batch(*wider, batch.task, batch.source_language, batch.target_language, batch.key)
+    return replace(
+        batch,
+        source=_wider(batch.source, columns),
+        target=_wider(batch.target, columns),
+        labels=torch.nn.functional.pad(batch.labels, (0, columns), value=IGNORE_LABEL),
+    )
+
+
+def _wider(rows: InputRows, columns: int) -> InputRows:
+    return InputRows(
+        torch.nn.functional.pad(rows.values, (0, columns), value=PADDING), rows.lengths
+    )

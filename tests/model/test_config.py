@@ -12,7 +12,7 @@ from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.product_key_memory import ProductKeyMemory
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -5,6 +5,7 @@ import torch
 
 from model.samples import VARIANTS, ids
 from moesaic.core.errors import CheckpointError, DataError
+from moesaic.data.batch import InputRows
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.generate import DecodingRules, append_tag, generate
 from moesaic.model.transformer import Transformer
@@ -18,15 +19,15 @@ def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
     source = ids(2, [4, 2], width=4)
     answers = generate(model, source, tag=TAG, search=Greedy(), max_tokens=6)
     for row in range(2):
-        words = source[row][source[row] != 0]
+        words = source.values[row, : source.lengths[row]]
         generated = answers[row][0].ids
         prompt = [int(TAG[row])]
         if not model.config.encoder.layers:
             prompt = [*words.tolist(), *prompt]
         for place, token in enumerate(generated):
-            fed = torch.tensor([[*prompt, *generated[:place]]])
+            fed = InputRows.from_lists([[*prompt, *generated[:place]]])
             one = torch.zeros(1, dtype=torch.long)
-            cache = model.init_cache(model.encode(words[None]), one)
+            cache = model.init_cache(model.encode(InputRows.full(words[None])), one)
             logits = model.step(fed, cache)[0]
             logits[[0, 1, 3, 4]] = float("-inf")
             assert int(logits.argmax()) == token
@@ -50,13 +51,17 @@ def test_the_mode_of_the_model_is_restored_and_nothing_needs_gradients():
 
 def test_an_empty_batch_returns_no_hypotheses():
     model = Transformer(VARIANTS["rotary-top2"])
-    none = torch.empty(0, 3, dtype=torch.long)
+    none = InputRows.full(torch.empty(0, 3, dtype=torch.long))
     assert generate(model, none, tag=torch.empty(0, dtype=torch.long)) == []
 
 
 def test_a_tag_is_appended_after_the_last_real_token():
-    rows = append_tag(torch.tensor([[5, 6, 0], [5, 6, 7]]), tag=torch.tensor([9, 8]))
-    assert rows.tolist() == [[5, 6, 9, 0], [5, 6, 7, 8]]
+    rows = append_tag(InputRows.from_lists([[5, 0], [5, 6, 7]]), tag=torch.tensor([9, 8]))
+    assert rows.lengths.tolist() == [3, 4]
+    assert [row[:n] for row, n in zip(rows.values.tolist(), [3, 4], strict=True)] == [
+        [5, 0, 9],
+        [5, 6, 7, 8],
+    ]
 
 
 @pytest.mark.parametrize("search", [Greedy(), Beam(size=2)], ids=["greedy", "beam"])
@@ -83,4 +88,4 @@ def test_learned_positions_end_an_answer_instead_of_being_used_twice():
     fed = ids(2, [33, 2], width=33)
     rows = torch.arange(2)
     with pytest.raises(RuntimeError, match="max_length=32"):
-        model.step(fed, model.init_cache(model.encode(fed[:, :4]), rows))
+        model.step(fed, model.init_cache(model.encode(ids(2, [4, 2], width=4)), rows))

@@ -5,8 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.samples import BASE, VARIANTS, VOCABULARY
-from moesaic.data.batch import Batch
+from model.samples import BASE, VARIANTS, VOCABULARY, full_batch
 from moesaic.model.config import Stack
 from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.transformer import Transformer
@@ -46,11 +45,10 @@ def test_forward_flops_agree_with_torch(encoder):
     sizes = BatchDims(rows=3, source=7 if encoder else 0, target=5)
     source = torch.randint(5, VOCABULARY, (3, sizes.source))
     target = torch.randint(5, VOCABULARY, (3, sizes.target))
-    zero = torch.zeros(3, dtype=torch.long)
     model = Transformer(config)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model.logits(model(Batch(source, target, target, zero, zero, zero, zero)).hidden)
+        model.logits(model(full_batch(source, target)).hidden)
     heads = config.attention.heads * config.head_dim
     unseen = 4 * heads * config.decoder.layers * sizes.rows * (5 * 5 - 5 * 6 / 2)
     assert count_parameters(config).forward_flops(sizes) == counter.get_total_flops() - unseen

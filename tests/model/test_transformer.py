@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS, batch_for
-from moesaic.data.batch import PAD
+from moesaic.data.batch import IGNORE_LABEL, InputRows
 from moesaic.model.transformer import Transformer
 from moesaic.optim.optimizer import AdamW
 
@@ -16,8 +16,8 @@ def test_output_holds_the_predicted_positions_in_row_major_order(name):
     config = VARIANTS[name]
     batch = batch_for(config)
     output = Transformer(config)(batch)
-    real = batch.target_out != PAD
-    assert torch.equal(output.label, batch.target_out[real])
+    real = batch.labels != IGNORE_LABEL
+    assert torch.equal(output.label, batch.labels[real])
     assert torch.equal(output.row, real.nonzero()[:, 0])
     assert output.hidden.shape == (batch.num_predicted, config.dim)
 
@@ -26,9 +26,9 @@ def test_records_name_their_layers_and_count_real_tokens_only():
     batch = batch_for(BASE)
     records = Transformer(BASE)(batch).records
     assert [r.layer for r in records] == ["encoder.1", "decoder.0", "decoder.1"]
-    assert records[0].routing.num_tokens == int((batch.source != PAD).sum())
-    assert records[1].routing.num_tokens == int((batch.target_in != PAD).sum())
-    assert torch.equal(records[0].row, (batch.source != PAD).nonzero()[:, 0])
+    assert records[0].routing.num_tokens == int(batch.source.lengths.sum())
+    assert records[1].routing.num_tokens == int(batch.target.lengths.sum())
+    assert torch.equal(records[0].row, batch.source.real.nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -50,17 +50,15 @@ def test_steps_with_a_cache_equal_the_forward_pass(name):
     config = VARIANTS[name]
     model, batch = Transformer(config).eval(), batch_for(config)
     rows = torch.arange(batch.rows)
-    says = torch.where(batch.target_in != PAD, 7, PAD)  # every position is scored
-    whole = type(batch)(batch.source, batch.target_in, says, rows, rows, rows, rows)
-    output = model(whole)
+    labels = torch.where(batch.target.real, 7, IGNORE_LABEL)  # every position is scored
+    output = model(replace(batch, labels=labels))
     logits = model.logits(output.hidden)
     cache = model.init_cache(model.encode(batch.source), rows)
-    longest = batch.target_in.shape[1]
-    for place in range(longest):
-        alive = (batch.target_in[rows, place] != PAD).nonzero()[:, 0]
+    for place in range(batch.target.width):
+        alive = batch.target.real[rows, place].nonzero()[:, 0]
         rows = rows[alive]
         cache.reorder(alive)
-        got = model.step(batch.target_in[rows, place : place + 1], cache)
+        got = model.step(InputRows.full(batch.target.values[rows, place : place + 1]), cache)
         for i, row in enumerate(rows.tolist()):
             want = logits[output.row == row][place]
             torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-4)
@@ -105,7 +103,7 @@ def test_dropout_acts_in_training_only():
 
 def test_a_row_without_a_source_is_still_finite():
     batch = batch_for(BASE)
-    batch.source[1] = PAD
+    batch.source.lengths[1] = 0
     output = Transformer(BASE)(batch)
     assert output.hidden.isfinite().all()
 
@@ -113,9 +111,7 @@ def test_a_row_without_a_source_is_still_finite():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_batch_without_rows_gives_zero_loss_and_zero_gradients(name):
     model, batch = Transformer(VARIANTS[name]), batch_for(VARIANTS[name])
-    fields = (batch.source, batch.target_in, batch.target_out)
-    labels = (batch.task, batch.source_language, batch.target_language, batch.key)
-    output = model(type(batch)(*(t[:0] for t in fields), *(t[:0] for t in labels)))
+    output = model(batch.select(slice(0)))
     losses = [term for record in output.records for term in record.losses.values()]
     total = model.loss(output).total + sum(losses)
     total.backward()

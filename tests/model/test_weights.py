@@ -10,7 +10,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.moe.shared_experts import ResidualExpert
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 

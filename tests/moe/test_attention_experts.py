@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moesaic.moe.attention_experts import MixtureOfAttention
-from moesaic.nn.attention import AttentionConfig, SelfAttention
+from moesaic.nn.attention import SelfAttention
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
 

@@ -37,10 +37,17 @@ def test_every_layer_of_a_stack_has_the_same_logits_and_none_has_a_gate():
 
 def test_the_router_is_causal_in_the_decoder_and_bidirectional_in_the_encoder():
     model, batch = Transformer(CONFIG).eval(), batch_for(CONFIG)
-    source, target = batch.source.clone(), batch.target_in.clone()
-    source[1, 6] = target[3, 4] = 9 if batch.source[1, 6] != 9 != batch.target_in[3, 4] else 10
+    source, target = batch.source.values.clone(), batch.target.values.clone()
+    source[1, 6] = target[3, 4] = 9 if source[1, 6] != 9 != target[3, 4] else 10
     before = logits_of(model, batch)
-    after = logits_of(model, replace(batch, source=source, target_in=target))
+    after = logits_of(
+        model,
+        replace(
+            batch,
+            source=replace(batch.source, values=source),
+            target=replace(batch.target, values=target),
+        ),
+    )
     moved = {name: (before[name] != after[name]).any(1).nonzero()[:, 0].tolist() for name in before}
     assert moved["encoder.0"] == list(range(2, 9))  # all seven tokens of row 1
     assert moved["decoder.0"] == [5 + 1 + 3 + 4, 5 + 1 + 3 + 5]  # positions 4 and 5 of row 3

@@ -2,10 +2,10 @@
 
 import torch
 
-from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.parameter_spec import FeedForwardShape
 
 DIM, SIDE, SLOTS = 32, 8, 5
 CONFIG = ProductKeyMemory(keys_per_side=SIDE, slots=SLOTS)

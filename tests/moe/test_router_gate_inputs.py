@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.samples import BASE, ids
-from moesaic.data.batch import Batch
+from model.samples import BASE, batch_of, ids
+from moesaic.data.batch import IGNORE_LABEL, Batch, InputRows
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import TopK
@@ -29,9 +29,8 @@ def model_with(condition) -> Transformer:
 
 def tagged_batch() -> Batch:
     source, target = ids(4, [5, 7, 3, 6], width=7), ids(4, [6, 2, 4, 5], width=6)
-    source[:, 0] = target[:, 0] = TAGS
-    none = torch.zeros(4, dtype=torch.long)
-    return Batch(source, target, target, none, none, none, none)
+    source.values[:, 0] = target.values[:, 0] = TAGS
+    return batch_of(source, target, target.values.where(target.real, IGNORE_LABEL))
 
 
 @pytest.mark.parametrize(
@@ -62,9 +61,9 @@ def test_with_the_tag_only_all_tokens_of_a_row_have_one_expert():
 def test_the_tag_embedding_changes_all_logits_of_its_row():
     model, batch = model_with(HiddenStateAndTag()), tagged_batch()
     before = model(batch).records[0]
-    other = batch.source.clone()
+    other = batch.source.values.clone()
     other[1, 0] = 13
-    after = model(replace(batch, source=other)).records[0]
+    after = model(replace(batch, source=InputRows(other, batch.source.lengths))).records[0]
     changed, row = (before.logits != after.logits).any(1), before.row
     assert changed[row == 1].all()
     assert not changed[row != 1].any()
@@ -83,7 +82,7 @@ def test_decoding_uses_the_tag_of_each_row():
     model, batch = model_with(TagOnly()), tagged_batch()
     memory = model.encode(batch.source)
     cache = model.init_cache(memory, torch.arange(4))
-    model.step(batch.target_in[:, :1], cache)
+    model.step(InputRows.full(batch.target.values[:, :1]), cache)
     cache.reorder(torch.tensor([3, 1, 1]))
-    model.step(torch.tensor([[8], [12], [15]]), cache)
+    model.step(InputRows.from_lists([[8], [12], [15]]), cache)
     assert cache.tag.tolist() == [11, 9, 9]

@@ -21,7 +21,7 @@ def model(seed: int, *, experts: int = 4):
 
 
 def recorded(made):
-    return routes_from_records(made(BATCH).records, language=BATCH.target_language)
+    return routes_from_records(made(BATCH).records, language=BATCH.groups["target_language"])
 
 
 def test_replaying_a_models_own_routes_gives_the_same_output() -> None:

@@ -7,10 +7,10 @@ import torch
 
 from model.samples import BASE
 from moesaic.core.errors import ConfigError
-from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
+from moesaic.nn.parameter_spec import FeedForwardShape
 
 DIM, EXPERTS, SLOTS = 6, 3, 2
 LENGTHS = [4, 1, 7]

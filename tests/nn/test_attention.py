@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moesaic.nn.attention import AttentionConfig, CrossAttention, SelfAttention
+from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.attention_backend import KeyValue, attend
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
 from ops.references import reference_attend

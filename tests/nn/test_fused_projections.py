@@ -3,7 +3,7 @@
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import LoRAExpert
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.testing.tiny_models import tiny_model_config

@@ -16,7 +16,6 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import Expert, ExpertShape
 from moesaic.moe.moe_module import MoEModule
-from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.moe.router_gate import CrossLayerRouting, LayerIndex, RouterShape
 from moesaic.moe.shared_experts import SharedExpertBranch
@@ -24,6 +23,7 @@ from moesaic.moe.soft_moe import SoftMoE
 from moesaic.nn.embedding import Embedding, EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.initializer import deferred_initialization, normal_parameter
+from moesaic.nn.parameter_spec import FeedForwardShape
 from moesaic.testing.tiny_models import tiny_model_config
 
 SRC = Path(moesaic.__file__).parent

@@ -7,7 +7,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import SharedExperts
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm

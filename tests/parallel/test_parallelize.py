@@ -18,7 +18,8 @@ from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.expert_selection import TopK
 from moesaic.moe.expert_selection_dynamic import ExpertChoice
 from moesaic.moe.soft_moe import SoftMoE
-from moesaic.nn.attention import AttentionConfig, CrossAttention, SelfAttention
+from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotation
 from moesaic.parallel.config import ParallelConfig

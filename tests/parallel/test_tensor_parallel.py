@@ -6,7 +6,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.testing.tiny_models import tiny_model_config

@@ -12,7 +12,7 @@ from moesaic.evaluate.harness import EvaluationSettings
 from moesaic.evaluate.testset import corpus_testsets
 from moesaic.serve.learning_curve import learning_curve
 from moesaic.serve.score import score_run
-from moesaic.testing.tiny_models import synthetic_run
+from moesaic.testing.tiny_models import synthetic_run, text_of
 from moesaic.train.resume import ResumeLatest
 from moesaic.train.run_training import train
 
@@ -25,7 +25,7 @@ def made(data_home, tmp_path_factory):
     assert data_home.is_dir()
     run, path = synthetic_run(steps=10), tmp_path_factory.mktemp("runs") / "curve"
     train(run, path)
-    corpus = run.corpus.open()
+    corpus = text_of(run).corpus.open()
     return path, corpus, corpus_testsets(corpus, split="valid", limit=3)
 
 

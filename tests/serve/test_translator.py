@@ -20,7 +20,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import Top2
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.positional_encoding import LearnedPositions
 from moesaic.serve import open_run
@@ -153,13 +153,13 @@ def test_no_row_is_longer_than_any_in_training(translator, monkeypatch):
     original = model.step
 
     def step(ids, cache):
-        seen.append(int((cache.length + (ids != 0).sum(1)).max()))
+        seen.append(int((cache.length + ids.lengths).max()))
         return original(ids, cache)
 
     encoded = []
     original_encode = model.encode
     monkeypatch.setattr(model, "step", step)
-    monkeypatch.setattr(model, "encode", lambda s: encoded.append(s.shape[1]) or original_encode(s))
+    monkeypatch.setattr(model, "encode", lambda s: encoded.append(s.width) or original_encode(s))
     wide = _with_limits(translator, max_length_ratio=100.0)
     never_ends = Greedy()
     monkeypatch.setattr(wide, "_rules", DecodingRules((*SUPPRESSED_TOKENS, EOS)))
@@ -171,8 +171,8 @@ def test_no_row_is_longer_than_any_in_training(translator, monkeypatch):
     if model.config.encoder.layers:
         assert max(encoded) <= limits.max_source
     batch = translator.batch(texts, targets=["file " * 60] * 3, source="en", target="de")
-    assert batch.target_in.shape[1] == batch.target_out.shape[1] <= limits.max_target
-    assert batch.source.shape[1] <= limits.max_source
+    assert batch.target.width == batch.labels.shape[1] <= limits.max_target
+    assert batch.source.width <= limits.max_source
 
 
 def test_learned_positions_lower_the_limits(tokenizer):
@@ -246,7 +246,7 @@ def test_a_text_without_anything_visible_stays_empty(translator, text):
     assert (found[0].text, found[0].alternatives) == ("", ())
     assert found[1].text == translator.translate("Yes", source="en", target="de").text
     batch = translator.batch([text, "Yes"], targets=["a", "b"], source="en", target="de")
-    assert len(batch.target_in) == 2
+    assert batch.target.rows == 2
 
 
 def test_a_translation_is_one_line(translator, monkeypatch):
@@ -381,7 +381,7 @@ def test_a_batch_predicts_the_target_and_its_end(translator):
         rooms = [limit - min(len(ids), most) - 2 for ids in encoded]
     count = sum(min(len(ids), room) + 1 for ids, room in zip(encoded, rooms, strict=True))
     assert batch.num_predicted == count
-    assert batch.target_in.shape == batch.target_out.shape
+    assert batch.target.values.shape == batch.labels.shape
 
 
 def test_a_missing_file_of_the_run_is_named(run, tmp_path):

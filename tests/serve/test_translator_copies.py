@@ -9,7 +9,7 @@ from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.model.beam_search import Beam, Greedy, Search
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.serve.source_text import TranslationLimits
 from moesaic.serve.translator import Translator

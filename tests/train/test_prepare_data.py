@@ -12,15 +12,19 @@ from moesaic.corpus.text_rules import GeneralText, SoftwareStrings, TextRules, r
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.distributed.world import SingleProcess
-from moesaic.testing.tiny_models import SMALL_SYNTHETIC_CORPUS, synthetic_run
-from moesaic.train.prepare_data import CorpusSubset, PreparedData, prepare_data
-from moesaic.train.run import BuiltCorpus, CorpusFolder, NamedCorpus, Run
+from moesaic.testing.tiny_models import SMALL_SYNTHETIC_CORPUS, synthetic_run, text_of
+from moesaic.train.corpus_source import BuiltCorpus, CorpusFolder, NamedCorpus
+from moesaic.train.prepare_data import CorpusSubset, EncodedCorpus
+from moesaic.train.run import Run
+from moesaic.train.training_data import Preparation
 
 pytestmark = pytest.mark.usefixtures("data_home")
 
 
-def _prepare(run: Run, folder: Path) -> PreparedData:
-    return prepare_data(run, run_dir=RunDir(folder), world=SingleProcess(), notify=lambda _: None)
+def _prepare(run: Run, folder: Path, notes: list[str] | None = None) -> EncodedCorpus:
+    notify = [].append if notes is None else notes.append
+    place = Preparation(RunDir(folder), SingleProcess(), notify, run.initial_weights.way_out)
+    return text_of(run).prepare(place).encoded
 
 
 def test_a_run_sees_only_its_languages(tmp_path: Path) -> None:
@@ -52,19 +56,19 @@ def test_a_run_records_the_text_rules_of_its_corpus(rules: TextRules, tmp_path: 
 def test_an_empty_split_is_reported_before_training(tmp_path: Path) -> None:
     recipe = SMALL_SYNTHETIC_CORPUS.replace(name="no-valid", split=SplitConfig(valid=0, test=0.1))
     run, notes = synthetic_run(corpus=BuiltCorpus(recipe=recipe)), list[str]()
-    prepare_data(run, run_dir=RunDir(tmp_path), world=SingleProcess(), notify=notes.append)
+    _prepare(run, tmp_path, notes)
     [note] = [note for note in notes if "nothing to" in note]
     assert "no valid pairs of eng_Latn-qaa_Latn, eng_Latn-qab_Cyrl, eng_Latn-qac_Grek" in note
 
 
 def test_a_language_that_the_corpus_lacks_is_named() -> None:
-    corpus = synthetic_run().corpus.open()
+    corpus = text_of(synthetic_run()).corpus.open()
     with pytest.raises(ConfigError, match=r"few-phrases has no deu_Latn; it has eng_Latn, qaa"):
         CorpusSubset.of(corpus, languages=["German", "English"])
 
 
 def test_subsets_of_different_languages_have_different_fingerprints() -> None:
-    corpus = synthetic_run().corpus.open()
+    corpus = text_of(synthetic_run()).corpus.open()
     whole, part = (CorpusSubset.of(corpus, languages=c) for c in ((), ("eng_Latn", "qab_Cyrl")))
     assert whole.languages == corpus.languages
     assert whole.fingerprint != part.fingerprint

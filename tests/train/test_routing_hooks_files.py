@@ -52,7 +52,7 @@ def test_a_traced_step_records_its_routing(tmp_path: Path) -> None:
     (routes,) = file
     seen = kept.reports[3].result
     assert [found.layer for found in routes] == [r.layer for r in seen.records]
-    languages = (seen.batch.source_language, seen.batch.target_language)
+    languages = [seen.batch.groups[f"{side}_language"] for side in ("source", "target")]
     for found, record, language in zip(routes, seen.records, languages, strict=True):
         assert torch.equal(found.routing.expert, record.routing.expert)
         assert found.routing.dropped.any()
@@ -67,7 +67,7 @@ def test_the_probe_routes_the_same_text_at_step_0_and_every_interval(tmp_path: P
     files = [RoutesFile(tmp_path / "learning" / name) for name in _names(tmp_path / "learning")]
     held_out = next(TinyStream().held_out_batches("valid", rows=None))
     ((encoder, _),) = files[0]
-    assert torch.equal(encoder.tokens.token, held_out.source[held_out.source != 0])
+    assert torch.equal(encoder.tokens.token, held_out.source.values[held_out.source.real])
     assert not encoder.routing.dropped.any()  # in evaluation nothing is
     assert compare_routes(files[0], files[0]).edges == 1
     assert compare_routes(files[0], files[2]).edges < 1

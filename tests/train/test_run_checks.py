@@ -7,18 +7,18 @@ from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.model.config import Stack
 from moesaic.nn.positional_encoding import LearnedPositions
 from moesaic.optim.lr_schedule import WSD, Cosine
-from moesaic.testing.tiny_models import synthetic_run
+from moesaic.testing.tiny_models import change_text, synthetic_run, text_of
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
 
 GOOD = synthetic_run()
-LOADER, MODEL = GOOD.loader, GOOD.model
+LOADER, MODEL = text_of(GOOD).loader, GOOD.model
 WRONG = {
     "vocabulary": (
         {"model": MODEL.replace(vocab_size=64)},
-        r"model\.vocab_size=64 and tokenizer\.vocab_size=400",
+        r"model\.vocab_size=64 and data\.tokenizer\.vocab_size=400",
     ),
-    "unknown-language": ({"languages": ("Germann",)}, r'languages\.0: .*"Germann".*German'),
+    "unknown-language": ({"languages": ("Germann",)}, r'data\.languages\.0: .*"Germann".*German'),
     "language-twice": ({"languages": ("de", "German")}, r'"German" and "de" are both deu_Latn'),
     "no-encoder": (
         {"model": MODEL.replace(encoder=Stack(layers=0))},
@@ -30,7 +30,7 @@ WRONG = {
     ),
     "positions": (
         {"model": MODEL.replace(position=LearnedPositions(max_length=50))},
-        r"loader\.max_source=64 is longer than .*max_length=50",
+        r"data\.loader\.max_source=64 is longer than .*max_length=50",
     ),
     "batch": (
         {"loader": LOADER.replace(batch_tokens=100)},
@@ -52,13 +52,13 @@ def test_a_good_run_passes() -> None:
 def test_each_violated_rule_names_both_values(name: str) -> None:
     changes, message = WRONG[name]
     with pytest.raises(ConfigError, match=message) as caught:
-        check_run(GOOD.replace(**changes))
+        check_run(change_text(GOOD, **changes))
     assert len(caught.value.problems) == (2 if name == "positions" else 1)
 
 
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_run(GOOD.replace(languages=("xx", "yy"), schedule=WSD(warmup=100)))
+        check_run(change_text(GOOD, languages=("xx", "yy"), schedule=WSD(warmup=100)))
     assert len(caught.value.problems) == 3
 
 

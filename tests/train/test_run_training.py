@@ -29,9 +29,10 @@ from moesaic.monitor.metric_writers import read_metrics
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW
-from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
+from moesaic.testing.tiny_models import change_text, synthetic_run, text_of, tiny_model_config
+from moesaic.train.corpus_source import CorpusFolder
 from moesaic.train.resume import ResumeFrom, ResumeLatest, learning_rate_jump
-from moesaic.train.run import BFloat16, CorpusFolder, LogConfig, Run, TensorBoard, ValidationConfig
+from moesaic.train.run import BFloat16, LogConfig, Run, TensorBoard, ValidationConfig
 from moesaic.train.run_training import train
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook, no_progress
@@ -322,7 +323,7 @@ VARIANTS = {
     "bfloat16": {"precision": BFloat16()},
     "decoder-only": {
         "model": tiny_model_config().replace(vocab_size=400, encoder=Stack(layers=0)),
-        "loader": synthetic_run().loader.replace(collator=DecoderOnlyCollator()),
+        "loader": text_of(synthetic_run()).loader.replace(collator=DecoderOnlyCollator()),
         "mixture": MixtureConfig(
             tasks=(WeightedTask(task=CausalLM()), WeightedTask(task=Translation()))
         ),
@@ -347,7 +348,7 @@ def test_rows_that_are_too_long_are_left_out_with_a_note(tmp_path: Path) -> None
     notes = Notes()
 
     run = synthetic_run(steps=8)
-    run = run.replace(loader=run.loader.replace(max_source=14, max_target=14))
+    run = change_text(run, loader=text_of(run).loader.replace(max_source=14, max_target=14))
     train(run, tmp_path / "run", progress=notes)
     (messages,) = [n for n in notes.messages if "left out" in n]
     assert "loader.max_source=14" in messages

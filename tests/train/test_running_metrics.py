@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import CheckpointError
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import IGNORE_LABEL, TARGET_LANGUAGE, TASK, Batch
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch
@@ -14,7 +14,7 @@ CATEGORIES = LossCategories(TASKS, LANGUAGES)
 
 
 def rows_of_loss(batch: Batch) -> torch.Tensor:
-    return (batch.target_out != PAD).nonzero()[:, 0]
+    return (batch.labels != IGNORE_LABEL).nonzero()[:, 0]
 
 
 def _by_category(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -34,10 +34,10 @@ def test_sums_by_category_are_those_of_a_loop() -> None:
     expected = torch.zeros(2, 5, dtype=torch.float64)
     left = iter(loss.double())
     for row in range(6):
-        for token in batch.target_out[row]:
-            if token:
+        for token in batch.labels[row]:
+            if token != IGNORE_LABEL:
                 value = next(left)
-                for column in (batch.task[row], 2 + batch.target_language[row]):
+                for column in (batch.groups[TASK][row], 2 + batch.groups[TARGET_LANGUAGE][row]):
                     expected[:, column] += torch.tensor([value, 1.0])
     torch.testing.assert_close(_by_category(loss, batch), expected)
 

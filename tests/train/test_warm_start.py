@@ -19,9 +19,10 @@ from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
 from moesaic.recipes.lookup import warm_start
 from moesaic.serve.translator import Translator
-from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
+from moesaic.testing.tiny_models import synthetic_run, text_of, tiny_model_config
+from moesaic.train.corpus_source import BuiltCorpus
 from moesaic.train.resume import ResumeFrom, ResumeLatest
-from moesaic.train.run import BuiltCorpus, Run
+from moesaic.train.run import Run
 from moesaic.train.run_training import train
 from moesaic.train.training_hooks import Hook, no_progress
 from moesaic.train.warm_start import RandomWeights, WeightsOfRun
@@ -114,7 +115,7 @@ def test_weights_under_the_names_of_an_earlier_version_are_taken(init, tmp_path)
 
 def test_a_language_without_a_tag_is_refused_with_a_way_out(init, tmp_path):
     run = started(init, corpus=other_corpus(languages=("qaa_Latn", "qad_Latn")))
-    with pytest.raises(ConfigError, match=r"no tag for qad_\w+, but for .*--set languages="):
+    with pytest.raises(ConfigError, match=r"no tag for qad_\w+, but for .*--set data.languages="):
         train(run, tmp_path / "next", progress=no_progress)
 
 
@@ -132,11 +133,12 @@ def test_the_config_is_that_of_the_run_unless_a_recipe_is_named(init):
     assert (run.name, run.steps) == ("synthetic-warm-start", 7)
     assert warm_start(str(init), which="tiny").model.dim == 64
     assert synthetic_run().initial_weights == RandomWeights()
-    languages = ["languages=[en,qaa]"]
+    languages = ["data.languages=[en,qaa]"]
     chosen = warm_start(str(init), changes=languages)
-    assert warm_start(str(init), changes=["corpus=CorpusFolder(path=x)"]).languages == ()
-    both = warm_start(str(init), changes=[*languages, "corpus=CorpusFolder(path=x)"])
-    assert both.languages == chosen.languages == ("en", "qaa")
+    corpus = "data.corpus=CorpusFolder(path=x)"
+    assert text_of(warm_start(str(init), changes=[corpus])).languages == ()
+    both = warm_start(str(init), changes=[*languages, corpus])
+    assert text_of(both).languages == text_of(chosen).languages == ("en", "qaa")
     with pytest.raises(ConfigError):
         warm_start(str(init), changes=["stepz=3"])
 

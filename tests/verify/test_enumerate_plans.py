@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.moe.config import MoE
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.run import Run

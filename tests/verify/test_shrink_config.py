@@ -7,7 +7,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SigmoidTopK, TopGroups
 from moesaic.moe.shared_experts import SharedExperts
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.recipes.lookup import RECIPES, find_recipe
 from moesaic.train.run import Run

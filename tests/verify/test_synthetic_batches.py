@@ -2,14 +2,15 @@
 
 import torch
 
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import IGNORE_LABEL, Batch
 from moesaic.verify.synthetic_batches import SyntheticShape, UnevenBatches, uneven_batch
 
 SHAPE = SyntheticShape(rows=7, length=9)
 
 
 def rows(batch: Batch) -> list[list[int]]:
-    both = torch.cat([batch.key[:, None], batch.source, batch.target_in, batch.target_out], 1)
+    sides = (batch.source.values, batch.target.values, batch.labels)
+    both = torch.cat([batch.key[:, None], *sides], 1)
     return sorted(both.tolist())
 
 
@@ -31,16 +32,16 @@ def test_some_shards_have_no_row() -> None:
 
 def test_rows_have_many_lengths_and_padding_is_not_predicted() -> None:
     batch = uneven_batch(SHAPE, rows=20, seed=1)
-    assert len(set((batch.target_in != PAD).sum(1).tolist())) > 4
-    assert not ((batch.target_out != PAD) & (batch.target_in == PAD)).any()
+    assert len(set(batch.target.lengths.tolist())) > 4
+    assert not ((batch.labels != IGNORE_LABEL) & ~batch.target.real).any()
     assert batch.num_predicted > 0
 
 
 def test_without_an_encoder_there_is_no_source_and_the_prompt_is_not_predicted() -> None:
     batch = uneven_batch(SyntheticShape(rows=7, length=9, source=False), rows=20, seed=1)
-    assert batch.source.shape == (20, 0)
-    assert (batch.target_out[:, 0] == PAD).any()
-    assert (batch.target_out[:, 0] != PAD).any()
+    assert batch.source.values.shape == (20, 0)
+    assert (batch.labels[:, 0] == IGNORE_LABEL).any()
+    assert (batch.labels[:, 0] != IGNORE_LABEL).any()
 
 
 def test_another_seed_gives_other_batches() -> None:

@@ -97,11 +97,9 @@ def write_run_record(
 
 
 def weights_metadata(run: RunDir, *, model: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of exported weights: hash of their tokenizer, their model config."""
-    return {
-        TOKENIZER_KEY: sha256(run.tokenizer),
-        MODEL_KEY: json.dumps(model, ensure_ascii=False, separators=(",", ":")),
-    }
+    """Return the metadata of exported weights: hash of their tokenizer if any, model config."""
+    tokenizer = {TOKENIZER_KEY: sha256(run.tokenizer)} if run.tokenizer.is_file() else {}
+    return tokenizer | {MODEL_KEY: json.dumps(model, ensure_ascii=False, separators=(",", ":"))}
 
 
 def run_problems(run: RunDir) -> list[str]:

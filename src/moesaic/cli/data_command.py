@@ -15,7 +15,13 @@ from moesaic.cli.shared_options import (
     print_result,
     show_progress,
 )
-from moesaic.cli.show_corpus import show_built, show_dropped_rows, show_pairs, show_stats
+from moesaic.cli.show_corpus import (
+    show_built,
+    show_dropped_rows,
+    show_pairs,
+    show_stats,
+    show_texts,
+)
 
 with deferred():
     from moesaic.core.errors import DataError, did_you_mean
@@ -26,6 +32,7 @@ with deferred():
         corpus_stats,
         sample_dropped,
         sample_pairs,
+        sample_texts,
     )
     from moesaic.corpus.known_corpora import open_known_corpus
     from moesaic.corpus.languages import resolve_language
@@ -88,17 +95,30 @@ def show(
     which: CorpusArgument,
     *,
     source: Annotated[str, typer.Option("--from", help="Source language.")] = "en",
-    target: Annotated[str, typer.Option("--to", help="Target language.")],
+    target: Annotated[
+        str | None, typer.Option("--to", help="Target language; without it, texts are shown.")
+    ] = None,
+    language: Annotated[str, typer.Option("--in", help="Only texts in this language.")] = "",
     split: Annotated[str, typer.Option(help="train, valid, test or a domain.")] = "train",
-    count: Annotated[int, typer.Option("-n", min=1, help="How many pairs.")] = 10,
-    seed: Annotated[int, typer.Option(help="Which random pairs.")] = 0,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many pairs or texts.")] = 10,
+    seed: Annotated[int, typer.Option(help="Which random ones.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Show random pairs of one direction, with the package of each.
+    """Show random pairs of one direction, with the package of each, or random texts.
 
     Example: [cyan]moesaic data show catalogues-small --to de -n 5[/]
     """
     corpus = open_known_corpus(which)
+    if target is None:
+        code = resolve_language(language).code if language else ""
+        texts = sample_texts(corpus, language=code, split=split, count=count, seed=seed)
+        shown = [{"text": t.text, "language": t.language, "domain": t.domain} for t in texts]
+        print_result(
+            {"split": split, "texts": shown},
+            as_json=as_json,
+            show=lambda console: show_texts(shown, console),
+        )
+        return
     codes = resolve_language(source).code, resolve_language(target).code
     chosen = sample_pairs(
         corpus, source=codes[0], target=codes[1], split=split, count=count, seed=seed

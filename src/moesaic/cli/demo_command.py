@@ -42,6 +42,7 @@ with deferred():
     from moesaic.train.resume import ResumeLatest
     from moesaic.train.run import Run
     from moesaic.train.run_training import train
+    from moesaic.train.text_data import require_text
 
 app = command_app()
 COMMON_STRINGS = ("Save", "Delete", "Search results", "Enter your password", "Page not found")
@@ -81,7 +82,7 @@ def demo(
     """
     run, phases = find_recipe(recipe, changes=changes or []), PhaseTimer()
     phases.start("1/4  data: translations from software packages")
-    corpus = run.corpus.open()
+    corpus = require_text(run.data, what="moesaic demo").corpus.open()
     phases.print_note(
         f"{corpus.name}: {corpus.manifest['pairs']:,} pairs, {len(corpus.languages)} languages"
     )

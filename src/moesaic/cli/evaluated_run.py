@@ -17,6 +17,7 @@ from moesaic.evaluate.testset import TestSet, corpus_testsets, unscored_directio
 from moesaic.recipes.lookup import find_recipe
 from moesaic.train.find_corpus import FoundCorpus, find_corpus
 from moesaic.train.run import Run
+from moesaic.train.text_data import TextData, require_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,14 @@ class EvaluatedRun:
         record = read_trained_directions(folder.directions)
         return cls(path, find_recipe(str(path)), record, corpus)
 
+    @property
+    def text(self) -> TextData:
+        """The data of a run on text. Raises UserError if it is other data."""
+        return require_text(self.config.data, what=f"scoring translations of {self.path}")
+
     def corpus(self) -> FoundCorpus:
         """Find the corpus of the run; nothing is built. Raises DataError if it is not found."""
-        return find_corpus(self.config.corpus, run_dir=RunDir(self.path), given=self.given_corpus)
+        return find_corpus(self.text.corpus, run_dir=RunDir(self.path), given=self.given_corpus)
 
     def trained_directions(self, corpus: Corpus | None = None) -> tuple[LanguageDirection, ...]:
         """Return the directions of translation that the run was trained on.
@@ -104,10 +110,10 @@ class EvaluatedRun:
             return self.record.directions
         if corpus is None:
             return ()
-        codes = [resolve_language(text).code for text in self.config.languages]
+        codes = [resolve_language(text).code for text in self.text.languages]
         found = [
             pair
-            for weighted in self.config.mixture.tasks
+            for weighted in self.text.mixture.tasks
             for pair in weighted.task.translated_pairs(corpus, languages=codes or corpus.languages)
         ]
         return tuple(dict.fromkeys(found))
@@ -197,7 +203,7 @@ class EvaluatedRun:
 
     def _not_trained(self, trained: tuple[LanguageDirection, ...], choice: DirectionChoice) -> str:
         if not trained:
-            tasks = ", ".join(weighted.task.name for weighted in self.config.mixture.tasks)
+            tasks = ", ".join(self.config.data.task_names())
             return (
                 f"{self.path} was trained on no translation (its tasks: {tasks}), so it has no "
                 "held-out translations to score; its validation loss is in the report "

@@ -21,7 +21,6 @@ from moesaic.cli.user_files import import_user_files
 
 with deferred():
     from moesaic.core.units import show_bytes, show_count, show_flops
-    from moesaic.model.config import ModelConfig
     from moesaic.model.parameter_flop_count import BatchDims, ParameterCount, count_parameters
     from moesaic.model.presets import PRESETS, preset
     from moesaic.model.training_memory import estimate_training_memory
@@ -72,23 +71,15 @@ def _explain_preset(name: str, changes: list[str] | None) -> dict[str, Any]:
 def _explain_run(which: str, changes: list[str] | None) -> dict[str, Any]:
     run = find_recipe(which, changes=changes or [])
     check_run(run)
-    loader = run.loader
-    sizes = _typical_batch(loader.batch_tokens, loader.max_source, loader.max_target, run.model)
+    sizes = run.data.batch_dims(run.model)
     found = _cost(which, count_parameters(run.model), sizes=sizes, optimizer=run.optimizer)
-    tokens = run.steps * run.gradient_accumulation_steps * loader.batch_tokens
+    tokens = run.steps * run.gradient_accumulation_steps * run.data.max_batch_tokens()
     plan = {
         "steps": run.steps,
         "tokens_at_most": tokens,
         "flops_at_most": tokens * found["flops_per_token"]["training"],
     }
     return found | {"config": run.to_flat_lines(), "plan": plan}
-
-
-def _typical_batch(tokens: int, source: int, target: int, model: ModelConfig) -> BatchDims:
-    """Return a full micro-batch of texts of half the maximum length."""
-    source = max(1, source // 2) if model.encoder.layers else 0
-    target = max(1, target // 2)
-    return BatchDims(rows=max(1, tokens // (source + target)), source=source, target=target)
 
 
 def _cost(

@@ -124,7 +124,7 @@ def _train_command(
 
 
 def _describe_job(run: Run, *, nodes: int, gpus: int) -> str:
-    tokens = f"{run.loader.batch_tokens:,} tokens"
+    tokens = f"{run.data.max_batch_tokens():,} tokens"
     return (
         f"{run.name}: {nodes} x {gpus} GPUs = {nodes * gpus} ranks, a micro-batch of {tokens} over "
         "all of them"

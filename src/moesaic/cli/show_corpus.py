@@ -16,6 +16,7 @@ with deferred():
 _MAX_DIRECTIONS = 20
 _MAX_SOURCES = 12
 _MAX_NAMES = 8
+_SHOWN_CHARACTERS = 160
 _SIZE_THRESHOLDS = (1_000, 10_000, 100_000)
 
 
@@ -91,6 +92,21 @@ def show_pairs(rows: list[dict[str, Any]], codes: tuple[str, str], console: Cons
     print_table(console, (*codes, "origin"), cells, align="lll")
 
 
+def show_texts(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print the beginnings of texts, each with its language and domain."""
+    cells = (
+        (_beginning(r["text"]), r["language"], styled("[dim]{domain}[/]", domain=r["domain"]))
+        for r in rows
+    )
+    print_table(console, ("text", "language", "domain"), cells, align="lll")
+
+
+def _beginning(text: str) -> str:
+    line = " ".join(text[: 2 * _SHOWN_CHARACTERS].split())
+    cut = len(text) > len(line) or len(line) > _SHOWN_CHARACTERS
+    return f"{line[:_SHOWN_CHARACTERS]} ... ({len(text):,} characters)" if cut else line
+
+
 def show_dropped_rows(
     rows: list[dict[str, Any]], reasons: dict[str, str], console: Console
 ) -> None:
@@ -143,7 +159,7 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
 
 def _show_texts(found: CorpusStats, console: Console) -> None:
     names = list(found.texts[0].splits)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for text in found.texts:
         reasons = sorted(text.dropped.items(), key=lambda item: -item[1])[:3]
         rows.append(
@@ -154,6 +170,12 @@ def _show_texts(found: CorpusStats, console: Console) -> None:
                 *(_short_count(text.splits[name]) for name in names),
                 ", ".join(f"{name} {show_count(n)}" for name, n in reasons),
             )
+        )
+        rows += (
+            (f"  {domain}", "", _short_count(sum(counts.values())), "")
+            + tuple(_short_count(counts[name]) for name in names)
+            + ("",)
+            for domain, counts in text.domains.items()
         )
     columns = ("text in", "read", "kept", "share", *names, "dropped, mostly for")
     print_table(console, columns, rows, align="l" + "r" * (len(columns) - 2) + "l")

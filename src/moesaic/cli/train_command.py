@@ -64,7 +64,7 @@ def train(
     Resume: [cyan]moesaic train --resume runs/mine[/]
 
     Warm start on other data: [cyan]moesaic train --init runs/demo --set steps=300
-    --set 'corpus=CorpusFolder(path="own")' --out runs/own[/]
+    --set 'data.corpus=CorpusFolder(path="own")' --out runs/own[/]
 
     On several processes: [cyan]torchrun --nproc-per-node 2 -m moesaic train demo[/]
     """

@@ -1,7 +1,8 @@
 """Config upgrade: rewrite the keys and kinds of configs written by an earlier version.
 
 ``RENAMED_KINDS`` maps old names of choices to new ones. ``RENAMED_KEYS`` maps old keys to new ones,
-by the (new) name of the config class or choice that holds them.
+by the (new) name of the config class or choice that holds them; ``MOVED_KEYS`` those that are now
+in another part of the config.
 """
 
 import re
@@ -146,6 +147,11 @@ SECTIONS = {
     "tokenizer": "TokenizerConfig",
 }
 
+# Keys that are now below another one: the new path, and the kind of each choice on the way.
+MOVED_KEYS = {
+    "Run": {key: ("data", key) for key in ("corpus", "languages", "tokenizer", "mixture", "loader")}
+}
+KINDS_OF_MOVED_KEYS = {"data": "TextData"}
 
 MAX_SHOWN_RENAMES = 3
 
@@ -171,7 +177,27 @@ def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[
     this version.
     """
     renamed: dict[str, str] = {}
-    return _upgrade(value, config=config, path="", renamed=renamed), renamed
+    upgraded = _upgrade(value, config=config, path="", renamed=renamed)
+    if isinstance(upgraded, dict):
+        for old, path in MOVED_KEYS.get(config, {}).items():
+            if old in upgraded:
+                renamed[old] = ".".join(path)
+                upgraded = _move(upgraded, old, path)
+    return upgraded, renamed
+
+
+def _move(tree: Mapping[str, object], old: str, path: tuple[str, ...]) -> dict[str, object]:
+    """Return ``tree`` with the value of the key ``old`` at ``path``, in records as needed."""
+    moved = {key: value for key, value in tree.items() if key != old}
+    here = moved
+    for depth, step in enumerate(path[:-1]):
+        kind = KINDS_OF_MOVED_KEYS.get(".".join(path[: depth + 1]))
+        found = here.get(step)
+        inner = dict(found) if isinstance(found, Mapping) else {"kind": kind} if kind else {}
+        here[step] = inner
+        here = inner
+    here[path[-1]] = tree[old]
+    return moved
 
 
 def describe_renames(renamed: Mapping[str, str]) -> list[str]:

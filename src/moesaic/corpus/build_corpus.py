@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,9 @@ from moesaic.corpus.sources.local_files import printable_path
 from moesaic.corpus.sources.text_source import Progress, SourceFile, ignore_progress
 from moesaic.corpus.spill import Direction, PairSpill
 from moesaic.corpus.split import SPLITS, LeakedSources, find_leaks
+
+MAX_DOMAINS = 1000
+"""Domains of documents: each is a stream of its own in training, and a row in reports."""
 
 DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
     DISAGREE: "two texts under one key, but their numbers or inline elements differ",
@@ -294,7 +297,22 @@ class _CorpusBuilder:
             rows = {name: self.files.get(text_file(code, name), {}) for name in names}
             splits = {name: entry.get("rows", 0) for name, entry in rows.items()}
             found[code] = {"read": counts.read, "dropped": counts.by_reason, "splits": splits}
+            if domains := self._domain_counts(code, names):
+                found[code]["domains"] = domains
         return found
+
+    def _domain_counts(self, code: str, splits: Sequence[str]) -> dict[str, dict[str, int]]:
+        """Documents of a language by domain and split. Raises DataError: too many domains."""
+        rows = self.result.domain_rows
+        files = {split: text_file(code, split) for split in splits}
+        domains = sorted({domain for name, domain in rows if name in files.values()})
+        if len(domains) > MAX_DOMAINS:
+            raise DataError(
+                f"corpus {self.recipe.name}: {len(domains):,} domains, such as "
+                f"{', '.join(domains[:3])}, at most {MAX_DOMAINS:,} are kept apart; choose another "
+                "domain rule (DomainOfFolder, NamedDomain)"
+            )
+        return {d: {s: rows[file, d] for s, file in files.items()} for d in domains}
 
     def _nothing_left_message(self, small: dict[str, int]) -> str:
         everything = [*self.result.counts.values(), *self.result.texts.values()]

@@ -1,7 +1,8 @@
 """A corpus on disk: pairs and texts by split, with origins, licences and counts of dropped rows.
 
 ``DIR/corpus.json`` is its manifest; ``DIR/{src}-{tgt}.{split}.tsv`` has a pair per line: source,
-target, origin (escaped, see readers/tsv.py); ``DIR/{lang}.{split}.txt`` has text in one language.
+target, origin (escaped, see readers/tsv.py); ``DIR/{lang}.{split}.txt`` has a text in one language
+per line, and the domain of a document after a tab.
 """
 
 from collections.abc import Iterator
@@ -88,9 +89,18 @@ class Corpus:
         return self.manifest["files"].get(name, {}).get("rows", 0)
 
     def describe_empty_splits(self) -> list[str]:
-        """Return a sentence for each of valid and test that has no pair of some direction."""
+        """Return a sentence for each of valid and test that has no pair of some direction.
+
+        In a corpus of documents alone: for each that has no document.
+        """
         sentences = []
         for split, use in (("valid", "validate"), ("test", "score")):
+            texts = [entry["splits"].get(split, 0) for entry in self.manifest["texts"].values()]
+            if not self.directions and not sum(texts):
+                sentences.append(
+                    f"no {split} documents: nothing to {use} on; more or smaller documents "
+                    f"(document: EachParagraph), or a larger share (split: {{{split}: 0.2}}), help"
+                )
             empty = [f"{s}-{t}" for s, t in self.directions if not self.count(s, t, split=split)]
             if empty:
                 more = f" and {len(empty) - _MAX_NAMES} more" if len(empty) > _MAX_NAMES else ""
@@ -151,7 +161,8 @@ class Corpus:
                     yield Text(text, code, pair.origin, pair.licence)
         path = self._split_path(text_file(code, split), split=split)
         for _, line in read_lines(path) if path else ():
-            yield Text(unescape_field(line), code)
+            text, _, domain = line.partition("\t")
+            yield Text(unescape_field(text), code, domain=unescape_field(domain))
 
     def _known_language(self, code: str) -> str:
         found = resolve_language(code).code

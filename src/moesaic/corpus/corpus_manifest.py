@@ -66,11 +66,15 @@ class DirectionEntry(_Shape):
 
 
 class TextEntry(_Shape):
-    """Text in one language: rows read, dropped by reason, and kept by split."""
+    """Text in one language: rows read, dropped by reason, and kept by split.
+
+    ``domains`` has the documents of each domain by split.
+    """
 
     rows_read: Count = Field(alias="read")
     dropped: dict[str, Count]
     splits: dict[str, Count]
+    domains: dict[str, dict[str, Count]] = Field(default_factory=dict)
 
 
 class SourceEntry(_Shape):

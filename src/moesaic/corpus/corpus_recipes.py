@@ -1,8 +1,9 @@
 """Corpus recipes: the config of a corpus, and the corpora that have a name."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-import moesaic.corpus.sources.local_files  # noqa: F401  registers LocalFiles, PresplitFolder
+import moesaic.corpus.sources.documents
+import moesaic.corpus.sources.local_files  # noqa: F401  register their sources
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.cleaning import CleaningConfig
@@ -41,7 +42,8 @@ class CorpusRecipe(Config):
     """The config of a corpus. Two equal recipes build the same corpus.
 
     ``languages``, in any spelling, restricts it; empty means all. A direction with fewer than
-    ``min_pairs`` pairs is left out.
+    ``min_pairs`` pairs is left out. Where ``clean`` names no text rules, they are those of the
+    source: ``DocumentText`` of documents, ``GeneralText`` of any other.
     """
 
     name: str = Field(max_length=100, pattern=r"^[\w-][\w.-]*$")
@@ -50,6 +52,15 @@ class CorpusRecipe(Config):
     split: SplitConfig = SplitConfig()
     languages: tuple[str, ...] = ()
     min_pairs: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _take_text_rules_of_the_source(self) -> "CorpusRecipe":
+        rules = self.source.default_text_rules
+        if "text_rules" in self.clean.model_fields_set or rules == self.clean.text_rules:
+            return self
+        # a validator of a frozen value has no other way to complete it
+        object.__setattr__(self, "clean", self.clean.replace(text_rules=rules))
+        return self
 
 
 def named_corpus(name: str) -> CorpusRecipe:

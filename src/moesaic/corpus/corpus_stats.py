@@ -1,12 +1,12 @@
 """Corpus statistics: counts per direction and split, and a sample of pairs."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.dropped_rows import DroppedRow, read_dropped
-from moesaic.corpus.pair import Pair
+from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.split import SPLITS
 
 
@@ -38,12 +38,16 @@ class DirectionStats:
 
 @dataclass(frozen=True, slots=True)
 class TextStats:
-    """Counts of the text in one language: rows read, dropped by reason, and kept by split."""
+    """Counts of the text in one language: rows read, dropped by reason, and kept by split.
+
+    ``domains`` has the documents of each domain by split.
+    """
 
     language: str
     read: int
     dropped: dict[str, int]
     splits: dict[str, int]
+    domains: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -110,7 +114,13 @@ def corpus_stats(corpus: Corpus) -> CorpusStats:
     directions.sort(key=lambda d: (-d.kept, d.source, d.target))
     manifest = corpus.manifest
     texts = (
-        TextStats(code, counts["read"], dict(counts["dropped"]), dict(counts["splits"]))
+        TextStats(
+            code,
+            counts["read"],
+            dict(counts["dropped"]),
+            dict(counts["splits"]),
+            dict(counts.get("domains", {})),
+        )
         for code, counts in manifest.get("texts", {}).items()
     )
     return CorpusStats(
@@ -145,6 +155,27 @@ def sample_pairs(
     if not found:
         raise DataError(f"corpus {corpus.name}: no {split} pairs from {source} to {target}")
     return found
+
+
+def sample_texts(
+    corpus: Corpus, *, language: str = "", split: str = "train", count: int = 10, seed: int = 0
+) -> list[Text]:
+    """Return ``count`` random texts of a language (empty: of all), in corpus order.
+
+    One pass over the corpus, with the chosen texts in memory (reservoir sampling: Vitter 1985,
+    doi:10.1145/3147.3165). Raises DataError when there is none.
+    """
+    draw = random.Random(seed)
+    kept: list[tuple[int, Text]] = []
+    codes = [language] if language else corpus.languages
+    texts = (text for code in codes for text in corpus.iter_texts(code, split=split))
+    for number, text in enumerate(texts):
+        place = number if number < count else draw.randrange(number + 1)
+        if place < count:
+            kept[place : place + 1] = [(number, text)]
+    if not kept:
+        raise DataError(f"corpus {corpus.name}: no {split} texts{f' in {language}' * bool(language)}")
+    return [text for _, text in sorted(kept, key=lambda item: item[0])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from moesaic.core.errors import DataError, did_you_mean, printable
 from moesaic.corpus.region_scripts import LANGUAGE_OF_REGION, SCRIPT_OF_REGION
 
 ENGLISH = "eng_Latn"
+UNDETERMINED = "und_Zyyy"  # text whose language nobody states
 _LONGEST = 100  # characters of a spelling
 # zh-yue-Hant-HK-x-mine: language, extended language, script, region, variants, extensions
 _BCP47 = re.compile(

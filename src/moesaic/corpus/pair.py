@@ -32,12 +32,13 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text in one language."""
+    """A text in one language: a sentence, or a document. ``domain`` is what it is about, if given."""
 
     text: str
     language: str
     origin: str = ""
     licence: str = ""
+    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True)

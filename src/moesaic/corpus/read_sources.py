@@ -82,7 +82,8 @@ class SourceInfo:
 class ReadResult:
     """Counts of what a source file contains; its rows are on disk.
 
-    ``texts`` are the counts of text by language, ``text_rows`` the rows of each text file.
+    ``texts`` are the counts of text by language, ``text_rows`` the rows of each text file,
+    ``domain_rows`` those of each text file and domain.
     ``empty`` is the reason why the file had no row at all.
     """
 
@@ -90,6 +91,7 @@ class ReadResult:
     texts: dict[str, DropCounts] = field(default_factory=lambda: defaultdict(DropCounts))
     sources: dict[str, SourceInfo] = field(default_factory=dict)
     text_rows: Counter[str] = field(default_factory=Counter)
+    domain_rows: Counter[tuple[str, str]] = field(default_factory=Counter)
     dropped: DroppedRows = field(default_factory=DroppedRows)
     empty: str = ""
 
@@ -102,6 +104,7 @@ class ReadResult:
         for origin, info in other.sources.items():
             self.sources.setdefault(origin, SourceInfo()).add(info)
         self.text_rows.update(other.text_rows)
+        self.domain_rows.update(other.domain_rows)
         self.dropped.add_all(other.dropped.rows)
 
 
@@ -204,6 +207,7 @@ class _SourceFileReader:
     def finish(self) -> ReadResult:
         """Write the split keys, and return the counts."""
         self.found.text_rows = self._texts.rows
+        self.found.domain_rows = self._texts.domain_rows
         self._keys.write(self._job.keys)
         return self.found
 
@@ -252,15 +256,19 @@ class _TextWriter:
         self._folder, self._split = folder, split
         self._streams: dict[str, TextIO] = {}
         self.rows: Counter[str] = Counter()
+        self.domain_rows: Counter[tuple[str, str]] = Counter()
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, found: Text) -> None:
         domain = self._split.domain_of(found.origin)
-        name = text_file(found.language, domain or self._split.split_of(found.text))
+        name = text_file(found.language, domain or self._split.split_of_text(found.text))
         if name not in self._streams:
             self._streams[name] = (self._folder / name).open("w", encoding="utf-8", newline="\n")
-        self._streams[name].write(escape_field(found.text) + "\n")
+        label = "\t" + escape_field(found.domain) if found.domain else ""
+        self._streams[name].write(escape_field(found.text) + label + "\n")
         self.rows[name] += 1
+        if found.domain:
+            self.domain_rows[name, found.domain] += 1
 
     def close(self) -> None:
         for stream in self._streams.values():

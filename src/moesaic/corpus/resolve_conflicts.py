@@ -203,7 +203,7 @@ def remove_held_out(path: Path, *, pairs: Iterable[Path], code: str) -> list[str
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8", newline="\n") as stream:
         for _, line in read_lines(path):
-            text = unescape_field(line)
+            text = unescape_field(line.partition("\t")[0])
             if _contains_sorted(held_out, digest64(split_key(text))):
                 removed.append(text)
             else:

@@ -181,7 +181,13 @@ class SplitConfig(Config):
 
     def split_of(self, source: str) -> SplitName:
         """Return the split of a source text."""
-        point = _unit_hash(source, self.salt)
+        return self._split_at(_unit_hash(source, self.salt))
+
+    def split_of_text(self, text: str) -> SplitName:
+        """Return the split of a text in one language: as of a source, without keeping the text."""
+        return self._split_at(_compute_unit_hash(text, self.salt))
+
+    def _split_at(self, point: float) -> SplitName:
         if point < self.test:
             return "test"
         return "valid" if point < self.test + self.valid else "train"
@@ -197,9 +203,12 @@ def _abbreviated(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + more
 
 
-@lru_cache(maxsize=1 << 16)  # a source recurs in every language
-def _unit_hash(source: str, salt: str) -> float:
+def _compute_unit_hash(source: str, salt: str) -> float:
     return digest64(f"{salt}\0{split_key(source)}") / 2**64
+
+
+# a source recurs in every language; documents are long, and do not
+_unit_hash = lru_cache(maxsize=1 << 16)(_compute_unit_hash)
 
 
 def split_key(text: str) -> str:

@@ -36,6 +36,7 @@ _NONCHARACTERS = dict.fromkeys(
     ]
 )
 _LONE_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), _REPLACEMENT)
+_LINE_END = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _TABLE = _REMOVED | _NONCHARACTERS | _LONE_SURROGATES
 # Thai, Lao, Tibetan, Burmese, Khmer and Javanese write no spaces: there U+200B divides words
 _UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\ua980-\ua9df\uaa60-\uaa7f"
@@ -73,6 +74,19 @@ def normalise_text(text: str) -> str:
     return unicodedata.normalize("NFC", text) if any(map(_is_visible, text)) else ""
 
 
+def normalise_document(text: str) -> str:
+    """Return a text of several lines in NFC, its lines and indentation kept; empty if invisible.
+
+    Line ends of any kind become LF; white space at the end of a line, empty lines at both ends of
+    the text, and control characters other than tabs are removed. A lone surrogate becomes U+FFFD.
+    Applied twice, it changes nothing more.
+    """
+    lines = (line.translate(_TABLE).rstrip() for line in _LINE_END.split(text))
+    plain = "\n".join(lines)
+    plain = plain if plain.isascii() else unicodedata.normalize("NFC", plain)
+    return plain.strip("\n") if any(map(_is_visible, plain)) else ""
+
+
 def _is_visible(char: str) -> bool:
     return unicodedata.category(char) not in _INVISIBLE_CATEGORIES and char not in _BLANKS
 
@@ -80,7 +94,7 @@ def _is_visible(char: str) -> bool:
 class TextRules(Choice):
     """Family: what a corpus does to its texts before anything else reads them.
 
-    ``GeneralText`` or ``SoftwareStrings``. A model is given text by the rules of its corpus.
+    ``GeneralText``, ``SoftwareStrings`` or ``DocumentText``. A model is given text by the rules of its corpus.
     """
 
     @abstractmethod
@@ -105,6 +119,19 @@ class GeneralText(TextRules):
 
     def normalise(self, text: str, *, other: str | None = None) -> str:  # noqa: ARG002
         return normalise_text(text)
+
+    def placeholders(self, text: str) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
+
+    def without_placeholders(self, text: str) -> str:
+        return text
+
+
+class DocumentText(TextRules):
+    """Documents: ``normalise_document``, which keeps lines and indentation, and nothing else."""
+
+    def normalise(self, text: str, *, other: str | None = None) -> str:  # noqa: ARG002
+        return normalise_document(text)
 
     def placeholders(self, text: str) -> tuple[str, ...]:  # noqa: ARG002
         return ()

@@ -279,7 +279,7 @@ class BatchStream:
 
     def _nothing_fits_message(self, draws: int) -> str:
         return (
-            f"none of {draws} rows drawn fits loader.max_source={self.config.max_source} and "
+            f"none of {draws} rows drawn fits data.loader.max_source={self.config.max_source} and "
             f"max_target={self.config.max_target}; raise them"
         )
 
@@ -318,7 +318,7 @@ def _check_limits(shards: TokenShards, *, tokenizer: Tokenizer, config: LoaderCo
     if longest > config.batch_tokens:
         raise ConfigError(
             [
-                f"loader.batch_tokens: found {config.batch_tokens}, expected at least the longest "
-                f"row that the limits allow, {longest}"
+                f"data.loader.batch_tokens: found {config.batch_tokens}, expected at least the "
+                f"longest row that the limits allow, {longest}"
             ]
         )

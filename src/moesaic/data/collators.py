@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from moesaic.core.config import Choice
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import (
+    IGNORE_LABEL,
+    SOURCE_LANGUAGE,
+    TARGET_LANGUAGE,
+    TASK,
+    Batch,
+    InputRows,
+)
 from moesaic.data.numpy_counter_rng import UInt64Array
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.tokenizer import EOS
@@ -64,17 +71,17 @@ class EncoderDecoderCollator(Collator):
     def collate(self, samples: TokenizedSamples, *, empty: RowLengths) -> Batch:
         rows = np.arange(len(samples))
         widths = self.lengths(samples.source.lengths, target=samples.target.lengths)
-        source = _padded_grid(widths.source, empty.source)
+        source = _grid(widths.source, empty.source)
         source[:, :1] = samples.target_language_token[:, None]
         _write_rows(source, samples.source, shift=1)
         source[rows, samples.source.lengths + 1] = EOS
-        target_in = _padded_grid(widths.target, empty.target)
-        target_out = target_in.copy()
-        target_in[:, :1] = samples.target_language_token[:, None]
-        _write_rows(target_in, samples.target, shift=1)
-        _write_rows(target_out, samples.target, shift=0)
-        target_out[rows, samples.target.lengths] = EOS
-        return _to_batch(samples, source, target_in, target_out)
+        target = _grid(widths.target, empty.target)
+        labels = np.full_like(target, IGNORE_LABEL)
+        target[:, :1] = samples.target_language_token[:, None]
+        _write_rows(target, samples.target, shift=1)
+        _write_rows(labels, samples.target, shift=0)
+        labels[rows, samples.target.lengths] = EOS
+        return _to_batch(samples, widths, source=source, target=target, labels=labels)
 
 
 class DecoderOnlyCollator(Collator):
@@ -92,24 +99,23 @@ class DecoderOnlyCollator(Collator):
         lengths = samples.source.lengths
         begin = np.where(lengths > 0, lengths + 2, 0)  # index of the target language token
         widths = self.lengths(lengths, target=samples.target.lengths)
-        target_in = _padded_grid(widths.target, empty.target)
-        target_out = target_in.copy()
+        target = _grid(widths.target, empty.target)
+        labels = np.full_like(target, IGNORE_LABEL)
         sourced = np.flatnonzero(lengths)
-        target_in[sourced, 0] = samples.source_language_token[sourced]
-        _write_rows(target_in, samples.source, shift=1)
-        target_in[sourced, lengths[sourced] + 1] = EOS
-        target_in[rows, begin] = samples.target_language_token
-        _write_rows(target_in, samples.target, shift=begin + 1)
-        _write_rows(target_out, samples.target, shift=begin)
-        target_out[rows, begin + samples.target.lengths] = EOS
-        return _to_batch(
-            samples, np.zeros((len(samples), 0), dtype=np.int64), target_in, target_out
-        )
+        target[sourced, 0] = samples.source_language_token[sourced]
+        _write_rows(target, samples.source, shift=1)
+        target[sourced, lengths[sourced] + 1] = EOS
+        target[rows, begin] = samples.target_language_token
+        _write_rows(target, samples.target, shift=begin + 1)
+        _write_rows(labels, samples.target, shift=begin)
+        labels[rows, begin + samples.target.lengths] = EOS
+        source = np.zeros((len(samples), 0), dtype=np.int64)
+        return _to_batch(samples, widths, source=source, target=target, labels=labels)
 
 
-def _padded_grid(lengths: IntArray, empty: IntArray) -> IntArray:
+def _grid(lengths: IntArray, empty: IntArray) -> IntArray:
     width = int((lengths if lengths.size else empty).max(initial=1))
-    return np.full((lengths.size, width), PAD, dtype=np.int64)
+    return np.zeros((lengths.size, width), dtype=np.int64)
 
 
 def _write_rows(grid: IntArray, rows: Ragged, *, shift: IntArray | int) -> None:
@@ -120,14 +126,22 @@ def _write_rows(grid: IntArray, rows: Ragged, *, shift: IntArray | int) -> None:
 
 
 def _to_batch(
-    samples: TokenizedSamples, source: IntArray, target_in: IntArray, target_out: IntArray
+    samples: TokenizedSamples,
+    lengths: RowLengths,
+    *,
+    source: IntArray,
+    target: IntArray,
+    labels: IntArray,
 ) -> Batch:
+    groups = {
+        TASK: samples.task,
+        SOURCE_LANGUAGE: samples.source_language,
+        TARGET_LANGUAGE: samples.target_language,
+    }
     return Batch(
-        source=torch.from_numpy(source),
-        target_in=torch.from_numpy(target_in),
-        target_out=torch.from_numpy(target_out),
-        task=torch.from_numpy(samples.task),
-        source_language=torch.from_numpy(samples.source_language),
-        target_language=torch.from_numpy(samples.target_language),
+        source=InputRows(torch.from_numpy(source), torch.from_numpy(lengths.source)),
+        target=InputRows(torch.from_numpy(target), torch.from_numpy(lengths.target)),
+        labels=torch.from_numpy(labels),
+        groups={name: torch.from_numpy(label) for name, label in groups.items()},
         key=torch.from_numpy(samples.key.view(np.int64)),
     )

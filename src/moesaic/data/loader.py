@@ -195,6 +195,20 @@ class Loader:
                 found[name] = found.get(name, 0) + int(count)
         return found
 
+    def final_notes(self) -> list[str]:
+        """Return a sentence on rows that were too long to train on, if there were any."""
+        skipped, config = self.skipped, self._stream.config
+        if not skipped:
+            return []
+        most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
+        directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
+        limits = f"data.loader.max_source={config.max_source}, max_target={config.max_target}"
+        total, drawn = sum(skipped.values()), self.num_draws
+        return [
+            f"{total:,} of {drawn:,} rows drawn ({100 * total / max(1, drawn):.1f} %) were over "
+            f"{limits} tokens and left out: {directions}"
+        ]
+
     def held_out_batches(self, split: str = "valid", *, rows: int | None = None) -> Iterator[Batch]:
         """Yield this replica's part of a held-out split: the same in every call.
 

@@ -116,11 +116,12 @@ def _both_directions(directions: Iterable[LanguagePair]) -> list[LanguagePair]:
 
 @dataclass(frozen=True, slots=True)
 class TaskStream:
-    """The rows of one task in one direction: the unit that a mixture draws from."""
+    """The rows of one task in one direction, and of one domain: what a mixture draws from."""
 
     source_language: str
     target_language: str
     rows: IndexedRows
+    domain: str = ""
 
     @property
     def size(self) -> int:
@@ -231,5 +232,9 @@ def _text_streams(
     shards: TokenShards, chosen: Sequence[str], *, languages: Sequence[str], split: str
 ) -> list[TaskStream]:
     known = set(languages) & set(shards.languages)
-    codes = [code for code in sorted(chosen) if code in known]
-    return [TaskStream(code, code, shards.text_rows(code, split=split)) for code in codes]
+    return [
+        TaskStream(code, code, shards.text_rows(code, split=split, domain=domain), domain)
+        for code in sorted(chosen)
+        if code in known
+        for domain in shards.domains(code, split=split) or ("",)
+    ]

@@ -20,12 +20,14 @@ from moesaic.core.errors import DataError
 from moesaic.core.files import os_errors_named, sha256, write_json
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.data_home import data_home
+from moesaic.corpus.pair import Text
 from moesaic.corpus.split import SPLITS
 from moesaic.data.shards_manifest import DATA_FILES, FORMAT, MANIFEST
-from moesaic.data.token_shards import TokenShards
+from moesaic.data.token_shards import TokenShards, text_key
 from moesaic.data.tokenizer import Tokenizer, encode_on_all_cores
 
 _CHUNK = 4096
+_CHUNK_CHARACTERS = 1 << 22  # of documents that are encoded together
 
 T = TypeVar("T")
 
@@ -96,7 +98,6 @@ class _TextTable:
     """The texts of one language and split: a file of tokens and a length per text."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
-        self._file = path.open("wb")
         self._tokenizer = tokenizer
         self._kind = token_dtype(tokenizer.vocab_size)
         self._seen: dict[bytes, int] = {}
@@ -116,13 +117,14 @@ class _TextTable:
             rows = [encoded.ids for encoded in self._tokenizer.encode_with_copies(new)]
             self.lengths.extend(map(len, rows))
             flat = array("I", (token for row in rows for token in row))
-            self._file.write(np.frombuffer(flat, dtype=np.uint32).astype(self._kind).tobytes())
+            # opened for each chunk: there may be more domains than a process may open files
+            with self.path.open("ab") as stream:
+                stream.write(np.frombuffer(flat, dtype=np.uint32).astype(self._kind).tobytes())
         return ids
 
     def close(self) -> None:
         """Free the digests: no later direction has this language."""
         self._seen = {}
-        self._file.close()
 
 
 class _ShardWriter:
@@ -156,10 +158,11 @@ class _ShardWriter:
         for code in sorted(set(corpus.languages) - set(last)):
             self._add_texts(corpus, code, split)
 
-    def _table(self, code: str, split: str) -> _TextTable:
-        key = f"{code}.{split}"
+    def _table(self, code: str, split: str, domain: str = "") -> _TextTable:
+        key = text_key(code, split=split, domain=domain)
         if key not in self._tables:
-            self._tables[key] = _TextTable(self._root / f"{key}.part", self._tokenizer)
+            path = self._root / f"texts-{len(self._tables)}.part"
+            self._tables[key] = _TextTable(path, self._tokenizer)
         return self._tables[key]
 
     def _add_pairs(self, corpus: Corpus, source: str, target: str, split: str) -> None:
@@ -176,10 +179,13 @@ class _ShardWriter:
         self._pairs[key] = count
 
     def _add_texts(self, corpus: Corpus, code: str, split: str) -> None:
-        table = self._table(code, split)
-        for chunk in _chunks(corpus.iter_texts(code, split=split)):
-            table.add([text.text for text in chunk])
-        table.close()
+        self._table(code, split)  # there is a range even without a text, for pairs
+        for chunk in _text_chunks(corpus.iter_texts(code, split=split)):
+            for domain, texts in chunk.items():
+                self._table(code, split, domain).add(texts)
+        for key, table in self._tables.items():
+            if key.partition("@")[0] in (code, f"{code}.{split}"):
+                table.close()
 
     def _join_texts(self) -> dict[str, Any]:
         ranges, start, end = {}, 0, np.uint64(0)
@@ -192,10 +198,10 @@ class _ShardWriter:
                 lengths = np.frombuffer(table.lengths, dtype=np.uint32)
                 count, total = len(lengths), int(lengths.sum(dtype=np.uint64))
                 offsets.write((end + np.cumsum(lengths, dtype=np.uint64)).astype("<u8").tobytes())
-                with table.path.open("rb") as stream:
-                    shutil.copyfileobj(stream, tokens, 1 << 20)
-                table.path.unlink()
                 if count:
+                    with table.path.open("rb") as stream:
+                        shutil.copyfileobj(stream, tokens, 1 << 20)
+                    table.path.unlink()
                     ranges[key] = {"start": start, "count": count, "tokens": total}
                 start, end = start + count, end + np.uint64(total)
         return ranges
@@ -227,6 +233,20 @@ class _ShardWriter:
 def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
     stream = iter(items)
     while chunk := list(islice(stream, _CHUNK)):
+        yield chunk
+
+
+def _text_chunks(texts: Iterable[Text]) -> Iterator[dict[str, list[str]]]:
+    """Yield chunks of texts by domain, each of bounded size: documents may be long."""
+    chunk: dict[str, list[str]] = {}
+    count = characters = 0
+    for text in texts:
+        chunk.setdefault(text.domain, []).append(text.text)
+        count, characters = count + 1, characters + len(text.text)
+        if count == _CHUNK or characters > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, count, characters = {}, 0, 0
+    if chunk:
         yield chunk
 
 

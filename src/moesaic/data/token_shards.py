@@ -2,7 +2,8 @@
 
 ``tokens.bin`` has all texts end to end, ``offsets.bin`` the start of each (uint64, one more than
 texts), ``pairs.bin`` two text ids per pair (uint32). A text is stored once for all pairs that share
-it; ``shards.json`` has the ranges of texts by language and of pairs by direction.
+it; ``shards.json`` has the ranges of texts by language, of documents by language and domain, and of
+pairs by direction.
 """
 
 from collections.abc import Iterator
@@ -93,7 +94,14 @@ class TokenShards:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        return tuple(sorted({code for code, _ in _split_names(self.manifest["texts"])}))
+        names = (name for name, _ in _split_names(self.manifest["texts"]))
+        return tuple(sorted({name.partition("@")[0] for name in names}))
+
+    def domains(self, language: str, *, split: str = "train") -> tuple[str, ...]:
+        """The domains of a language's texts, sorted; empty for texts without one."""
+        names = (name for name, found in _split_names(self.manifest["texts"]) if found == split)
+        parts = (name.partition("@") for name in names)
+        return tuple(sorted({domain for code, _, domain in parts if code == language}))
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
@@ -117,14 +125,17 @@ class TokenShards:
             )
         return PairRows(self._pairs[:0], 0, 0)
 
-    def text_rows(self, language: str, *, split: str = "train") -> TextRows:
-        """Return every distinct text of a language: of all pairs, and monolingual."""
+    def text_rows(self, language: str, *, split: str = "train", domain: str = "") -> TextRows:
+        """Return the distinct texts of a language: of all pairs, and monolingual.
+
+        Documents with a domain are apart, each text in one domain.
+        """
         if language not in self.languages:
             raise DataError(
                 f'no text in "{language}" in these shards; they have {", ".join(self.languages)}'
                 f"{did_you_mean(language, self.languages)}"
             )
-        entry = self.manifest["texts"].get(f"{language}.{split}")
+        entry = self.manifest["texts"].get(text_key(language, split=split, domain=domain))
         return (
             TextRows(entry["start"], entry["count"], entry["tokens"])
             if entry
@@ -160,6 +171,11 @@ class TokenShards:
                 f"a token of {found.tokens.max()} is not in the vocabulary",
             )
         return found
+
+
+def text_key(language: str, *, split: str, domain: str = "") -> str:
+    """Return the key of a range of texts in shards.json."""
+    return f"{language}@{domain}.{split}" if domain else f"{language}.{split}"
 
 
 def _split_names(table: dict[str, Any]) -> Iterator[tuple[str, str]]:

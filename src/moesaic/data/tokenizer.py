@@ -20,7 +20,6 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.files import atomic_write
-from moesaic.data.batch import PAD
 from moesaic.data.copy_units import MAX_SLOTS, SlottedText, insert_slots, slot_characters
 from moesaic.data.tokenizer_file import read_tokenizer_file
 
@@ -38,7 +37,7 @@ __all__ = [
     "language_token",
 ]
 
-BOS, EOS, UNK, MASK = 1, 2, 3, 4
+PAD, BOS, EOS, UNK, MASK = 0, 1, 2, 3, 4
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 
 

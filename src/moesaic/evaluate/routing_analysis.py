@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from moesaic.core.shapes import Bool, Int, Tensor
-from moesaic.data.batch import Batch
+from moesaic.data.batch import TARGET_LANGUAGE, Batch
 from moesaic.model.transformer import Transformer
 from moesaic.moe.expert_capacity import choice_ranks, queue_positions
 from moesaic.moe.routing_record import LayerRoutes, routes_from_records
@@ -39,7 +39,7 @@ def record_routes(model: Transformer, batch: Batch) -> tuple[LayerRoutes, ...]:
     """Return a model's routing of a batch in eval mode; a token's language is the target's."""
     training = model.training
     model.eval()
-    routes = routes_from_records(model(batch).records, language=batch.target_language)
+    routes = routes_from_records(model(batch).records, language=batch.groups[TARGET_LANGUAGE])
     model.train(training)
     return routes
 

@@ -15,7 +15,6 @@ from moesaic.model.kv_cache import EncoderOutput
 from moesaic.moe.attention_experts import SelfAttentionModule
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.layer import MoELayer
-from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing_record import RoutingRecord
@@ -23,6 +22,7 @@ from moesaic.nn.attention import CrossAttention
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.packing import Packing
+from moesaic.nn.parameter_spec import FeedForwardShape
 from moesaic.nn.positional_encoding import Rotation
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
 from moesaic.ops.counter_rng import dropout

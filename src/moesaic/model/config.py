@@ -12,7 +12,7 @@ from moesaic.moe import (
 )  # registers every rule that a config may name
 from moesaic.moe.attention_experts import AttentionExperts, NoAttentionExperts
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm, RMSNorm

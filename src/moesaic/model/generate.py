@@ -9,6 +9,7 @@ import torch
 
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.core.shapes import Int, Tensor
+from moesaic.data.batch import InputRows
 from moesaic.data.tokenizer import BOS, MASK, PAD, UNK
 from moesaic.model.beam_search import (
     Greedy,
@@ -35,14 +36,14 @@ class DecodingRules:
 @torch.inference_mode()
 def generate(
     model: Transformer,
-    source: Int[Tensor, "B S"],
+    source: InputRows,
     *,
     tag: Int[Tensor, "B"],
     search: Search | None = None,
     max_tokens: int | Int[Tensor, "B"] = 128,
     rules: DecodingRules | None = None,
 ) -> list[list[Hypothesis]]:
-    """Decode each source (right-padded with ``PAD``), the first token forced to be ``tag``.
+    """Decode each source, the first token forced to be ``tag``.
 
     A decoder-only model reads ``source`` and ``tag`` as its prompt. ``max_tokens`` is per source or
     for all, ``EOS`` included; it is lowered to the positions that the model has. Default search:
@@ -52,23 +53,24 @@ def generate(
     Raises DataError if a source has no room for an answer in the model's positions, and
     CheckpointError if weights or logits are NaN or infinite.
     """
-    if not source.shape[0]:
+    if not source.rows:
         return []
     rules = rules or DecodingRules()
     training = model.training
     model.eval()
     try:
-        prompt = tag[:, None] if model.config.encoder.layers else append_tag(source, tag=tag)
-        limit = torch.as_tensor(max_tokens, device=source.device).expand(source.shape[0])
+        has_encoder = bool(model.config.encoder.layers)
+        prompt = InputRows.full(tag[:, None]) if has_encoder else append_tag(source, tag=tag)
+        limit = torch.as_tensor(max_tokens, device=source.device).expand(source.rows)
         limit = _within_positions(limit, model=model, source=source, prompt=prompt)
-        rows = torch.arange(source.shape[0], device=source.device)
+        rows = torch.arange(source.rows, device=source.device)
         cache = model.init_cache(model.encode(source), rows)
         logits = model.step(prompt, cache)
         suppressed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=source.device)
         suppressed[list(rules.suppress_tokens)] = True
         inputs = SearchInputs(
             logits=logits,
-            step=lambda ids: model.step(ids[:, None], cache),
+            step=lambda ids: model.step(InputRows.full(ids[:, None]), cache),
             reorder_cache=cache.reorder,
             max_tokens=limit,
             suppressed=suppressed,
@@ -86,22 +88,23 @@ def generate(
 
 
 def _within_positions(
-    max_tokens: Int[Tensor, "B"], *, model: Transformer, source: Tensor, prompt: Tensor
+    max_tokens: Int[Tensor, "B"], *, model: Transformer, source: InputRows, prompt: InputRows
 ) -> Int[Tensor, "B"]:
     """Lower the limits to the positions that a model with learned positions has."""
     most = model.position.max_positions
     if most is None:
         return max_tokens
-    width = max(source.shape[1] if model.config.encoder.layers else 0, prompt.shape[1])
+    width = max(source.width if model.config.encoder.layers else 0, prompt.width)
     if width > most:
         raise DataError(
             f"a source of {width} tokens, but the model has learned {most} positions: expected a "
             "shorter text"
         )
-    return max_tokens.minimum(most + 1 - (prompt != PAD).sum(1))
+    return max_tokens.minimum(most + 1 - prompt.lengths)
 
 
-def append_tag(source: Int[Tensor, "B S"], *, tag: Int[Tensor, "B"]) -> Int[Tensor, "B S1"]:
-    """Append the tag to the real tokens of each right-padded row."""
-    longer = torch.nn.functional.pad(source, (0, 1), value=PAD)
-    return longer.scatter(1, (source != PAD).sum(1, keepdim=True), tag[:, None])
+def append_tag(source: InputRows, *, tag: Int[Tensor, "B"]) -> InputRows:
+    """Append the tag to the real tokens of each row."""
+    longer = torch.nn.functional.pad(source.values, (0, 1))
+    values = longer.scatter(1, source.lengths[:, None], tag[:, None])
+    return InputRows(values, source.lengths + 1)

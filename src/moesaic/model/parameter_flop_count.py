@@ -15,10 +15,10 @@ from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import ExpertShape
-from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_gate import LayerIndex, RouterShape
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.norm import LayerNorm
+from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.nn.positional_encoding import LearnedPositions
 
 MAX_TENSOR_VALUES = 2**59  # 2^63 bytes hold them with room for 16 bytes a value

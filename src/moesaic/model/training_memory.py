@@ -18,9 +18,9 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape
-from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.router_gate import LayerIndex, RouterShape
 from moesaic.nn.norm import LayerNorm
+from moesaic.nn.parameter_spec import FeedForwardShape
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
 

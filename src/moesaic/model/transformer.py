@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.data.batch import PAD, Batch
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.data.batch import IGNORE_LABEL, Batch, InputRows
 from moesaic.model.block import (
     BlockState,
     DecoderBlock,
@@ -130,9 +130,9 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         """Return the output of a pass, given what the last decoder block returned."""
         x, local = state.x, packing.local_tokens
-        label, row = batch.target_out.flatten()[packing.index[local]], packing.row[local]
+        label, row = batch.labels.flatten()[packing.index[local]], packing.row[local]
         if batch.num_predicted < packing.num_tokens:
-            predicted = (label != PAD).nonzero()[:, 0]
+            predicted = (label != IGNORE_LABEL).nonzero()[:, 0]
             x, label, row = x.index_select(0, predicted), label[predicted], row[predicted]
         return ModelOutput(self.decoder_norm(x), label, row, encoder_records + state.records)
 
@@ -148,9 +148,9 @@ class Transformer(nn.Module):
         """Parameter name -> embedding, norm, bias, matrix, expert or router."""
         return parameter_kinds(self)
 
-    def encode(self, source: Int[Tensor, "B S"]) -> EncoderOutput | None:
+    def encode(self, source: InputRows) -> EncoderOutput | None:
         """Run the encoder on a batch of sources for ``init_cache``; None if there is no encoder."""
-        return self._encode(source, row_key=source.new_zeros(source.shape[0]))[0]
+        return self._encode(source, row_key=torch.zeros_like(source.lengths))[0]
 
     def init_cache(self, encoder_output: EncoderOutput | None, rows: Int[Tensor, "R"]) -> KVCache:
         """Return an empty cache for decoding: hypothesis i reads the source ``rows[i]``."""
@@ -169,13 +169,13 @@ class Transformer(nn.Module):
             routing=shared.empty_cache(rows.numel()) if shared else None,
         )
 
-    def step(self, ids: Int[Tensor, "B n"], cache: KVCache) -> Float[Tensor, "B V"]:
-        """Append tokens to each row (``PAD`` on the right: fewer) and return its next logits."""
-        packing = Packing.from_mask(ids != PAD)
+    def step(self, tokens: InputRows, cache: KVCache) -> Float[Tensor, "B V"]:
+        """Append tokens to each row (at least one) and return its next logits."""
+        ids, packing = tokens.values, packing_of(tokens)
         position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache.reserve(int(position.max()) + 1)
         cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
-        tokens = StackTokens(
+        stack_tokens = StackTokens(
             "decoder",
             ids.flatten()[packing.index],
             packing,
@@ -184,8 +184,8 @@ class Transformer(nn.Module):
             torch.zeros_like(cache.tag),
             RouterDecodeState(position, cache.routing),
         )
-        context = self.forward_context(tokens)
-        state = self.embed(tokens, context=context)
+        context = self.forward_context(stack_tokens)
+        state = self.embed(stack_tokens, context=context)
         for block, layer_cache, source in zip(
             self._decoder_blocks, cache.self_attention, cache.cross_attention, strict=True
         ):
@@ -197,20 +197,16 @@ class Transformer(nn.Module):
                 source=source,
                 mask=cache.mask,
             )
-        count = (ids != PAD).sum(1)
-        cache.length = cache.length + count
-        return self.logits(self.decoder_norm(state.x[count.cumsum(0) - 1]))
+        cache.length = cache.length + tokens.lengths
+        return self.logits(self.decoder_norm(state.x[tokens.lengths.cumsum(0) - 1]))
 
-    def encoder_tokens(
-        self, source: Int[Tensor, "B S"], *, row_key: Int[Tensor, "B"]
-    ) -> StackTokens:
+    def encoder_tokens(self, source: InputRows, *, row_key: Int[Tensor, "B"]) -> StackTokens:
         """Return the tokens that the encoder reads."""
-        return self._stack_tokens("encoder", source, real=source != PAD, row_key=row_key)
+        return self._stack_tokens("encoder", source, row_key=row_key)
 
     def decoder_tokens(self, batch: Batch) -> StackTokens:
-        """Return the tokens that the decoder reads: all that are given or predicted."""
-        real = (batch.target_in != PAD) | (batch.target_out != PAD)
-        return self._stack_tokens("decoder", batch.target_in, real=real, row_key=batch.key)
+        """Return the tokens that the decoder reads."""
+        return self._stack_tokens("decoder", batch.target, row_key=batch.key)
 
     def forward_context(self, tokens: StackTokens) -> ForwardContext:
         """Return what every block of the stack needs beside the states of these tokens."""
@@ -256,7 +252,7 @@ class Transformer(nn.Module):
         return cast("Iterable[DecoderBlock]", self.decoder)
 
     def _encode(
-        self, source: Int[Tensor, "B S"], *, row_key: Int[Tensor, "B"]
+        self, source: InputRows, *, row_key: Int[Tensor, "B"]
     ) -> tuple[EncoderOutput | None, Records]:
         if not self.encoder:
             return None, ()
@@ -271,16 +267,17 @@ class Transformer(nn.Module):
         return self.config.encoder if stack == "encoder" else self.config.decoder
 
     def _stack_tokens(
-        self,
-        stack: str,
-        ids: Int[Tensor, "B S"],
-        *,
-        real: Bool[Tensor, "B S"],
-        row_key: Int[Tensor, "B"],
+        self, stack: str, rows: InputRows, *, row_key: Int[Tensor, "B"]
     ) -> StackTokens:
-        packing = self.sequence_sharding(Packing.from_mask(real))
-        packed = ids.flatten()[packing.index]
-        return StackTokens(stack, packed, packing, packing.position, ids[:, 0], row_key)
+        packing = self.sequence_sharding(packing_of(rows))
+        packed = rows.values.flatten()[packing.index]
+        tag = torch.where(rows.lengths > 0, rows.values[:, 0], 0)  # padding may be any number
+        return StackTokens(stack, packed, packing, packing.position, tag, row_key)
+
+
+def packing_of(rows: InputRows) -> Packing:
+    """Return where the real entries of the rows are."""
+    return Packing.from_lengths(rows.lengths, length=rows.width)
 
 
 def _shared_router(config: ModelConfig, *, stack: Stack, causal: bool) -> SharedRouter | None:

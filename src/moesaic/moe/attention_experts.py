@@ -13,11 +13,12 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.moe.parameter_spec import ParameterSpec
-from moesaic.nn.attention import AttentionConfig, SelfAttention
+from moesaic.nn.attention import SelfAttention
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.initializer import CustomInitializers, Initializer
 from moesaic.nn.packing import Packing
+from moesaic.nn.parameter_spec import ParameterSpec
 from moesaic.nn.positional_encoding import Rotation
 
 

@@ -14,7 +14,6 @@ from moesaic.moe.expert_capacity import Dropless, Limit
 from moesaic.moe.expert_selection import Select, SwitchTop1, TopK
 from moesaic.moe.experts import Expert, FeedForwardExpert
 from moesaic.moe.null_experts import NoNullExperts, NullExperts
-from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import StatefulRule
 from moesaic.moe.router_gate import (
     CrossLayerRouting,
@@ -25,6 +24,7 @@ from moesaic.moe.router_gate import (
 from moesaic.moe.router_noise import NoRouterNoise, RouterNoise
 from moesaic.moe.shared_experts import NoSharedExperts, SharedExpertBranch, SharedExperts
 from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
 
 
 class SparseLayer(Choice):

@@ -14,7 +14,6 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.parameter_spec import ParameterSpec
 from moesaic.moe.router_context import RouterState
 from moesaic.moe.router_gate import (
     CrossLayerRouting,
@@ -26,8 +25,9 @@ from moesaic.moe.router_gate import (
     SharedRouter,
     StackInput,
 )
-from moesaic.nn.attention import AttentionConfig, SelfAttention
+from moesaic.nn.attention import SelfAttention
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig, SwiGLU
 from moesaic.nn.initializer import (
     CustomInitializers,
@@ -36,6 +36,7 @@ from moesaic.nn.initializer import (
     normal_parameter,
     router_std,
 )
+from moesaic.nn.parameter_spec import ParameterSpec
 from moesaic.nn.positional_encoding import Rotary
 
 

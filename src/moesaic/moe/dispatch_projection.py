@@ -10,7 +10,7 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.parameter_spec import ParameterSpec
+from moesaic.nn.parameter_spec import ParameterSpec
 
 
 class DispatchProjection(Choice):

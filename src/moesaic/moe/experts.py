@@ -17,7 +17,6 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.compiled_experts import is_compilable, run_compiled_experts
-from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.nn.fused_projections import FusedProjections, gate_and_value
 from moesaic.nn.initializer import (
@@ -26,6 +25,7 @@ from moesaic.nn.initializer import (
     fan_in_std,
     normal_parameter,
 )
+from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.ops.grouped_gemm import (
     ActivationFunction,
     FeedForwardWeights,

@@ -14,12 +14,12 @@ from moesaic.moe.config import MoE
 from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.null_experts import drop_null_edges
-from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.router import Router
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing_record import RoutingRecord
 from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.parameter_spec import FeedForwardShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from torch import nn
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.config import SparseLayer
 from moesaic.moe.layer import MoEOutput
-from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.initializer import (
@@ -28,6 +27,7 @@ from moesaic.nn.initializer import (
     fan_in_std,
     normal_parameter,
 )
+from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
 
 
 @dataclass(frozen=True, slots=True)

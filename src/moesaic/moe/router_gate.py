@@ -15,11 +15,11 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.moe.parameter_spec import ParameterSpec
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.initializer import normal_parameter, router_std
 from moesaic.nn.packing import Packing
+from moesaic.nn.parameter_spec import ParameterSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
 
 
 class SharedExpertBranch(Choice):

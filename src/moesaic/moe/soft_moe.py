@@ -15,7 +15,6 @@ from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.config import SparseLayer
 from moesaic.moe.experts import Expert, ExpertShape, FeedForwardExpert
 from moesaic.moe.layer import MoEOutput
-from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.nn.initializer import (
     CustomInitializers,
@@ -23,6 +22,7 @@ from moesaic.nn.initializer import (
     normal_parameter,
     router_std,
 )
+from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.ops.permute import RowGroups
 
 

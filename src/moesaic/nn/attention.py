@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from moesaic.core.config import Config
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.nn.attention_backend import (
     AttentionBackend,
@@ -23,29 +21,11 @@ from moesaic.nn.attention_backend import (
     attend,
     pad_heads,
 )
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.fused_projections import FusedProjections
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotation
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
-
-
-class AttentionConfig(Config):
-    """``kv_heads`` < ``heads`` shares keys and values between heads (grouped, 2305.13245).
-
-    ``head_dim`` defaults to ``dim / heads``.
-    """
-
-    heads: int = Field(ge=1)
-    kv_heads: int | None = Field(default=None, ge=1)
-    head_dim: int | None = Field(default=None, ge=1)
-
-    def num_kv_heads(self) -> int:
-        """Key/value heads."""
-        return self.kv_heads or self.heads
-
-    def head_width(self, dim: int) -> int:
-        """Channels per head."""
-        return self.head_dim or dim // self.heads
 
 
 @runtime_checkable

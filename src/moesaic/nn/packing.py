@@ -96,6 +96,11 @@ class Packing:
         row = torch.div(index, max(length, 1), rounding_mode="floor")
         return Packing(rows, length, index, row, index - row * length, None if full else real)
 
+    @staticmethod
+    def from_lengths(lengths: Int[Tensor, "B"], *, length: int) -> "Packing":
+        """Return the packing of rows of which the first ``lengths`` of ``length`` are real."""
+        return Packing.from_mask(torch.arange(length, device=lengths.device) < lengths[:, None])
+
     @property
     def num_tokens(self) -> int:
         return self.index.numel()

@@ -15,15 +15,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import Batch
 from moesaic.model.block import BlockState, ForwardContext, Records
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.kv_cache import EncoderOutput
-from moesaic.model.transformer import ModelOutput, StackTokens, Transformer
+from moesaic.model.transformer import ModelOutput, StackTokens, Transformer, packing_of
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterState
 from moesaic.moe.router_gate import RouterShape, RouterStateWidths
-from moesaic.nn.packing import Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ def forward_blocks(
         encoder_output = EncoderOutput(model.encoder_norm(state.x), tokens.packing)
         records, given = state.records, StageIO()
     elif given.encoder_states is not None:
-        packing = model.sequence_sharding(Packing.from_mask(batch.source != PAD))
+        packing = model.sequence_sharding(packing_of(batch.source))
         encoder_output = EncoderOutput(given.encoder_states, packing)
     if not blocks.decoder:
         return PartialForward(encoder_output=encoder_output, encoder_records=records)

@@ -18,14 +18,13 @@ import torch.distributed as distributed
 from torch import nn
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import Batch
 from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.world import ProcessGroupWorld, World
-from moesaic.model.transformer import Transformer
+from moesaic.model.transformer import Transformer, packing_of
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.moe.routing_record import RoutingRecord, loss_terms
-from moesaic.nn.packing import Packing
 from moesaic.parallel.partial_forward import forward_blocks, output_of
 from moesaic.parallel.pipeline_schedules import torch_pipelining
 from moesaic.parallel.pipeline_stages import PipelineStages
@@ -103,9 +102,7 @@ class StageModule(nn.Module):
             accumulate_routing_stats(self.model, end.records)
         if self.output_serializer is None:
             return objective
-        return self.output_serializer.pack(
-            end.stage_output, term=objective.to(micro.batch.source.device)
-        )
+        return self.output_serializer.pack(end.stage_output, term=objective.to(micro.batch.device))
 
 
 class Pipeline:
@@ -199,8 +196,8 @@ class Pipeline:
         return micro_batches
 
     def _local_tokens(self, batch: Batch) -> LocalTokens:
-        masks = (batch.source != PAD, (batch.target_in != PAD) | (batch.target_out != PAD))
-        packings = (self.model.sequence_sharding(Packing.from_mask(mask)) for mask in masks)
+        sides = (batch.source, batch.target)
+        packings = (self.model.sequence_sharding(packing_of(rows)) for rows in sides)
         return LocalTokens(*(len(range(p.num_tokens)[p.local_tokens]) for p in packings))
 
     def _stage_module(self, number: int, serializers: Sequence[StageSerializer]) -> StageModule:

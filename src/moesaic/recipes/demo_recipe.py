@@ -12,12 +12,14 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import SwitchTop1
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.optim.lr_schedule import WSD, LinearDecay
 from moesaic.optim.optimizer import AdamW, Muon, Spectral
-from moesaic.train.run import CheckpointConfig, LogConfig, NamedCorpus, Run, ValidationConfig
+from moesaic.train.corpus_source import NamedCorpus
+from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
+from moesaic.train.text_data import TextData
 
 LANGUAGES = ("spa", "por", "ita", "fra", "cat", "rus", "ukr", "ell")
 VOCABULARY = 2048
@@ -27,16 +29,18 @@ def demo() -> Run:
     """Eight languages, three scripts, 2M parameters (1M active): five minutes on two CPU cores."""
     return Run(
         name="demo",
-        corpus=NamedCorpus(name="catalogues-small"),
-        languages=("eng", *LANGUAGES),
-        tokenizer=TokenizerConfig(vocab_size=VOCABULARY, copy_units=16),
-        mixture=MixtureConfig(
-            tasks=(
-                WeightedTask(task=Translation(), weight=0.9),
-                WeightedTask(task=Denoising(), weight=0.1),
-            )
+        data=TextData(
+            corpus=NamedCorpus(name="catalogues-small"),
+            languages=("eng", *LANGUAGES),
+            tokenizer=TokenizerConfig(vocab_size=VOCABULARY, copy_units=16),
+            mixture=MixtureConfig(
+                tasks=(
+                    WeightedTask(task=Translation(), weight=0.9),
+                    WeightedTask(task=Denoising(), weight=0.1),
+                )
+            ),
+            loader=LoaderConfig(batch_tokens=4096, max_source=40, max_target=48),
         ),
-        loader=LoaderConfig(batch_tokens=4096, max_source=40, max_target=48),
         model=ModelConfig(
             vocab_size=VOCABULARY,
             dim=128,

@@ -13,6 +13,7 @@ from moesaic.recipes.demo_recipe import demo
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
 from moesaic.recipes.tiny_recipes import tiny, tiny_lm
 from moesaic.train.run import Run
+from moesaic.train.text_data import TextData
 from moesaic.train.warm_start import WeightsOfRun
 
 RECIPES: Registry[Run] = Registry("recipe")
@@ -37,12 +38,13 @@ def warm_start(init: str, *, which: str | None = None, changes: Sequence[str] = 
     not. Raises UserError.
     """
     init_run = str(RunDir.open(Path(init)).path)
-    given = {change.partition("=")[0].strip().partition(".")[0] for change in changes}
+    given = {change.partition("=")[0].strip() for change in changes}
     run = _read_run(which or init_run)
     if which is None:
         run = run.replace(name=f"{run.name}-warm-start")
-        if "corpus" in given and "languages" not in given:
-            run = run.replace(languages=())
+        corpus = any(path.startswith("data.corpus") for path in given)
+        if corpus and isinstance(run.data, TextData) and "data.languages" not in given:
+            run = run.replace(data=run.data.replace(languages=()))
     run = run.replace(initial_weights=WeightsOfRun(path=init_run))
     return run.override(list(changes)) if changes else run
 

@@ -4,7 +4,7 @@ Neither has been run to its end, so whether they do is open: after 3.7M tokens t
 scored below copying (``docs/log.md``; ``moesaic curve RUN`` makes such a curve). They read
 ``software-171``, which is built from ordinary distribution packages. Another corpus of these
 languages serves as well:
-``--set 'corpus=CorpusFolder(path="NAME")'``.
+``--set 'data.corpus=CorpusFolder(path="NAME")'``.
 """
 
 from moesaic.data.loader import LoaderConfig
@@ -15,19 +15,14 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import SwitchTop1, TopK
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm, RMSNorm
 from moesaic.optim.lr_schedule import WSD, LinearDecay
 from moesaic.optim.optimizer import AdamW, Muon, Spectral
-from moesaic.train.run import (
-    BFloat16,
-    CheckpointConfig,
-    LogConfig,
-    NamedCorpus,
-    Run,
-    ValidationConfig,
-)
+from moesaic.train.corpus_source import NamedCorpus
+from moesaic.train.run import BFloat16, CheckpointConfig, LogConfig, Run, ValidationConfig
+from moesaic.train.text_data import TextData
 
 # The 36 largest languages of the corpus, then 14 of other families and scripts.
 FIFTY = (
@@ -43,11 +38,13 @@ def multilingual_50() -> Run:
     vocabulary = 32_000
     return Run(
         name="multilingual-50",
-        corpus=NamedCorpus(name="software-171"),
-        languages=("en", *FIFTY),
-        tokenizer=TokenizerConfig(vocab_size=vocabulary, sample_lines=2_000_000, copy_units=16),
-        mixture=_mixture(both_ways=True),
-        loader=LoaderConfig(batch_tokens=65_536, max_source=192, max_target=224),
+        data=TextData(
+            corpus=NamedCorpus(name="software-171"),
+            languages=("en", *FIFTY),
+            tokenizer=TokenizerConfig(vocab_size=vocabulary, sample_lines=2_000_000, copy_units=16),
+            mixture=_mixture(both_ways=True),
+            loader=LoaderConfig(batch_tokens=65_536, max_source=192, max_target=224),
+        ),
         model=ModelConfig(
             vocab_size=vocabulary,
             dim=768,
@@ -74,11 +71,13 @@ def multilingual_50_laptop() -> Run:
     vocabulary = 8192
     return Run(
         name="multilingual-50-laptop",
-        corpus=NamedCorpus(name="software-171"),
-        languages=("en", *FIFTY),
-        tokenizer=TokenizerConfig(vocab_size=vocabulary, copy_units=16),
-        mixture=_mixture(both_ways=False),
-        loader=LoaderConfig(batch_tokens=4096, max_source=64, max_target=80),
+        data=TextData(
+            corpus=NamedCorpus(name="software-171"),
+            languages=("en", *FIFTY),
+            tokenizer=TokenizerConfig(vocab_size=vocabulary, copy_units=16),
+            mixture=_mixture(both_ways=False),
+            loader=LoaderConfig(batch_tokens=4096, max_source=64, max_target=80),
+        ),
         model=ModelConfig(
             vocab_size=vocabulary,
             dim=192,

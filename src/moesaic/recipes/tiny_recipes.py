@@ -8,12 +8,14 @@ from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import TopK
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW, Muon
-from moesaic.train.run import CheckpointConfig, LogConfig, NamedCorpus, Run, ValidationConfig
+from moesaic.train.corpus_source import NamedCorpus
+from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
+from moesaic.train.text_data import TextData
 
 VOCABULARY = 512
 
@@ -22,15 +24,17 @@ def tiny() -> Run:
     """Three invented languages, no network: translates after half a minute of training."""
     return Run(
         name="tiny",
-        corpus=NamedCorpus(name="synthetic"),
-        tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-        mixture=MixtureConfig(
-            tasks=(
-                WeightedTask(task=Translation(), weight=0.9),
-                WeightedTask(task=Denoising(), weight=0.1),
-            )
+        data=TextData(
+            corpus=NamedCorpus(name="synthetic"),
+            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+            mixture=MixtureConfig(
+                tasks=(
+                    WeightedTask(task=Translation(), weight=0.9),
+                    WeightedTask(task=Denoising(), weight=0.1),
+                )
+            ),
+            loader=LoaderConfig(batch_tokens=2048, max_source=48, max_target=48),
         ),
-        loader=LoaderConfig(batch_tokens=2048, max_source=48, max_target=48),
         model=_model(encoder=2),
         optimizer=Muon(lr=0.03, adamw=AdamW(lr=5e-3)),
         schedule=WSD(warmup=0.05, decay=0.4),
@@ -44,14 +48,14 @@ def tiny() -> Run:
 def tiny_lm() -> Run:
     """The same text as a decoder-only language model with top-2 experts."""
     tasks = (WeightedTask(task=CausalLM()),)
-    return tiny().replace(
-        name="tiny-lm",
+    base = tiny()
+    data = base.data.replace(
         mixture=MixtureConfig(tasks=tasks),
         loader=LoaderConfig(
             batch_tokens=2048, max_source=48, max_target=48, collator=DecoderOnlyCollator()
         ),
-        model=_model(encoder=0),
     )
+    return base.replace(name="tiny-lm", data=data, model=_model(encoder=0))
 
 
 def _model(*, encoder: int) -> ModelConfig:

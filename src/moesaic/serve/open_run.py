@@ -10,6 +10,7 @@ from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
 from moesaic.checkpoint.trained_directions import TrainedDirections, read_trained_directions
+from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.core.yaml_reader import read_yaml_file
@@ -73,17 +74,21 @@ def _read_config(run: RunDir) -> dict[str, Any]:
     config = read_yaml_file(run.config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{run.config}: expected a mapping, found {type(config).__name__}")
-    return config
+    upgraded, _ = upgrade_config(config)
+    assert isinstance(upgraded, dict)
+    return upgraded
 
 
 def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
-    loader = config.get("loader")
+    data = config.get("data")
+    loader = data.get("loader") if isinstance(data, dict) else None
     loader = loader if isinstance(loader, dict) else {}
     limits = {name: loader[name] for name in ("max_source", "max_target") if name in loader}
     for name, value in limits.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 2:
             raise CheckpointError(
-                f"{where}: loader.{name} is {value!r:.60}, expected a whole number of at least 2"
+                f"{where}: data.loader.{name} is {value!r:.60}, expected a whole number "
+                "of at least 2"
             )
     return TranslationLimits(**limits)
 

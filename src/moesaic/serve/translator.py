@@ -11,10 +11,16 @@ import torch
 
 from moesaic.checkpoint.trained_directions import TrainedDirections
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.core.shapes import Tensor
 from moesaic.corpus.languages import ENGLISH, resolve_language
 from moesaic.corpus.text_rules import TextRules, normalise_text
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import (
+    IGNORE_LABEL,
+    SOURCE_LANGUAGE,
+    TARGET_LANGUAGE,
+    TASK,
+    Batch,
+    InputRows,
+)
 from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.model.beam_search import Greedy, Hypothesis, Search
 from moesaic.model.copy_constraint import copy_rules
@@ -217,17 +223,29 @@ class Translator:
             for row, found in zip(inputs, encoded, strict=True)
         ]
         if not self._decoder_only:
-            target_in = [[tag, *ids] for ids in outputs]
-            target_out = [[*ids, EOS] for ids in outputs]
+            fed = [[tag, *ids] for ids in outputs]
+            says = [[*ids, EOS] for ids in outputs]
         else:
             pairs = list(zip(inputs, outputs, strict=True))
-            target_in = [[*ids, tag, *out] for ids, out in pairs]
-            target_out = [[*[PAD] * len(ids), *out, EOS] for ids, out in pairs]
+            fed = [[*ids, tag, *out] for ids, out in pairs]
+            says = [[*[IGNORE_LABEL] * len(ids), *out, EOS] for ids, out in pairs]
             inputs = [()] * len(inputs)
-        padded = [_pad(rows, self._device) for rows in (inputs, target_in, target_out)]
+        source_rows, target_rows, labels = (
+            InputRows.from_lists(rows, device=self._device) for rows in (inputs, fed, says)
+        )
         zeros = torch.zeros(len(sources), dtype=torch.long, device=self._device)
-        source_index, target_index = (zeros + self.languages.index(code) for code in codes)
-        return Batch(padded[0], padded[1], padded[2], zeros, source_index, target_index, zeros)
+        index = {code: zeros + self.languages.index(code) for code in codes}
+        return Batch(
+            source=source_rows,
+            target=target_rows,
+            labels=labels.values.where(labels.real, IGNORE_LABEL),
+            groups={
+                TASK: zeros,
+                SOURCE_LANGUAGE: index[codes[0]],
+                TARGET_LANGUAGE: index[codes[1]],
+            },
+            key=zeros,
+        )
 
     @torch.inference_mode()
     def trace_experts(
@@ -242,10 +260,10 @@ class Translator:
             translation = self.translate_texts([text], source=source, target=target)[0]
         batch = self.batch([text], targets=[translation], source=source, target=target)
         records = self.model(batch).records
-        sides = {"source": ("encoder", batch.source), "target": ("decoder", batch.target_in)}
+        sides = {"source": ("encoder", batch.source), "target": ("decoder", batch.target)}
         return {
             side: {
-                "tokens": [self.token_text(int(i)) for i in ids[0].tolist()],
+                "tokens": [self.token_text(int(i)) for i in rows.values[0].tolist()],
                 "layers": {
                     record.layer: [
                         [[expert, round(weight, 3)] for expert, weight in pairs]
@@ -255,7 +273,7 @@ class Translator:
                     if record.layer.startswith(stack)
                 },
             }
-            for side, (stack, ids) in sides.items()
+            for side, (stack, rows) in sides.items()
         }
 
     @property
@@ -294,7 +312,7 @@ class Translator:
         units = [row.slotted.units for row in rows]
         return generate(
             self.model,
-            _pad([row.ids for row in rows], self._device),
+            InputRows.from_lists([row.ids for row in rows], device=self._device),
             tag=tag.to(self._device),
             search=search,
             max_tokens=max_tokens,
@@ -355,9 +373,3 @@ def token_text(tokenizer: Tokenizer, index: int) -> str:
         return f"<copy_{slots[index]}>"
     text = tokenizer.decode([index])
     return text if text and "\ufffd" not in text else tokenizer.id_to_token(index)
-
-
-def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    width = max(len(row) for row in rows)
-    padded = [[*row, *[PAD] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
-from moesaic.data.batch import PAD, Batch
+from moesaic.data.batch import IGNORE_LABEL, Batch
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
@@ -14,18 +14,13 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.expert_selection import SwitchTop1
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.lr_schedule import WSD
-from moesaic.train.run import (
-    BuiltCorpus,
-    CheckpointConfig,
-    CorpusFolder,
-    LogConfig,
-    Run,
-    ValidationConfig,
-)
+from moesaic.train.corpus_source import BuiltCorpus, CorpusFolder
+from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.run_training import seeded_trainer
+from moesaic.train.text_data import TextData, require_text
 from moesaic.train.trainer import Trainer
 from moesaic.verify.synthetic_batches import (
     VOCABULARY,
@@ -61,8 +56,9 @@ def tiny_model_config(*, moe: SparseLayer = BALANCED_TOP1, layers: int = 1) -> M
 def random_batch(rows: int, *, seed: int, length: int = 9) -> Batch:
     """Return rows of random lengths (at least 2), tasks and languages."""
     batch = uneven_batch(SyntheticShape(length=length), rows=rows, seed=seed)
-    labels = batch.target_in.roll(-1, dims=1).where(batch.target_in != PAD, PAD)
-    return replace(batch, target_out=labels)
+    real = batch.target.real
+    labels = batch.target.values.roll(-1, dims=1)
+    return replace(batch, labels=labels.where(real & real.roll(-1, dims=1), IGNORE_LABEL))
 
 
 class TinyStream(SyntheticBatches):
@@ -83,10 +79,12 @@ def tiny_run(**changes: object) -> Run:
     """Return a run of 20 steps of a tiny model, with some fields changed."""
     base = Run(
         name="tiny",
-        corpus=CorpusFolder(path="none"),
-        tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-        mixture=MixtureConfig(),
-        loader=LoaderConfig(),
+        data=TextData(
+            corpus=CorpusFolder(path="none"),
+            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+            mixture=MixtureConfig(),
+            loader=LoaderConfig(),
+        ),
         model=tiny_model_config(),
         schedule=WSD(warmup=4),
         steps=20,
@@ -96,14 +94,19 @@ def tiny_run(**changes: object) -> Run:
 
 
 def synthetic_run(**changes: object) -> Run:
-    """Return a run of 20 steps on the synthetic languages with all real parts: some seconds."""
+    """Return a run of 20 steps on the synthetic languages with all real parts: some seconds.
+
+    ``changes`` are fields of the run, or of its text data.
+    """
     both = (WeightedTask(task=Translation()), WeightedTask(task=Denoising(), weight=0.5))
     base = Run(
         name="synthetic",
-        corpus=BuiltCorpus(recipe=SMALL_SYNTHETIC_CORPUS),
-        tokenizer=TokenizerConfig(vocab_size=400, sample_lines=2000),
-        mixture=MixtureConfig(tasks=both),
-        loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, bucket_window=256),
+        data=TextData(
+            corpus=BuiltCorpus(recipe=SMALL_SYNTHETIC_CORPUS),
+            tokenizer=TokenizerConfig(vocab_size=400, sample_lines=2000),
+            mixture=MixtureConfig(tasks=both),
+            loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, bucket_window=256),
+        ),
         model=tiny_model_config().replace(vocab_size=400),
         schedule=WSD(warmup=4),
         steps=20,
@@ -111,7 +114,18 @@ def synthetic_run(**changes: object) -> Run:
         validation=ValidationConfig(every=10, rows=4),
         log=LogConfig(every=4, routing_stats_every=3),
     )
-    return base.replace(**changes)
+    return change_text(base, **changes)
+
+
+def text_of(run: Run) -> TextData:
+    """Return the data of a run on text."""
+    return require_text(run.data, what="the test")
+
+
+def change_text(run: Run, **changes: object) -> Run:
+    """Return a run on text with some fields changed, of the run or of its ``TextData``."""
+    of_text = {name: changes.pop(name) for name in TextData.model_fields if name in changes}
+    return run.replace(data=run.data.replace(**of_text), **changes)
 
 
 def tiny_trainer(run: Run, *, world: World | None = None) -> Trainer:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.data.batch import Batch
+from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK, Batch, InputRows
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.mesh import DATA_CONTEXT_AXES, STAGE_AXES, Mesh
 from moesaic.distributed.process_groups import Group
@@ -151,7 +151,13 @@ def dummy_batch(config: ModelConfig, sizes: BatchDims) -> Batch:
     target = torch.full((sizes.rows, sizes.target), DUMMY_TOKEN)
     source = torch.full((sizes.rows, sizes.source if config.encoder.layers else 0), DUMMY_TOKEN)
     zero = torch.zeros(sizes.rows, dtype=torch.long)
-    return Batch(source, target, target, zero, zero, zero, zero)
+    return Batch(
+        source=InputRows.full(source),
+        target=InputRows.full(target),
+        labels=target,
+        groups=dict.fromkeys((TASK, SOURCE_LANGUAGE, TARGET_LANGUAGE), zero),
+        key=zero,
+    )
 
 
 def measured_volume(counter: CommunicationCounter) -> tuple[CommunicationVolume, ...]:

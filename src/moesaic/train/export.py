@@ -1,7 +1,7 @@
 """Model export: final weights (``model.safetensors``) and the model card of a run."""
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
-from moesaic.checkpoint.model_card import DataSource, ModelCard
+from moesaic.checkpoint.model_card import ModelCard
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import read_run_record, weights_metadata, write_run_record
 from moesaic.checkpoint.safetensors_io import write_tensors
@@ -10,7 +10,6 @@ from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.weights import export_weights
-from moesaic.train.find_corpus import open_run_corpus
 from moesaic.train.trainer import Trainer
 
 
@@ -32,7 +31,6 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
 def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard:
     """Return the model card: parameters, training data, steps and best validation loss."""
     run, best = trainer.run, trainer.event_log.best
-    sources = open_run_corpus(run.corpus, run_dir=run_dir).manifest["sources"]
     facts = {
         "steps": f"{trainer.step:,}",
         "training tokens (both sides)": show_count(tokens),
@@ -49,9 +47,7 @@ def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard
         languages=[resolve_language(code).bcp47 for code in trainer.objective.categories.languages],
         licence="other",
         parameters=parts,
-        sources=[
-            DataSource(name, about["licence"], about["pairs"]) for name, about in sources.items()
-        ],
+        sources=run.data.sources(run_dir),
         facts=facts,
         notes=["The licences of the training text are those of its sources, listed above."],
     )

@@ -16,7 +16,7 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_manifest import CORPUS_MANIFEST
 from moesaic.corpus.data_home import corpora_dir, user_data_home
-from moesaic.train.run import CorpusSource
+from moesaic.train.corpus_source import CorpusSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,26 +1,31 @@
-"""Data preparation: from a run's corpus to its tokenizer and token shards, made once by rank 0."""
+"""Text preparation: from a run's corpus to its tokenizer and token shards, made once by rank 0."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.trained_directions import (
+    TrainedDirections,
+    TrainedStream,
+    read_trained_directions,
+)
 from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Text
 from moesaic.corpus.text_rules import write_text_rules
+from moesaic.data.loader import DataReplica, Loader, LoaderConfig
+from moesaic.data.mixture import Mixture, MixtureConfig
 from moesaic.data.token_shard_writer import cached_shards
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.train_tokenizer import train_tokenizer
+from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.distributed.rank0 import run_on_rank0
-from moesaic.distributed.world import World
+from moesaic.train.corpus_source import CorpusSource
 from moesaic.train.find_corpus import open_run_corpus
-from moesaic.train.run import Run
-
-Notify = Callable[[str], None]
+from moesaic.train.training_data import Preparation, PreparedData
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class CorpusSubset(Corpus):
         missing = [code for code in codes if code not in known]
         if missing:
             raise ConfigError(
-                f"languages: the corpus {corpus.name} has no {code}; it has "
+                f"data.languages: the corpus {corpus.name} has no {code}; it has "
                 f"{', '.join(known)}{did_you_mean(code, known)}"
                 for code in missing
             )
@@ -65,7 +70,7 @@ class CorpusSubset(Corpus):
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedData:
+class EncodedCorpus:
     """Tokenizer, token shards, and which corpus they are of; the same on every rank."""
 
     tokenizer: Tokenizer
@@ -73,35 +78,78 @@ class PreparedData:
     corpus_name: str = ""
     corpus_fingerprint: str = ""
 
+
+@dataclass(frozen=True, slots=True)
+class PreparedText(PreparedData):
+    """An encoded corpus, and how batches are drawn from it."""
+
+    encoded: EncodedCorpus
+    mixture: MixtureConfig
+    loader: LoaderConfig
+
     def facts(self) -> dict[str, str]:
-        """Return the fingerprints of what every rank must read."""
         return {
-            "fingerprint of the tokenizer": self.tokenizer.fingerprint,
-            "fingerprint of the token shards": self.shards.fingerprint,
+            "fingerprint of the tokenizer": self.encoded.tokenizer.fingerprint,
+            "fingerprint of the token shards": self.encoded.shards.fingerprint,
         }
 
+    def make_loader(self, replica: DataReplica, *, seed: int) -> Loader:
+        return Loader(
+            self.encoded.shards,
+            tokenizer=self.encoded.tokenizer,
+            mixture=self.mixture,
+            config=self.loader,
+            seed=seed,
+            replica=replica,
+        )
 
-def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> PreparedData:
+    def record(self, run_dir: RunDir, *, seed: int) -> None:
+        """Write ``directions.json``: the streams of the mixture.
+
+        Streams that are recorded there already, of the run that this one started from, are kept.
+        """
+        record = trained_directions(self.encoded, mixture=self.mixture, seed=seed)
+        if earlier := read_trained_directions(run_dir.directions):
+            record = record.with_earlier(earlier)
+        record.write(run_dir.directions)
+
+    def validation_notes(self, run_dir: RunDir) -> list[str]:
+        record = read_trained_directions(run_dir.directions)
+        if record is None or record.valid_rows:
+            return []
+        return [
+            "the validation split has no rows for these tasks: there will be no validation loss "
+            "and no best checkpoint (the split is by a hash of the source; more text fills it)"
+        ]
+
+
+def prepare_data(
+    place: Preparation,
+    *,
+    corpus: CorpusSource,
+    languages: Sequence[str],
+    tokenizer: TokenizerConfig,
+) -> EncodedCorpus:
     """Build or open the corpus, then the run directory's tokenizer, then the cached shards.
 
-    Rank 0 does the work and the others wait, so all ranks need the same file system. Collective.
-    Raises DataError or ConfigError.
+    Rank 0 does the work. Collective. Raises DataError or ConfigError.
     """
+    run_dir = place.run_dir
 
     def work() -> dict[str, str]:
-        notify("opening the corpus")
-        whole = open_run_corpus(run.corpus, run_dir=run_dir)
-        corpus = CorpusSubset.of(whole, languages=run.languages)
-        for sentence in corpus.describe_empty_splits():
-            notify(sentence)
-        write_text_rules(run_dir.text_rules, corpus.text_rules)
-        tokenizer = _load_or_train_tokenizer(run, corpus=corpus, run_dir=run_dir, notify=notify)
-        notify("opening the token shards (they are written the first time)")
-        shards = cached_shards(corpus, tokenizer=tokenizer).path
+        place.notify("opening the corpus")
+        whole = open_run_corpus(corpus, run_dir=run_dir)
+        chosen = CorpusSubset.of(whole, languages=languages)
+        for sentence in chosen.describe_empty_splits():
+            place.notify(sentence)
+        write_text_rules(run_dir.text_rules, chosen.text_rules)
+        made = _load_or_train_tokenizer(place, config=tokenizer, corpus=chosen)
+        place.notify("opening the token shards (they are written the first time)")
+        shards = cached_shards(chosen, tokenizer=made).path
         return {"shards": str(shards), "corpus": whole.name, "fingerprint": whole.fingerprint}
 
-    made = run_on_rank0(world, work)
-    return PreparedData(
+    made = run_on_rank0(place.world, work)
+    return EncodedCorpus(
         Tokenizer.load(run_dir.tokenizer),
         TokenShards.open(Path(made["shards"])),
         corpus_name=made["corpus"],
@@ -109,35 +157,69 @@ def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> 
     )
 
 
+def trained_directions(
+    encoded: EncodedCorpus, *, mixture: MixtureConfig, seed: int
+) -> TrainedDirections:
+    """Return the streams that a mixture draws from."""
+    shards, languages = encoded.shards, encoded.tokenizer.languages
+    mixed = Mixture(mixture, shards=shards, languages=languages, seed=seed)
+    held_out: dict[tuple[str, str, str, str], int] = {}
+    for name, task in zip(mixed.task_names, mixed.tasks, strict=True):
+        for split in ("valid", "test"):
+            for stream in task.streams(shards, languages=languages, split=split):
+                key = split, name, stream.source_language, stream.target_language
+                held_out[key] = stream.size
+    return TrainedDirections(
+        corpus=encoded.corpus_name,
+        fingerprint=encoded.corpus_fingerprint,
+        streams=tuple(
+            TrainedStream(
+                task=row.task,
+                source=row.source_language,
+                target=row.target_language,
+                rows=row.size,
+                valid_rows=held_out.get(("valid", *key), 0),
+                test_rows=held_out.get(("test", *key), 0),
+                share=round(row.expected, 6),
+            )
+            for row in mixed.frequencies(mixed.initial_counts())
+            for key in [(row.task, row.source_language, row.target_language)]
+        ),
+    )
+
+
 def _load_or_train_tokenizer(
-    run: Run, *, corpus: CorpusSubset, run_dir: RunDir, notify: Notify
+    place: Preparation, *, config: TokenizerConfig, corpus: CorpusSubset
 ) -> Tokenizer:
-    if run_dir.tokenizer.is_file():
-        tokenizer = Tokenizer.load(run_dir.tokenizer)
-        _check_tokenizer(tokenizer, run=run, corpus=corpus, path=run_dir.tokenizer)
+    path = place.run_dir.tokenizer
+    if path.is_file():
+        tokenizer = Tokenizer.load(path)
+        _check_tokenizer(tokenizer, config=config, corpus=corpus, place=place)
         return tokenizer
-    notify(f"training a tokenizer of {run.tokenizer.vocab_size:,} ids")
+    place.notify(f"training a tokenizer of {config.vocab_size:,} ids")
     texts = {
         code: (text.text for text in corpus.iter_texts(code, split="train"))
         for code in corpus.languages
     }
-    tokenizer = train_tokenizer(texts, languages=corpus.languages, config=run.tokenizer)
-    tokenizer.save(run_dir.tokenizer)
+    tokenizer = train_tokenizer(texts, languages=corpus.languages, config=config)
+    tokenizer.save(path)
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: Tokenizer, *, run: Run, corpus: CorpusSubset, path: Path) -> None:
-    problems = []
-    if tokenizer.vocab_size != run.tokenizer.vocab_size:
+def _check_tokenizer(
+    tokenizer: Tokenizer, *, config: TokenizerConfig, corpus: CorpusSubset, place: Preparation
+) -> None:
+    problems, path = [], place.run_dir.tokenizer
+    if tokenizer.vocab_size != config.vocab_size:
         problems.append(
-            f"tokenizer.vocab_size: {path} has {tokenizer.vocab_size} ids, the run config has "
-            f"{run.tokenizer.vocab_size}; remove the file to train another"
+            f"data.tokenizer.vocab_size: {path} has {tokenizer.vocab_size} ids, the run config has "
+            f"{config.vocab_size}; remove the file to train another"
         )
     missing = [code for code in corpus.languages if code not in tokenizer.languages]
     if missing:
         problems.append(
-            f"languages: {path} has no tag for {', '.join(missing)}, but for "
-            f"{', '.join(tokenizer.languages)}; {run.initial_weights.way_out}"
+            f"data.languages: {path} has no tag for {', '.join(missing)}, but for "
+            f"{', '.join(tokenizer.languages)}; {place.way_out}"
         )
     if problems:
         raise ConfigError(problems)

@@ -8,7 +8,7 @@ import torch
 
 from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.core.shapes import Bool, Int, Tensor
-from moesaic.data.batch import Batch
+from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, Batch
 from moesaic.distributed.world import World
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import LayerRoutes, RoutingRecord, routes_from_records
@@ -143,7 +143,7 @@ class RouterHealthHook(Hook):
 def row_languages(record: RoutingRecord, *, batch: Batch) -> Int[Tensor, "B"]:
     """Return each row's language index for this layer: source in an encoder, else target."""
     encoder = record.layer.startswith("encoder")
-    return batch.source_language if encoder else batch.target_language
+    return batch.groups[SOURCE_LANGUAGE if encoder else TARGET_LANGUAGE]
 
 
 def late_in_queue(context: TokenContext) -> Bool[Tensor, "T"]:
@@ -236,10 +236,12 @@ class RoutingProbeHook(Hook):
         with torch.no_grad(), preserve_random_state(trainer.world.device):
             for held_out in trainer.data.held_out_batches("valid", rows=PROBE_ROWS):
                 batch = held_out.to(trainer.world.device)
-                with trainer.objective.precision.autocast(batch.source.device):
+                with trainer.objective.precision.autocast(batch.device):
                     records = trainer.model(batch).records  # on every rank: limits are collective
                 if trainer.world.rank == 0:
-                    found.append(routes_from_records(records, language=batch.target_language))
+                    found.append(
+                        routes_from_records(records, language=batch.groups[TARGET_LANGUAGE])
+                    )
         trainer.model.train()
         if trainer.world.rank == 0 and any(found):
             _write_routing(self.folder / f"{_step_name(trainer.step)}.routes", trainer, found)

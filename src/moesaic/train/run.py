@@ -4,7 +4,6 @@ Two runs with equal configs on the same machine give the same weights, bit for b
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -13,20 +12,14 @@ from pydantic import AfterValidator, Field
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice, Config
 from moesaic.core.config_errors import show_value
-from moesaic.core.names import FileName
-from moesaic.corpus.build_corpus import build_corpus
-from moesaic.corpus.corpus import Corpus
-from moesaic.corpus.corpus_recipes import CorpusRecipe
-from moesaic.corpus.data_home import corpora_dir
-from moesaic.data.loader import LoaderConfig
-from moesaic.data.mixture import MixtureConfig
-from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig
 from moesaic.monitor.metric_writers import MetricWriter, TensorBoardWriter
 from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
+from moesaic.train import text_data as text_data  # registers its member of TrainingData
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
+from moesaic.train.training_data import TrainingData
 from moesaic.train.warm_start import InitialWeights, RandomWeights
 
 MAX_NAME_BYTES = 200  # a file system takes 255, and files are named after a run
@@ -84,58 +77,6 @@ class TensorBoard(MetricsSink):
         return TensorBoardWriter(run_dir.tensorboard, purge_after=step)
 
 
-class CorpusSource(Choice):
-    """Training text: ``NamedCorpus`` (by name), ``BuiltCorpus`` (a recipe), ``CorpusFolder``."""
-
-    def open(self) -> Corpus:
-        """Return the corpus, building it first if needed. Raises DataError."""
-        raise NotImplementedError
-
-    def folder(self) -> Path | None:
-        """Return the directory of the corpus, whether it exists or not; None: not known.
-
-        A relative path is from the folder where the run was trained.
-        """
-        return None
-
-
-class NamedCorpus(CorpusSource):
-    """A predefined corpus, e.g. ``catalogues-small``; built once, in the data directory."""
-
-    name: FileName
-
-    def open(self) -> Corpus:
-        return build_corpus(self.name)
-
-    def folder(self) -> Path:
-        return corpora_dir() / self.name
-
-
-class BuiltCorpus(CorpusSource):
-    """A corpus built once from your own recipe (e.g. your own files)."""
-
-    recipe: CorpusRecipe
-
-    def open(self) -> Corpus:
-        return build_corpus(self.recipe)
-
-    def folder(self) -> Path:
-        return corpora_dir() / self.recipe.name
-
-
-class CorpusFolder(CorpusSource):
-    """An existing corpus: its directory, or its name among the corpora in the data home."""
-
-    path: str
-
-    def open(self) -> Corpus:
-        return Corpus.open(self.folder())
-
-    def folder(self) -> Path:
-        named = corpora_dir() / self.path
-        return named if not Path(self.path).exists() and named.is_dir() else Path(self.path)
-
-
 class CheckpointConfig(Config):
     """Save a checkpoint every ``every`` steps (0: only at the end) and keep the newest ``keep``.
 
@@ -176,10 +117,10 @@ class LogConfig(Config):
 class Run(Config):
     """Config of one training run.
 
-    ``languages`` accepts any spelling (``de``, ``German``, ``deu_Latn``); empty means all languages
-    of the corpus. A step takes ``gradient_accumulation_steps`` micro-batches of
-    ``loader.batch_tokens`` tokens over all ranks together. After ``max_bad_steps`` consecutive
-    non-finite steps the run stops with a checkpoint; ``spikes`` decides about finite loss spikes.
+    ``data`` is what the model is trained on (``TextData``: a corpus and its tokenizer, tasks and
+    batches). A step takes ``gradient_accumulation_steps`` micro-batches of the data, each over all
+    ranks together. After ``max_bad_steps`` consecutive non-finite steps the run stops with a
+    checkpoint; ``spikes`` decides about finite loss spikes.
     ``initial_weights`` may be those of another run (a warm start).
     ``parallel`` distributes the run over its ranks and changes nothing else. If a collective does
     not finish within ``collective_timeout_s``, the run ends with an error.
@@ -187,11 +128,7 @@ class Run(Config):
 
     name: Annotated[str, AfterValidator(_check_name)]
     seed: Natural = 1
-    corpus: CorpusSource
-    languages: tuple[str, ...] = ()
-    tokenizer: TokenizerConfig
-    mixture: MixtureConfig
-    loader: LoaderConfig
+    data: TrainingData
     model: ModelConfig
     initial_weights: InitialWeights = RandomWeights()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1

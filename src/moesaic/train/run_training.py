@@ -20,7 +20,7 @@ from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, ConfigError, printable
 from moesaic.core.files import atomic_write
 from moesaic.core.thread_waiting import waiting_advice
-from moesaic.data.loader import DataReplica, Loader
+from moesaic.data.batch_stream import DataReplica
 from moesaic.distributed.compare_ranks import require_same_on_all_ranks, version_facts
 from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.distributed.initialize import init_distributed
@@ -32,9 +32,7 @@ from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.train.export import export_model
 from moesaic.train.failed_start import empty_folders_removed, nothing_left_on_failure
 from moesaic.train.loop import StopReason, StopRequest, TrainingResult, training_loop
-from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
-from moesaic.train.record_directions import record_directions
 from moesaic.train.resume import (
     CHANGEABLE_KEYS,
     REPORTED_KEYS,
@@ -45,7 +43,8 @@ from moesaic.train.resume import (
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
-from moesaic.train.trainer import BatchLoader, NonFiniteError, Trainer
+from moesaic.train.trainer import NonFiniteError, Trainer
+from moesaic.train.training_data import BatchLoader, Preparation, PreparedData
 from moesaic.train.training_hooks import (
     CheckpointHook,
     Hook,
@@ -122,7 +121,8 @@ def _prepare_data(
     run: Run, *, run_dir: RunDir, world: World, display: ProgressDisplay
 ) -> PreparedData:
     mark_phase("preparing the data")
-    prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
+    way_out = run.initial_weights.way_out
+    prepared = run.data.prepare(Preparation(run_dir, world, display.note, way_out))
     require_same_on_all_ranks(prepared.facts(), world=world, what="data")
     record = partial(_record_run, run, prepared=prepared, run_dir=run_dir)
     _note_all(display, run_on_rank0(world, record))
@@ -159,7 +159,7 @@ def _locked(run_dir: RunDir, world: World, *, config: dict[str, Any]) -> Iterato
 
 
 def _run_status(run: Run) -> RunStatus:
-    losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
+    losses = tuple(f"train/loss/{name}" for name in run.data.task_names())
     return RunStatus(steps=run.steps, losses=losses)
 
 
@@ -187,17 +187,7 @@ def make_trainer(
     run: Run, *, prepared: PreparedData, world: World, initial: InitialWeights | None = None
 ) -> Trainer:
     """Return a trainer of a run on its prepared data, with its own or other initial weights."""
-
-    def make_loader(replica: DataReplica) -> Loader:
-        return Loader(
-            prepared.shards,
-            tokenizer=prepared.tokenizer,
-            mixture=run.mixture,
-            config=run.loader,
-            seed=run.seed,
-            replica=replica,
-        )
-
+    make_loader = partial(prepared.make_loader, seed=run.seed)
     return seeded_trainer(run, make_loader=make_loader, world=world, initial=initial)
 
 
@@ -257,7 +247,7 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
 
 def _record_run(run: Run, *, prepared: PreparedData, run_dir: RunDir) -> list[str]:
     """Record what is trained on, and the files of the run; the weights stay as recorded before."""
-    notes = record_directions(run, prepared=prepared, run_dir=run_dir)
+    prepared.record(run_dir, seed=run.seed)
     before = read_run_record(run_dir)
     weights = {} if before is None else before.files
     write_run_record(
@@ -266,7 +256,7 @@ def _record_run(run: Run, *, prepared: PreparedData, run_dir: RunDir) -> list[st
         plugins=record_plugins(run, run_dir.plugins),
         known={run_dir.model.name: weights.get(run_dir.model.name)},
     )
-    return notes
+    return prepared.validation_notes(run_dir) if run.validation.every else []
 
 
 def _saved_config(checkpoint: Path) -> dict[str, Any]:
@@ -303,17 +293,8 @@ def _note_all(display: ProgressDisplay, sentences: Iterable[str]) -> None:
 
 
 def _final_notes(trainer: Trainer, *, run_dir: RunDir, stop_reason: StopReason) -> Iterator[str]:
-    """Yield notes on rows that were too long to train on, and on how to resume after a signal."""
-    skipped, loader = trainer.data.skipped, trainer.run.loader
-    if skipped:
-        most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
-        directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
-        limits = f"loader.max_source={loader.max_source}, max_target={loader.max_target}"
-        total, drawn = sum(skipped.values()), trainer.data.num_draws
-        yield (
-            f"{total:,} of {drawn:,} rows drawn ({100 * total / max(1, drawn):.1f} %) were over "
-            f"{limits} tokens and left out: {directions}"
-        )
+    """Yield the notes of the loader, and one on how to resume after a signal."""
+    yield from trainer.data.final_notes()
     if stop_reason.startswith("SIG"):
         yield f"{stop_reason}: saved after step {trainer.step:,}. {_resume_hint(run_dir)}"
 

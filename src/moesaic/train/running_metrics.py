@@ -17,7 +17,7 @@ import torch
 from moesaic.core.errors import CheckpointError
 from moesaic.core.file_reader import MIB, Count, FileKind, FileShape, parse_shape
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.data.batch import Batch
+from moesaic.data.batch import TARGET_LANGUAGE, TASK, Batch
 from moesaic.distributed.world import World
 
 
@@ -110,8 +110,9 @@ class LossCategories:
         # unsafe leaves out checks of the lengths, which wait for a GPU and refuse an empty batch
         rows = torch.segment_reduce(loss.detach().double(), "sum", lengths=lengths, unsafe=True)
         member = torch.zeros(batch.rows, len(self.names), dtype=torch.float64, device=loss.device)
-        member.scatter_(1, batch.task[:, None], 1.0)
-        member.scatter_(1, batch.target_language[:, None] + len(self.tasks), 1.0)
+        member.scatter_(1, batch.groups[TASK][:, None], 1.0)
+        target_language = batch.groups[TARGET_LANGUAGE]
+        member.scatter_(1, target_language[:, None] + len(self.tasks), 1.0)
         return torch.stack([rows, lengths.double()]) @ member
 
 

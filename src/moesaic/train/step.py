@@ -73,7 +73,7 @@ class Objective:
             return self._loss_sums(micro)
         model = parallel_model.model
         batch = batch.to(next(model.parameters()).device)
-        with self.precision.autocast(batch.source.device):
+        with self.precision.autocast(batch.device):
             output = model(batch)
             nll = model.loss(output).nll
         return self.categories.sums(nll, row=output.row, batch=batch)
@@ -112,7 +112,7 @@ class Objective:
         # Of ranks that read the same rows, one counts their tokens.
         tokens = batch.num_tokens if parallel_model.counts_tokens else 0
         batch = batch.to(next(model.parameters()).device)
-        with self.precision.autocast(batch.source.device):
+        with self.precision.autocast(batch.device):
             output = model(batch)
             token_loss = model.loss(output, smoothing=self.label_smoothing)
         terms = {"cross_entropy": token_loss.total / max(predicted, 1)}

@@ -7,7 +7,7 @@ continues bit for bit.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,27 +34,10 @@ from moesaic.train.run import Run
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
 from moesaic.train.sharded_state import local_shards, restore_shards
 from moesaic.train.step import ForwardBackwardResult, Objective, first_non_finite
+from moesaic.train.training_data import BatchLoader
 
 # Names that parts of a checkpoint had earlier, by their present names.
 PREVIOUS_NAMES = {"metrics": "meters", "events": "journal"}
-
-
-class BatchLoader(Protocol):
-    """Protocol of ``data/loader.py``: an endless iterator, deterministic given its state."""
-
-    @property
-    def tasks(self) -> Sequence[str]: ...
-    @property
-    def languages(self) -> Sequence[str]: ...
-    @property
-    def skipped(self) -> Mapping[str, int]: ...
-    @property
-    def num_draws(self) -> int: ...
-    def __next__(self) -> Batch: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
-    def held_out_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]: ...
-    def close(self) -> None: ...
 
 
 class StatefulComponent(Protocol):

@@ -61,7 +61,7 @@ class WeightsOfRun(InitialWeights):
 
     way_out: ClassVar[str] = (
         "a warm start keeps the vocabulary of its run: choose among the languages of that "
-        "(--set languages=[...]), or train the new ones without --init"
+        "(--set data.languages=[...]), or train the new ones without --init"
     )
     path: str
 
@@ -71,7 +71,8 @@ class WeightsOfRun(InitialWeights):
             whole = Transformer(model)
         self.load_into(whole)
         earlier = read_trained_directions(source.directions)
-        atomic_write(run_dir.tokenizer, source.tokenizer.read_bytes())
+        if source.tokenizer.is_file():
+            atomic_write(run_dir.tokenizer, source.tokenizer.read_bytes())
         run_dir.directions.unlink(missing_ok=True)
         if earlier is not None:
             earlier.write(run_dir.directions)

@@ -42,7 +42,7 @@ def shrink_config(run: Run) -> ShrunkRun:
     model = _shrink_model(run.model)
     shrunk = run.replace(
         model=model,
-        tokenizer=run.tokenizer.replace(vocab_size=VOCABULARY),
+        data=run.data.shrink(vocab_size=VOCABULARY),
         optimizer=_raise_eps(run.optimizer),
         schedule=Constant(),
         clip_norm=min(run.clip_norm, CLIP),

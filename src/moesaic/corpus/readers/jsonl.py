@@ -36,7 +36,7 @@ def read_jsonl_pairs(path: Path, *, source: Wanted, target: Wanted) -> Iterator[
     any other object, or an unknown language.
     """
     chooser, other_languages, matched = _SideChooser(source, target), "", False
-    for number, value in _objects(path):
+    for number, value in read_objects(path):
         where = f"{path}, line {number}"
         if "translation" in value:
             texts = _translation_texts(value["translation"], where=where)
@@ -67,14 +67,18 @@ def read_jsonl_pairs(path: Path, *, source: Wanted, target: Wanted) -> Iterator[
 
 def read_jsonl_texts(path: Path, *, code: str) -> Iterator[Text]:
     """Yield the ``text`` of every line."""
-    for number, value in _objects(path):
+    for number, value in read_objects(path):
         where = f"{path}, line {number}"
         if "text" not in value:
             raise DataError(f'{where}: found keys {_names(value)}, expected "text"')
         yield Text(_text(value["text"], where=where), code)
 
 
-def _objects(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def read_objects(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (line number from 1, JSON object) of a .jsonl file, blank lines left out.
+
+    Raises DataError with file and line: no valid JSON, no object, nested too deeply.
+    """
     for number, line in read_lines(path):
         if not line.strip():
             continue

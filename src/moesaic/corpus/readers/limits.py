@@ -8,6 +8,9 @@ the file, the limit and the way out.
 MAX_LINE_BYTES = 16 << 20
 """Bytes of one line of a text file, decompressed."""
 
+MAX_DOCUMENT_BYTES = 8 << 20
+"""UTF-8 bytes of one document; a corpus has it on one line, where escapes may double it."""
+
 MAX_EXPANSION = 250
 """Decompressed bytes per compressed byte, beyond FREE_EXPANSION_BYTES; text has 3 to 20."""
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from moesaic.core.config import Choice
 from moesaic.corpus.pair import Pair, RejectedPair, Text
+from moesaic.corpus.text_rules import GeneralText, TextRules
 
 AllowedSplit = Literal["any", "train", "held-out"]
 LanguageFilter = Callable[[str], bool]  # true for the codes of the languages to read
@@ -53,6 +54,11 @@ class TextSource(Choice):
         A file that cannot be fetched may be returned with its ``missing_reason``. Raises UserError
         when none can be.
         """
+
+    @property
+    def default_text_rules(self) -> TextRules:
+        """The text rules of a recipe that names none."""
+        return GeneralText()
 
     def inputs(self) -> tuple[Path, ...]:
         """Return the user's files that this reads; when one changes, the corpus is built again."""

@@ -8,7 +8,7 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.presets.preset import PRESETS, Preset
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import SwitchTop1, TopK
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm
 

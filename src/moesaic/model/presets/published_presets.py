@@ -10,7 +10,7 @@ from moesaic.moe.config import MoE, NoMoE, SparseLayer, fine_grained
 from moesaic.moe.expert_capacity import BatchPriority, Capacity, RandomPriority
 from moesaic.moe.expert_selection import SwitchTop1, Top2, TopK
 from moesaic.moe.shared_experts import ResidualExpert, SharedExperts
-from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import GELU, FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
