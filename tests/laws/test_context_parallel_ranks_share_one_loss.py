@@ -48,7 +48,7 @@ MODELS = {
     "decoder": _model(CAPPED).replace(encoder=Stack(layers=0)),
     "decoupled": _model(CAPPED.replace(cross_layer=DecoupledRouting(dim=8, heads=4))),
     "attention experts": _model(CAPPED.replace(router_input=HiddenStateAndTag())).replace(
-        attention_experts=MixtureOfAttention()
+        mixers={"attention": MixtureOfAttention()}
     ),
 }
 PLANS = {

@@ -46,7 +46,9 @@ def test_every_moe_layer_trains(layer, decoder_only):
 @pytest.mark.parametrize("keys", ["own", "shared"])
 def test_attention_experts_train(keys, block):
     experts = MixtureOfAttention(experts=3, key_values=keys)
-    model = Transformer(tiny_model_config().replace(attention_experts=experts, block_layout=block))
+    model = Transformer(
+        tiny_model_config().replace(mixers={"attention": experts}, block_layout=block)
+    )
     before = model.decoder[0].self_attention.inner.gate.weight.detach().clone()
     losses = _losses(model, optimizer=Muon(lr=0.01), precision=Float32())
     assert losses[-1] < losses[0] - 0.1

@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "attention-experts-in-parallel": {
         "model": tiny_model_config().replace(
-            attention_experts=MixtureOfAttention(), block_layout=ParallelResidual()
+            mixers={"attention": MixtureOfAttention()}, block_layout=ParallelResidual()
         )
     },
     "memory": {"model": tiny_model_config(moe=ProductKeyMemory(keys_per_side=4, slots=3))},

@@ -146,15 +146,15 @@ LAYER_PARTS = {  # what an expert is, and what stands around it
 }
 VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in LAYER_PARTS.items()}
 VARIANTS |= {
-    "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
+    "attention-experts-own-keys": BASE.replace(mixers={"attention": MixtureOfAttention(experts=3)}),
     "attention-experts-shared-keys-parallel": BASE.replace(
-        attention_experts=MixtureOfAttention(experts=3, key_values="shared"),
+        mixers={"attention": MixtureOfAttention(experts=3, key_values="shared")},
         block_layout=ParallelResidual(),
         bias=True,
     ),
     "parallel-decoder-only": BASE.replace(
         encoder=NONE,
-        attention_experts=MixtureOfAttention(experts=2),
+        mixers={"attention": MixtureOfAttention(experts=2)},
         block_layout=ParallelResidual(),
         norm=LayerNorm(),
     ),

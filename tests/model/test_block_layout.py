@@ -77,10 +77,10 @@ def test_norms_are_counted(branches):
 
 def test_attention_experts_multiply_the_cost_of_attention():
     plain = count_parameters(DENSE)
-    many = count_parameters(DENSE.replace(attention_experts=MixtureOfAttention(experts=3)))
+    many = count_parameters(DENSE.replace(mixers={"attention": MixtureOfAttention(experts=3)}))
     part = "encoder self-attention"
     routers = DENSE.encoder.layers * 3 * DENSE.dim
     assert many.parts[part] == 3 * plain.parts[part] + routers
     shared = MixtureOfAttention(experts=3, key_values="shared")
-    few = count_parameters(DENSE.replace(attention_experts=shared))
+    few = count_parameters(DENSE.replace(mixers={"attention": shared}))
     assert plain.parts[part] < few.parts[part] < many.parts[part]

@@ -1,24 +1,27 @@
 """A mixture of attention experts equals the weighted sum of separate attentions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moesaic.moe.attention_experts import MixtureOfAttention
-from moesaic.nn.attention import SelfAttention
+from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.sequence_mixer import MixerContext, MixerShape
 
 DIM, N = 24, 3
 HEADS = AttentionConfig(heads=4, kv_heads=2)
 WIDTH = HEADS.head_width(DIM)
 REAL = torch.arange(5) < torch.tensor([5, 2, 4])[:, None]
 PACKING = Packing.from_mask(REAL)
-ROTATION = Rotary().build(dim=DIM, head_dim=WIDTH).rotation(PACKING.position)
+SHAPE = MixerShape(DIM, causal=True, attention=HEADS, position=Rotary())
 
 
 def _mixture(keys):
-    made = MixtureOfAttention(experts=N, key_values=keys).build(HEADS, dim=DIM, bias=False)
+    made = MixtureOfAttention(experts=N, key_values=keys).build(SHAPE)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made
@@ -27,7 +30,7 @@ def _mixture(keys):
 def _alone(made, *, keys, expert):
     """One expert as a separate attention, with its slice of the mixture's weights."""
     heads, groups = HEADS.heads, HEADS.num_kv_heads()
-    one = SelfAttention(HEADS, dim=DIM, bias=False)
+    one = Attention().build(SHAPE)
     sets = N if keys == "own" else 1
     sizes = [N * heads * WIDTH, sets * groups * WIDTH, sets * groups * WIDTH]
     query, key, value = made.attention.qkv.weight.split(sizes)
@@ -43,7 +46,7 @@ def _alone(made, *, keys, expert):
 
 
 def _forward(module, x):
-    return module(x, packing=PACKING, rotation=ROTATION, causal=True)
+    return module(x, context=MixerContext.of_rows(PACKING, causal=True))
 
 
 @pytest.mark.parametrize("keys", ["own", "shared"])
@@ -57,14 +60,14 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(keys):
 
 @pytest.mark.parametrize("keys", ["own", "shared"])
 def test_one_expert_alone_is_plain_attention(keys):
-    made = MixtureOfAttention(experts=1, key_values=keys).build(HEADS, dim=DIM, bias=True)
+    made = MixtureOfAttention(experts=1, key_values=keys).build(replace(SHAPE, bias=True))
     x = torch.randn(PACKING.num_tokens, DIM)
     torch.testing.assert_close(_forward(made, x), _forward(made.attention, x))
 
 
 def test_own_keys_need_a_cache_per_expert():
     own, shared = (
-        MixtureOfAttention(experts=N, key_values=keys).combined_attention(HEADS, DIM)
+        MixtureOfAttention(experts=N, key_values=keys).combined_attention(SHAPE)
         for keys in ("own", "shared")
     )
     assert own.num_kv_heads() == N * HEADS.num_kv_heads()

@@ -14,6 +14,7 @@ from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import moe_layers
 from moesaic.moe.router_gate import LayerIndex, RouterShape, StackInput
 from moesaic.nn.packing import Packing
+from moesaic.nn.sequence_mixer import MixerContext
 
 T, D, P, E, LAYERS = 7, 10, 4, 5, 3
 
@@ -32,7 +33,9 @@ def stack():
 def logits_of(cell, gates, reads, *, detach=False):
     packing = Packing.from_mask(torch.ones(1, T, dtype=torch.bool))
     carry, found = (
-        cell.initial_state(reads[0], stack_input=StackInput(packing, packing.position)),
+        cell.initial_state(
+            reads[0], stack_input=StackInput(MixerContext.of_rows(packing, causal=False))
+        ),
         [],
     )
     for gate, x in zip(gates, reads, strict=True):

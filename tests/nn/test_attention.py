@@ -3,19 +3,27 @@
 import pytest
 import torch
 
-from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.nn.attention import Attention, CrossAttention
 from moesaic.nn.attention_backend import KeyValue, attend
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.sequence_mixer import MixerContext, MixerShape
 from ops.references import reference_attend
 
 DIM = 16
 REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
 
 
-def _rotation(position):
-    return Rotary().build(dim=DIM, head_dim=4).rotation(position)
+def _layer(*, causal, bias=False, **heads):
+    shape = MixerShape(
+        DIM, causal=causal, attention=AttentionConfig(**heads), bias=bias, position=Rotary()
+    )
+    return Attention().build(shape)
+
+
+def _rows(packing, *, causal):
+    return MixerContext.of_rows(packing, causal=causal)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -34,49 +42,41 @@ def test_attention_equals_its_definition_with_gradients(groups, masking):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_changes_no_real_token(causal):
-    layer = SelfAttention(AttentionConfig(heads=4, kv_heads=2), dim=DIM, bias=True)
+    layer = _layer(heads=4, kv_heads=2, causal=causal, bias=True)
     packing = Packing.from_mask(REAL)
     x = torch.randn(packing.num_tokens, DIM)
-    both = layer(x, packing=packing, rotation=_rotation(packing.position), causal=causal)
+    both = layer(x, context=_rows(packing, causal=causal))
     for row in range(2):
         mine = packing.row == row
         alone = Packing.from_mask(torch.ones(1, int(mine.sum()), dtype=torch.bool))
-        one = layer(x[mine], packing=alone, rotation=_rotation(alone.position), causal=causal)
+        one = layer(x[mine], context=_rows(alone, causal=causal))
         torch.testing.assert_close(both[mine], one, rtol=1e-4, atol=1e-5)
 
 
 def test_causal_attention_ignores_later_tokens():
-    layer = SelfAttention(AttentionConfig(heads=4), dim=DIM, bias=False)
+    layer = _layer(heads=4, causal=True)
     packing = Packing.from_mask(torch.ones(1, 5, dtype=torch.bool))
     x = torch.randn(5, DIM)
-    rotation = _rotation(packing.position)
-    before = layer(x, packing=packing, rotation=rotation, causal=True)
+    before = layer(x, context=_rows(packing, causal=True))
     x[3:] += 1.0
-    after = layer(x, packing=packing, rotation=rotation, causal=True)
+    after = layer(x, context=_rows(packing, causal=True))
     assert torch.equal(before[:3], after[:3])
     assert not torch.allclose(before[3], after[3])
 
 
 def test_steps_through_a_cache_equal_one_causal_pass():
-    layer = SelfAttention(AttentionConfig(heads=4, kv_heads=2), dim=DIM, bias=False)
+    layer = _layer(heads=4, kv_heads=2, causal=True)
     packing = Packing.from_mask(torch.ones(2, 5, dtype=torch.bool))
     x = torch.randn(2, 5, DIM)
-    whole = layer(
-        x.flatten(0, 1), packing=packing, rotation=_rotation(packing.position), causal=True
-    ).view(2, 5, DIM)
-    cache = KeyValue(torch.zeros(2, 2, 0, 4), torch.zeros(2, 2, 0, 4))
+    whole = layer(x.flatten(0, 1), context=_rows(packing, causal=True)).view(2, 5, DIM)
+    state = layer.init_state(2, like=x)
     done = 0
     for count in (2, 1, 2):  # a prompt, then tokens
-        cache = cache.grow(done + count)
+        state.reserve(done + count)
         now = Packing.from_mask(torch.ones(2, count, dtype=torch.bool))
-        place = torch.arange(done, done + count).expand(2, -1)
-        part = layer.step(
-            x[:, done : done + count].flatten(0, 1),
-            packing=now,
-            rotation=_rotation(place.flatten()),
-            cache=cache,
-            position=place,
-        )
+        start = torch.full((2,), done)
+        context = MixerContext(now, done + now.position, causal=True, start=start)
+        part = layer(x[:, done : done + count].flatten(0, 1), context=context, state=state)
         want = whole[:, done : done + count].flatten(0, 1)
         torch.testing.assert_close(part, want, rtol=1e-4, atol=1e-5)
         done += count

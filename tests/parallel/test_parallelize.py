@@ -1,29 +1,21 @@
 """What compares or mixes the tokens of a row is refused where ranks share rows."""
 
-from typing import Any
-
 import pytest
-from torch import nn
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Tensor
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
-from moesaic.moe.attention_experts import (
-    AttentionExperts,
-    MixtureOfAttention,
-    NoAttentionExperts,
-)
+from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.expert_selection import TopK
 from moesaic.moe.expert_selection_dynamic import ExpertChoice
 from moesaic.moe.soft_moe import SoftMoE
-from moesaic.nn.attention import CrossAttention, SelfAttention
-from moesaic.nn.attention_config import AttentionConfig
-from moesaic.nn.packing import Packing
-from moesaic.nn.positional_encoding import Rotation
+from moesaic.nn.attention import Attention
+from moesaic.nn.decode_state import DecodeState
+from moesaic.nn.sequence_mixer import MixerContext, MixerShape, SequenceMixer, SequenceMixerModule
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parallelize import _token_mixers, check_parallel, whole_row_problems
+from moesaic.parallel.parallelize import check_parallel, whole_row_problems
 from moesaic.testing.tiny_models import tiny_model_config
 
 ONE = ParallelPlan(data=1)
@@ -51,39 +43,35 @@ def test_routing_of_single_tokens_is_allowed(moe: SparseLayer) -> None:
     assert not list(whole_row_problems(tiny_model_config(moe=moe), ranks=4))
 
 
-class MeanOfRow(nn.Module):
-    """An attention of somebody's own: every token receives the mean of its row."""
+class MeanModule(SequenceMixerModule):
+    """A mixer of somebody's own: every token receives the mean of its row."""
 
     def forward(
-        self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
+        self, x: Float[Tensor, "T D"], *, context: MixerContext, state: DecodeState | None = None
     ) -> Float[Tensor, "T D"]:
-        del rotation, causal
-        rows = packing.pad(x)
-        return packing.pack(rows.mean(1, keepdim=True).expand_as(rows))
+        del state
+        rows = context.packing.pad(x)
+        return context.packing.pack(rows.mean(1, keepdim=True).expand_as(rows))
 
 
-class OwnAttention(AttentionExperts):
+class MeanOfRow(SequenceMixer):
     """Family member that a plug-in defines."""
 
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Any:
-        del config, dim, bias
-        return MeanOfRow()
+    def build(self, shape: MixerShape, /) -> MeanModule:
+        del shape
+        return MeanModule()
 
 
 @pytest.mark.parametrize("plan", [ParallelPlan(data=1, context=2), ParallelPlan(tensor=2)], ids=str)
-def test_an_attention_that_does_not_say_where_it_mixes_tokens_is_refused(
-    plan: ParallelPlan,
-) -> None:
-    model = Transformer(tiny_model_config().replace(attention_experts=OwnAttention()))
-    with pytest.raises(ConfigError, match=r"MeanOfRow of encoder.0.self_attention .*token_mixers"):
+def test_a_mixer_that_declares_no_sharding_is_refused(plan: ParallelPlan) -> None:
+    model = Transformer(tiny_model_config().replace(mixers={"attention": MeanOfRow()}))
+    with pytest.raises(ConfigError, match=r"MeanModule of encoder.0.mixer.inner .*set .* to 1"):
         check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
     check_parallel(model, parallel=ParallelConfig(plan=ONE), plan=ONE)
 
 
-@pytest.mark.parametrize("experts", [NoAttentionExperts(), MixtureOfAttention()], ids=str)
-def test_our_attentions_say_where_they_mix_tokens(experts: AttentionExperts) -> None:
-    model = Transformer(tiny_model_config().replace(attention_experts=experts))
+@pytest.mark.parametrize("mixer", [Attention(), MixtureOfAttention()], ids=str)
+def test_our_attentions_run_under_context_parallelism(mixer: SequenceMixer) -> None:
+    model = Transformer(tiny_model_config().replace(mixers={"attention": mixer}))
     plan = ParallelPlan(data=1, context=2)
     check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
-    mixers = {m for m in model.modules() if isinstance(m, SelfAttention | CrossAttention)}
-    assert set(_token_mixers(model)) == mixers

@@ -15,8 +15,8 @@ MODEL = tiny_model_config()
 REFUSED = {
     "has 2 heads": (MODEL, 4),
     "has 1 kv_heads": (MODEL.replace(attention=AttentionConfig(heads=2, kv_heads=1)), 2),
-    "belong to attention experts: set tensor to 1": (
-        MODEL.replace(attention_experts=MixtureOfAttention()),
+    "belong to attention experts.*set tensor to 1": (
+        MODEL.replace(mixers={"attention": MixtureOfAttention()}),
         2,
     ),
 }
@@ -31,5 +31,5 @@ def test_what_cannot_be_sharded_is_refused_with_the_reason(why: str) -> None:
 
 
 def test_attention_experts_are_allowed_without_tensor_parallelism() -> None:
-    config, plan = MODEL.replace(attention_experts=MixtureOfAttention()), ParallelPlan(data=2)
+    config, plan = MODEL.replace(mixers={"attention": MixtureOfAttention()}), ParallelPlan(data=2)
     check_parallel(Transformer(config), parallel=ParallelConfig(plan=plan), plan=plan)

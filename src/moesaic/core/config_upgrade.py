@@ -236,7 +236,20 @@ def _upgrade(value: object, *, config: str, path: str, renamed: dict[str, str]) 
         if new != old:
             renamed[here] = f"{path}.{new}".strip(".")
         upgraded[new] = _upgrade(item, config=SECTIONS.get(new, ""), path=here, renamed=renamed)
+    if owner == "ModelConfig" and "attention_experts" in upgraded:
+        renamed[f"{path}.attention_experts".strip(".")] = f"{path}.mixers".strip(".")
+        return _attention_experts_to_mixers(upgraded)
     return upgraded
+
+
+def _attention_experts_to_mixers(model: dict[str, object]) -> dict[str, object]:
+    """Attention experts are a sequence mixer: it replaces the one called ``attention``."""
+    rest = {key: value for key, value in model.items() if key != "attention_experts"}
+    experts, mixers = model["attention_experts"], rest.get("mixers", {})
+    kind = experts.get("kind") if isinstance(experts, Mapping) else experts
+    if kind == "NoAttentionExperts" or not isinstance(mixers, Mapping):
+        return rest
+    return rest | {"mixers": {"attention": experts, **mixers}}
 
 
 def _upgrade_kind(text: str, *, path: str, renamed: dict[str, str]) -> str:

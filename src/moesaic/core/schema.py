@@ -22,7 +22,9 @@ def json_schema(cls: type[BaseModel], *, families: Families) -> dict[str, Any]:
     waiting = [schema, *defs.values()]
     while waiting:
         for node in _family_nodes(waiting.pop()):
-            full, title = node.pop("family"), node.pop("title")
+            full = node.pop("family")
+            title = full.rpartition(".")[2]
+            node.pop("title", None)  # the values of a mapping have none
             node["$ref"] = f"#/$defs/{title}"
             if title not in defs:
                 added = _definitions(title, families[full])

@@ -174,7 +174,9 @@ def sample_texts(
         if place < count:
             kept[place : place + 1] = [(number, text)]
     if not kept:
-        raise DataError(f"corpus {corpus.name}: no {split} texts{f' in {language}' * bool(language)}")
+        raise DataError(
+            f"corpus {corpus.name}: no {split} texts{f' in {language}' * bool(language)}"
+        )
     return [text for _, text in sorted(kept, key=lambda item: item[0])]
 
 

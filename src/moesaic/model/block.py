@@ -1,18 +1,18 @@
-"""Transformer blocks: residual branches of attention and of a feed-forward, dense or MoE.
+"""Transformer blocks: residual branches of sequence mixers and of a feed-forward, dense or MoE.
 
-Letters: B rows, S source length, T tokens, D model dim, n new tokens.
+Letters: B rows, S source length, T tokens, D model dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
 
-from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.model.config import ModelConfig, Stack
+from moesaic.core.shapes import Bool, Float, Tensor
+from moesaic.model.config import ModelConfig
 from moesaic.model.kv_cache import EncoderOutput
-from moesaic.moe.attention_experts import SelfAttentionModule
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
@@ -20,10 +20,19 @@ from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing_record import RoutingRecord
 from moesaic.nn.attention import CrossAttention
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import FeedForwardShape
-from moesaic.nn.positional_encoding import Rotation
+from moesaic.nn.sequence_mixer import MixerContext, SequenceMixer
+from moesaic.nn.shardable_module import (
+    ContextScope,
+    ContextSharding,
+    ShardableModule,
+    TensorSharding,
+    column_parallel,
+    row_parallel,
+)
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
 from moesaic.ops.counter_rng import dropout
 
@@ -53,13 +62,16 @@ Records = tuple[RoutingRecord, ...]
 class ForwardContext:
     """What every block of a stack needs of one batch beside the hidden states.
 
-    ``rotation`` turns queries and keys of ``packing.gathered_tokens``; ``routing_context`` is what
-    routers may read of ``packing.local_tokens``.
+    ``mixing`` is what sequence mixers read, ``routing_context`` what routers may read of
+    ``packing.local_tokens``.
     """
 
-    packing: Packing
-    rotation: Rotation
+    mixing: MixerContext
     routing_context: TokenContext
+
+    @property
+    def packing(self) -> Packing:
+        return self.mixing.packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +93,11 @@ class ResidualBranch(nn.Module):
         self.dropout = Dropout(config.dropout, name=name)
 
 
-class SelfAttentionBranch(ResidualBranch):
-    """``x + self_attention(norm(branch_input))``."""
+class MixerBranch(ResidualBranch):
+    """``x + mixer(norm(branch_input))``: attention, or another sequence mixer."""
 
-    def __init__(self, config: ModelConfig, *, causal: bool, name: str) -> None:
-        attention: SelfAttentionModule = config.attention_experts.build(
-            config.attention, dim=config.dim, bias=config.bias
-        )
-        super().__init__(config, attention, name=name)
-        self.causal = causal
+    def __init__(self, config: ModelConfig, mixer: SequenceMixer, *, side: str, name: str) -> None:
+        super().__init__(config, mixer.build(config.mixer_shape(side)), name=name)
 
     def forward(
         self,
@@ -97,32 +105,10 @@ class SelfAttentionBranch(ResidualBranch):
         *,
         branch_input: Float[Tensor, "T D"],
         context: ForwardContext,
+        state: DecodeState | None = None,
     ) -> Float[Tensor, "T D"]:
-        y = self.inner(
-            self.norm(branch_input),
-            packing=context.packing,
-            rotation=context.rotation,
-            causal=self.causal,
-        )
+        y = self.inner(self.norm(branch_input), context=context.mixing, state=state)
         return x + self.dropout(y, context=context.routing_context)
-
-    def step(
-        self,
-        x: Float[Tensor, "T D"],
-        *,
-        branch_input: Float[Tensor, "T D"],
-        context: ForwardContext,
-        cache: KeyValue,
-        position: Int[Tensor, "B n"],
-    ) -> Float[Tensor, "T D"]:
-        """Compute the branch for the newest tokens; ``cache`` holds the keys of earlier ones."""
-        return x + self.inner.step(
-            self.norm(branch_input),
-            packing=context.packing,
-            rotation=context.rotation,
-            cache=cache,
-            position=position,
-        )
 
 
 class CrossAttentionBranch(ResidualBranch):
@@ -145,13 +131,32 @@ class CrossAttentionBranch(ResidualBranch):
         return x + self.dropout(y, context=context.routing_context)
 
 
-class FeedForwardBranch(ResidualBranch):
+class FeedForwardBranch(ResidualBranch, ShardableModule):
     """``x + feed_forward(norm(branch_input))`` with a dense feed-forward."""
 
     def __init__(self, config: ModelConfig, *, name: str) -> None:
         dense = DenseFeedForward(config.feed_forward, dim=config.dim, bias=config.bias)
         super().__init__(config, dense, name=name)
         self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
+
+    def tensor_sharding(self) -> TensorSharding:
+        up, down = self.inner.up, self.inner.down
+        segments = (down.in_features,) * (up.out_features // down.in_features)
+        return TensorSharding(
+            column_parallel("inner.up", up, segments=segments) | row_parallel("inner.down", down),
+            divided={"hidden channels": down.in_features},
+            row_parallel=("inner.down",),
+        )
+
+    def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
+        del ranks
+        self.tensor_parallel = group
+
+    def context_sharding(self) -> ContextSharding:
+        return ContextSharding()
+
+    def use_context_parallel(self, scope: ContextScope) -> None:
+        """Do nothing: each token is computed by itself."""
 
     def forward(
         self, state: BlockState, *, branch_input: Float[Tensor, "T D"], context: ForwardContext
@@ -178,43 +183,83 @@ class MoEBranch(ResidualBranch):
         return BlockState(x, output.router_state, records)
 
 
-class EncoderBlock(nn.Module):
-    """Self-attention, feed-forward."""
+class Block(nn.Module):
+    """Base of blocks: a residual branch for each mixer of the block's pattern, in order.
+
+    A branch is called as its mixer's kind (``SequenceMixer.branch``); a second one of the same name
+    has ``_2`` behind it.
+    """
+
+    feed_forward: FeedForwardBranch | MoEBranch | None
+
+    def __init__(self, config: ModelConfig, *, side: str, layer: int) -> None:
+        super().__init__()
+        self.layout = config.block_layout
+        self.input_norm = self.layout.input_norm(config.norm, dim=config.dim)
+        mixers = config.mixers_of_layer(config.stack_of(side), layer=layer)
+        self.mixer_names = _branch_names(mixers)
+        for branch, mixer in zip(self.mixer_names, mixers, strict=True):
+            name = f"{side}.{layer} {branch.removeprefix('self_')}"
+            self.add_module(branch, MixerBranch(config, mixer, side=side, name=name))
+
+    @property
+    def mixer_branches(self) -> list[MixerBranch]:
+        """The branches that mix tokens, in order."""
+        return [getattr(self, name) for name in self.mixer_names]
+
+    def _mix_tokens(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        normed_input: Float[Tensor, "T D"],
+        context: ForwardContext,
+        states: Sequence[DecodeState] = (),
+    ) -> Float[Tensor, "T D"]:
+        for branch, state in zip_longest(self.mixer_branches, states):
+            branch_input = self.layout.branch_input(x, normed_input=normed_input)
+            x = branch(x, branch_input=branch_input, context=context, state=state)
+        return x
+
+    def _feed_forward(
+        self, state: BlockState, *, normed_input: Float[Tensor, "T D"], context: ForwardContext
+    ) -> BlockState:
+        if self.feed_forward is None:
+            return state
+        branch_input = self.layout.branch_input(state.x, normed_input=normed_input)
+        return self.feed_forward(state, branch_input=branch_input, context=context)
+
+
+def _branch_names(mixers: Sequence[SequenceMixer]) -> tuple[str, ...]:
+    kinds = [mixer.branch for mixer in mixers]
+    numbers = [kinds[:place].count(kind) + 1 for place, kind in enumerate(kinds)]
+    return tuple(k if n == 1 else f"{k}_{n}" for k, n in zip(kinds, numbers, strict=True))
+
+
+class EncoderBlock(Block):
+    """Sequence mixers, feed-forward."""
 
     def __init__(self, config: ModelConfig, *, layer: int) -> None:
-        super().__init__()
-        self.input_norm = config.block_layout.input_norm(config.norm, dim=config.dim)
-        name = f"encoder.{layer} attention"
-        self.self_attention = SelfAttentionBranch(config, causal=False, name=name)
-        self.feed_forward = build_feed_forward_branch(
-            config, stack=config.encoder, layer=layer, side="encoder"
-        )
-        self.layout = config.block_layout
+        super().__init__(config, side="encoder", layer=layer)
+        self.feed_forward = build_feed_forward_branch(config, side="encoder", layer=layer)
 
     def forward(self, state: BlockState, *, context: ForwardContext) -> BlockState:
-        branch_input = partial(self.layout.branch_input, normed_input=self.input_norm(state.x))
-        x = self.self_attention(state.x, branch_input=branch_input(state.x), context=context)
-        return self.feed_forward(replace(state, x=x), branch_input=branch_input(x), context=context)
+        normed = self.input_norm(state.x)
+        x = self._mix_tokens(state.x, normed_input=normed, context=context)
+        return self._feed_forward(replace(state, x=x), normed_input=normed, context=context)
 
 
-class DecoderBlock(nn.Module):
-    """Causal self-attention, cross-attention if there is an encoder, feed-forward."""
+class DecoderBlock(Block):
+    """Causal sequence mixers, cross-attention if there is an encoder, feed-forward."""
 
     def __init__(self, config: ModelConfig, *, layer: int) -> None:
-        super().__init__()
-        self.input_norm = config.block_layout.input_norm(config.norm, dim=config.dim)
-        name = f"decoder.{layer} attention"
-        self.self_attention = SelfAttentionBranch(config, causal=True, name=name)
+        super().__init__(config, side="decoder", layer=layer)
         cross = (
             CrossAttentionBranch(config, name=f"decoder.{layer} source")
             if config.encoder.layers
             else None
         )
         self.cross_attention = cross
-        self.feed_forward = build_feed_forward_branch(
-            config, stack=config.decoder, layer=layer, side="decoder"
-        )
-        self.layout = config.block_layout
+        self.feed_forward = build_feed_forward_branch(config, side="decoder", layer=layer)
 
     def project_source(self, encoder_output: EncoderOutput | None) -> KeyValue | None:
         """Return the cross-attention's keys and values of the source; None without an encoder."""
@@ -224,65 +269,59 @@ class DecoderBlock(nn.Module):
             encoder_output.states, packing=encoder_output.packing
         )
 
+    def init_states(self, rows: int, *, like: Tensor) -> list[DecodeState]:
+        """Return the decode state of each mixer, for so many rows without tokens."""
+        return [branch.inner.init_state(rows, like=like) for branch in self.mixer_branches]
+
     def forward(
         self, state: BlockState, *, context: ForwardContext, encoder_output: EncoderOutput | None
     ) -> BlockState:
         normed = self.input_norm(state.x)
-        branch_input = self.layout.branch_input(state.x, normed_input=normed)
-        x = self.self_attention(state.x, branch_input=branch_input, context=context)
-        return self._cross_attention_and_feed_forward(
-            replace(state, x=x),
-            normed_input=normed,
-            context=context,
-            source=self.project_source(encoder_output),
-            mask=encoder_output.packing.key_mask if encoder_output else None,
-        )
+        x = self._mix_tokens(state.x, normed_input=normed, context=context)
+        keys = self.project_source(encoder_output)
+        mask = encoder_output.packing.key_mask if encoder_output else None
+        x = self._read_source(x, normed_input=normed, context=context, source=keys, mask=mask)
+        return self._feed_forward(replace(state, x=x), normed_input=normed, context=context)
 
     def step(
         self,
         state: BlockState,
         *,
         context: ForwardContext,
-        cache: KeyValue,
-        position: Int[Tensor, "B n"],
+        states: Sequence[DecodeState],
         source: KeyValue | None,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> BlockState:
-        """Compute the block for the newest tokens; ``cache`` holds the keys of earlier ones."""
+        """Compute the block for the newest tokens; ``states`` are those of its mixers."""
         normed = self.input_norm(state.x)
-        x = self.self_attention.step(
-            state.x,
-            branch_input=self.layout.branch_input(state.x, normed_input=normed),
-            context=context,
-            cache=cache,
-            position=position,
-        )
-        return self._cross_attention_and_feed_forward(
-            replace(state, x=x), normed_input=normed, context=context, source=source, mask=mask
-        )
+        x = self._mix_tokens(state.x, normed_input=normed, context=context, states=states)
+        x = self._read_source(x, normed_input=normed, context=context, source=source, mask=mask)
+        return self._feed_forward(replace(state, x=x), normed_input=normed, context=context)
 
-    def _cross_attention_and_feed_forward(
+    def _read_source(
         self,
-        state: BlockState,
+        x: Float[Tensor, "T D"],
         *,
         normed_input: Float[Tensor, "T D"],
         context: ForwardContext,
         source: KeyValue | None,
         mask: Bool[Tensor, "B 1 1 S"] | None,
-    ) -> BlockState:
-        branch_input = partial(self.layout.branch_input, normed_input=normed_input)
-        x = state.x
-        if self.cross_attention is not None and source is not None:
-            x = self.cross_attention(
-                x, branch_input=branch_input(x), context=context, source=source, mask=mask
-            )
-        return self.feed_forward(replace(state, x=x), branch_input=branch_input(x), context=context)
+    ) -> Float[Tensor, "T D"]:
+        if self.cross_attention is None or source is None:
+            return x
+        branch_input = self.layout.branch_input(x, normed_input=normed_input)
+        return self.cross_attention(
+            x, branch_input=branch_input, context=context, source=source, mask=mask
+        )
 
 
 def build_feed_forward_branch(
-    config: ModelConfig, *, stack: Stack, layer: int, side: str
-) -> FeedForwardBranch | MoEBranch:
-    """Build a block's last branch: dense, or sparse where the stack's config has an MoE layer."""
+    config: ModelConfig, *, side: str, layer: int
+) -> FeedForwardBranch | MoEBranch | None:
+    """Build a block's last branch: dense, sparse where the stack has an MoE layer, or none."""
+    stack = config.stack_of(side)
+    if not stack.block_pattern(layer).feed_forward:
+        return None
     sparse, layers = config.moe_of_layer(stack, layer=layer), stack.moe_layers
     name = f"{side}.{layer} feed-forward"
     if isinstance(sparse, NoMoE):

@@ -3,20 +3,23 @@
 ``Transformer(config)`` builds the model.
 """
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moesaic.core.config import Config
+from moesaic.core.errors import did_you_mean
 from moesaic.model.block_layout import BlockLayout, SequentialResidual
+from moesaic.model.mixer_pattern import DEFAULT_MIXER, BlockPattern, parse_pattern
 from moesaic.moe import (
     builtin_rules as builtin_rules,
 )  # registers every rule that a config may name
-from moesaic.moe.attention_experts import AttentionExperts, NoAttentionExperts
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
+from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
+from moesaic.nn.sequence_mixer import MixerShape, Parallel, SequenceMixer
 
 MAX_LAYERS = 4096  # of a stack: each is a module, and is counted by itself
 
@@ -27,6 +30,8 @@ class Stack(Config):
     ``moe_every=0`` makes the whole stack dense, ``first_dense_layers`` its first blocks.
     ``experts_per_layer`` gives each MoE layer its own number of experts, first layer first (a
     pyramid, DeepSpeed-MoE, 2201.05596, section 4.1). ``moe`` replaces the model's ``moe`` here.
+    ``pattern`` names the sequence mixers of the blocks and is repeated over them
+    (``model/mixer_pattern.py``); a block without a feed-forward has no experts either.
     """
 
     layers: int = Field(ge=0, le=MAX_LAYERS)
@@ -34,6 +39,12 @@ class Stack(Config):
     first_dense_layers: int = Field(default=0, ge=0)
     experts_per_layer: tuple[int, ...] = ()
     moe: SparseLayer | None = None
+    pattern: str = DEFAULT_MIXER
+
+    def block_pattern(self, layer: int) -> BlockPattern:
+        """Return which mixers block ``layer`` has."""
+        blocks = parse_pattern(self.pattern)
+        return blocks[layer % len(blocks)]
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether block ``layer`` has an MoE layer, if the model has any."""
@@ -41,12 +52,19 @@ class Stack(Config):
             layer >= self.first_dense_layers
             and self.moe_every > 0
             and (layer + 1) % self.moe_every == 0
+            and self.block_pattern(layer).feed_forward
         )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """The blocks with an MoE layer, if the model has any."""
         return tuple(layer for layer in range(self.layers) if self.is_moe_layer(layer))
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, text: str) -> str:
+        parse_pattern(text)
+        return text
 
     @model_validator(mode="after")
     def _check(self) -> "Stack":
@@ -86,7 +104,9 @@ class InitConfig(Config):
 class ModelConfig(Config):
     """An encoder-decoder if ``encoder.layers > 0``, else a decoder-only model. Pre-norm.
 
-    ``attention_experts`` apply to every self-attention; cross-attention has none.
+    ``mixers`` are the sequence mixers that the patterns of the stacks name. The name ``attention``
+    is ``Attention()``, self-attention with the heads of ``attention``, unless ``mixers`` has
+    another; cross-attention has those heads too.
     """
 
     vocab_size: int = Field(ge=8)
@@ -99,7 +119,7 @@ class ModelConfig(Config):
     norm: Norm = RMSNorm()
     position: PositionalEncoding = Rotary()
     embedding: EmbeddingConfig = EmbeddingConfig()
-    attention_experts: AttentionExperts = NoAttentionExperts()
+    mixers: dict[str, SequenceMixer] = Field(default_factory=dict)
     block_layout: BlockLayout = SequentialResidual()
     bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -109,10 +129,38 @@ class ModelConfig(Config):
     def head_dim(self) -> int:
         return self.attention.head_width(self.dim)
 
-    @property
-    def self_attention(self) -> AttentionConfig:
-        """All heads of a block's self-attention, those of all attention experts together."""
-        return self.attention_experts.combined_attention(self.attention, self.dim)
+    def stack_of(self, side: str) -> Stack:
+        """Return the ``encoder`` or the ``decoder``."""
+        return self.encoder if side == "encoder" else self.decoder
+
+    def mixer_shape(self, side: str) -> MixerShape:
+        """Return what the mixers of a stack may read of the model; the decoder is causal."""
+        return MixerShape(
+            self.dim,
+            causal=side == "decoder",
+            attention=self.attention,
+            bias=self.bias,
+            position=self.position,
+            norm=self.norm,
+        )
+
+    def mixers_of_layer(self, stack: Stack, *, layer: int) -> tuple[SequenceMixer, ...]:
+        """Return the mixer of each residual branch of a block, in order."""
+        return tuple(
+            self._mixer(branch[0])
+            if len(branch) == 1
+            else Parallel(mixers=tuple(map(self._mixer, branch)))
+            for branch in stack.block_pattern(layer).branches
+        )
+
+    def _mixer(self, name: str) -> SequenceMixer:
+        known = {DEFAULT_MIXER: Attention()} | self.mixers
+        if name not in known:
+            raise ValueError(
+                f"a key of model.mixers in a pattern, one of {', '.join(known)}, not {name}"
+                f"{did_you_mean(name, list(known))}"
+            )
+        return known[name]
 
     def moe_of_stack(self, stack: Stack) -> SparseLayer:
         """Return the config of a stack's MoE layers."""
@@ -137,15 +185,11 @@ class ModelConfig(Config):
         heads = self.attention
         if self.decoder.layers < 1:
             raise ValueError("decoder.layers of at least 1")
-        if heads.head_dim is None and self.dim % heads.heads:
-            raise ValueError(f"attention.heads={heads.heads} to divide dim={self.dim}")
-        if heads.heads % heads.num_kv_heads():
-            raise ValueError(
-                f"attention.kv_heads={heads.num_kv_heads()} to divide heads={heads.heads}"
-            )
-        if isinstance(self.position, Rotary) and self.head_dim % 2:
-            raise ValueError(f"an even head_dim for Rotary, not {self.head_dim}")
-        for stack in (self.encoder, self.decoder):
+        if problems := heads.problems(self.dim, position=self.position):
+            raise ValueError(problems)
+        for side in ("encoder", "decoder"):
+            stack = self.stack_of(side)
+            _check_mixers(self, side=side)
             moe = self.moe_of_stack(stack)
             if not isinstance(moe, MoE | NoMoE) and stack.experts_per_layer:
                 name = type(moe).__name__
@@ -162,6 +206,14 @@ class ModelConfig(Config):
                 f"decoder.moe)"
             )
         return self
+
+
+def _check_mixers(config: ModelConfig, *, side: str) -> None:
+    stack = config.stack_of(side)
+    for layer in range(min(stack.layers, len(parse_pattern(stack.pattern)))):
+        for mixer in config.mixers_of_layer(stack, layer=layer):
+            if problems := mixer.problems(config.mixer_shape(side)):
+                raise ValueError(f"{type(mixer).__name__} of {side}.pattern expects {problems}")
 
 
 def _check_select(moe: MoE | None) -> None:

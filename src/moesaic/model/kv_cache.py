@@ -1,4 +1,4 @@
-"""KV cache: keys and values of the tokens decoded so far, one row per hypothesis.
+"""Decoding cache: the decode states of all mixers (KV caches), one row per hypothesis.
 
 Letters: B hypotheses, S source length, n new tokens.
 """
@@ -9,6 +9,7 @@ import torch
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.packing import Packing
 
 
@@ -22,19 +23,20 @@ class EncoderOutput:
 
 @dataclass(slots=True)
 class KVCache:
-    """Keys and values of each decoder block, the length of each row and its first token.
+    """The decode states of each decoder block, the length of each row and its first token.
 
-    ``routing`` has the keys and values of routers that attend to earlier tokens.
+    ``mixers`` has one state for each residual branch of a block that mixes tokens; ``routing`` is
+    that of routers that read earlier tokens.
     ``Transformer.step`` appends to the cache in place; ``reorder`` selects rows (those that a beam
     search continues).
     """
 
-    self_attention: list[KeyValue]
+    mixers: list[list[DecodeState]]
     cross_attention: list[KeyValue | None]
     mask: Bool[Tensor, "B 1 1 S"] | None
     length: Int[Tensor, "B"]
     tag: Int[Tensor, "B"]
-    routing: KeyValue | None = None
+    routing: DecodeState | None = None
 
     @property
     def rows(self) -> int:
@@ -42,8 +44,8 @@ class KVCache:
 
     def reserve(self, length: int) -> None:
         """Grow to at least ``length`` tokens per row."""
-        self.self_attention = [layer.grow(length) for layer in self.self_attention]
-        self.routing = self.routing.grow(length) if self.routing else None
+        for state in self._states():
+            state.reserve(length)
 
     def reorder(self, index: Int[Tensor, "R"]) -> None:
         """Select the rows ``index``, in that order; a row may occur twice or not at all."""
@@ -51,7 +53,7 @@ class KVCache:
             (index == torch.arange(self.rows, device=index.device)).all()
         ):
             return
-        self.self_attention = [layer.select(index) for layer in self.self_attention]
+        self.mixers = [[state.select(index) for state in block] for block in self.mixers]
         self.routing = self.routing.select(index) if self.routing else None
         self.length = self.length.index_select(0, index)
         self.tag = self.tag.index_select(0, index)
@@ -60,3 +62,12 @@ class KVCache:
         ]
         if self.mask is not None:
             self.mask = self.mask.index_select(0, index)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the states of all mixers now, cross-attention aside."""
+        return sum(state.nbytes for state in self._states())
+
+    def _states(self) -> list[DecodeState]:
+        states = [state for block in self.mixers for state in block]
+        return [*states, self.routing] if self.routing else states

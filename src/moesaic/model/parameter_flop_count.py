@@ -12,18 +12,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moesaic.core.errors import ConfigError
-from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.config import ModelConfig
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.router_gate import LayerIndex, RouterShape
-from moesaic.nn.attention_config import AttentionConfig
-from moesaic.nn.norm import LayerNorm
-from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
+from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec, linear_specs
 from moesaic.nn.positional_encoding import LearnedPositions
 
 MAX_TENSOR_VALUES = 2**59  # 2^63 bytes hold them with room for 16 bytes a value
 
-ATTENTION, CROSS, DENSE, EXPERTS = "self-attention", "cross-attention", "feed-forward", "experts"
+CROSS, DENSE, EXPERTS = "cross-attention", "feed-forward", "experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ class ParameterCount:
 
     def forward_flops(self, sizes: BatchDims) -> float:
         """FLOPs of one forward pass over a batch, logits included."""
-        return _matrix_flops(self, sizes) + _attention_flops(self.config, sizes)
+        return _matrix_flops(self, sizes) + _mixing_flops(self.config, sizes)
 
     def flops_per_token(self, sizes: BatchDims | None = None) -> float:
         """Forward FLOPs per source or target token, at these lengths."""
@@ -126,63 +124,60 @@ def _entries(config: ModelConfig) -> Iterator[ParameterEntry]:
     yield ParameterEntry("embedding", "embedding", (config.vocab_size, config.dim), tables)
     if isinstance(config.position, LearnedPositions):
         yield ParameterEntry("embedding", "embedding", (config.position.max_length, config.dim), 1)
-    yield from _norm_entries(config, part="norms", copies=_num_norms(config))
-    for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
-        yield from _stack_entries(config, stack=stack, side=side)
+    norm = config.norm.parameter_specs(config.dim)
+    yield from _entries_of_specs(norm, part="norms", copies=num_norms(config))
+    for side in ("encoder", "decoder"):
+        yield from _stack_entries(config, side=side)
 
 
-def _num_norms(config: ModelConfig) -> int:
-    both, block = bool(config.encoder.layers), config.block_layout
-    decoder = block.num_norms(3 if both else 2)
-    return block.num_norms(2) * config.encoder.layers + decoder * config.decoder.layers + 1 + both
+def num_norms(config: ModelConfig) -> int:
+    """Return the norms of a model: of branches or blocks, and after each stack."""
+    both = bool(config.encoder.layers)
+    norms = 1 + both
+    for side in ("encoder", "decoder"):
+        stack = config.stack_of(side)
+        for layer in range(stack.layers):
+            norms += config.block_layout.num_norms(num_branches(config, side=side, layer=layer))
+    return norms
 
 
-def _norm_entries(config: ModelConfig, *, part: str, copies: int) -> Iterator[ParameterEntry]:
-    yield ParameterEntry(part, "norm", (config.dim,), copies)
-    if isinstance(config.norm, LayerNorm) and config.norm.bias:
-        yield ParameterEntry(part, "bias", (config.dim,), copies)
+def num_branches(config: ModelConfig, *, side: str, layer: int) -> int:
+    """Return the residual branches of a block: mixers, cross-attention, feed-forward."""
+    block = config.stack_of(side).block_pattern(layer)
+    cross = side == "decoder" and bool(config.encoder.layers)
+    return len(block.branches) + cross + block.feed_forward
 
 
-def _stack_entries(config: ModelConfig, *, stack: Stack, side: str) -> Iterator[ParameterEntry]:
-    dim, layers = config.dim, stack.layers
-    yield from _self_attention_entries(config, part=f"{side} {ATTENTION}", copies=layers)
+def _stack_entries(config: ModelConfig, *, side: str) -> Iterator[ParameterEntry]:
+    dim, stack, shape = config.dim, config.stack_of(side), config.mixer_shape(side)
+    layers = range(stack.layers)
+    mixers = [one for i in layers for one in config.mixers_of_layer(stack, layer=i)]
+    for mixer in mixers:
+        part = f"{side} {mixer.branch.replace('_', '-')}"
+        yield from _entries_of_specs(mixer.parameter_specs(shape), part=part)
     if side == "decoder" and config.encoder.layers:
-        query, both = _projection_widths(config.attention, dim=dim)
-        cross = f"{side} {CROSS}"
-        for fan in ((dim, query), (dim, both), (query, dim)):
-            yield from _linear_entries(config, part=cross, fan=fan, copies=layers)
-    sparse = [config.moe_of_layer(stack, layer=layer) for layer in range(layers)]
+        query, keys = config.attention.widths(dim)
+        for fan in ((dim, query), (dim, 2 * keys), (query, dim)):
+            specs = linear_specs(*fan, bias=config.bias)
+            yield from _entries_of_specs(specs, part=f"{side} {CROSS}", copies=stack.layers)
+    with_feed_forward = [i for i in layers if stack.block_pattern(i).feed_forward]
+    sparse = [config.moe_of_layer(stack, layer=layer) for layer in with_feed_forward]
     routed = [moe for moe in sparse if isinstance(moe, MoE)]
     feed, dense = config.feed_forward, sum(isinstance(moe, NoMoE) for moe in sparse)
-    width = feed.activation.width(feed.hidden)
-    yield from _linear_entries(config, part=f"{side} {DENSE}", fan=(dim, width), copies=dense)
-    yield from _linear_entries(config, part=f"{side} {DENSE}", fan=(feed.hidden, dim), copies=dense)
+    if dense:
+        specs = FeedForwardShape(dim, feed, config.bias).parameter_specs()
+        yield from _entries_of_specs(specs, part=f"{side} {DENSE}", copies=dense)
     for index, moe in enumerate(routed):
         layer_index = LayerIndex(side, index=index, count=len(routed))
         yield from _moe_entries(config, moe=moe, side=side, layer_index=layer_index)
     if routed:
-        shape = RouterShape(dim, routed[0].num_router_outputs)
-        shared = routed[0].cross_layer.shared_parameter_specs(shape)
+        router = RouterShape(dim, routed[0].num_router_outputs)
+        shared = routed[0].cross_layer.shared_parameter_specs(router)
         yield from _entries_of_specs(shared, part=f"{side} router")
     for moe in sparse:
         if not isinstance(moe, MoE | NoMoE):
             specs = moe.parameter_specs(FeedForwardShape(dim, feed, config.bias))
             yield from _entries_of_specs(specs, part=f"{side} {moe.count_label}")
-
-
-def _self_attention_entries(
-    config: ModelConfig, *, part: str, copies: int
-) -> Iterator[ParameterEntry]:
-    dim, (query, both) = config.dim, _projection_widths(config.self_attention, dim=config.dim)
-    yield from _linear_entries(config, part=part, fan=(dim, query + both), copies=copies)
-    yield from _linear_entries(config, part=part, fan=(query, dim), copies=copies)
-    for _ in range(copies):
-        yield from _entries_of_specs(config.attention_experts.parameter_specs(dim), part=part)
-
-
-def _projection_widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
-    """Widths of an attention's queries, and of its keys and values together."""
-    return config.heads * config.head_width(dim), 2 * config.num_kv_heads() * config.head_width(dim)
 
 
 def _moe_entries(
@@ -209,20 +204,13 @@ def active_expert_fraction(moe: MoE) -> float:
     return min(1.0, chosen / moe.num_router_outputs)
 
 
-def _entries_of_specs(specs: Iterable[ParameterSpec], *, part: str) -> Iterator[ParameterEntry]:
+def _entries_of_specs(
+    specs: Iterable[ParameterSpec], *, part: str, copies: int = 1
+) -> Iterator[ParameterEntry]:
     for spec in specs:
         yield ParameterEntry(
-            part, spec.kind, spec.shape, 1, spec.active_fraction, spec.uses_per_token
+            part, spec.kind, spec.shape, copies, spec.active_fraction, spec.uses_per_token
         )
-
-
-def _linear_entries(
-    config: ModelConfig, *, part: str, fan: tuple[int, int], copies: int
-) -> Iterator[ParameterEntry]:
-    if copies:
-        yield ParameterEntry(part, "matrix", (fan[1], fan[0]), copies)
-        if config.bias:
-            yield ParameterEntry(part, "bias", (fan[1],), copies)
 
 
 def _matrix_flops(counted: ParameterCount, sizes: BatchDims) -> float:
@@ -241,14 +229,17 @@ def _matrix_flops(counted: ParameterCount, sizes: BatchDims) -> float:
     return flops + (2 * (source - target) * crossed if config.encoder.layers else 0)
 
 
-def _attention_flops(config: ModelConfig, sizes: BatchDims) -> float:
-    width, all_heads = (
-        heads.heads * config.head_dim for heads in (config.attention, config.self_attention)
-    )
-    causal_pairs = sizes.target * (sizes.target + 1) / 2
-    within = config.encoder.layers * sizes.source**2 + config.decoder.layers * causal_pairs
+def _mixing_flops(config: ModelConfig, sizes: BatchDims) -> float:
+    """FLOPs of mixing tokens, by mixers and by cross-attention, beside matrix products."""
+    flops = 0.0
+    for side, tokens in (("encoder", sizes.source), ("decoder", sizes.target)):
+        stack, shape = config.stack_of(side), config.mixer_shape(side)
+        for layer in range(stack.layers):
+            for mixer in config.mixers_of_layer(stack, layer=layer):
+                flops += mixer.mixing_flops(shape, tokens=tokens)
+    width, _ = config.attention.widths(config.dim)
     cross = config.decoder.layers * sizes.target * sizes.source if config.encoder.layers else 0
-    return 4.0 * sizes.rows * (all_heads * within + width * cross)
+    return sizes.rows * (flops + 4.0 * width * cross)
 
 
 def _default_batch(config: ModelConfig) -> BatchDims:

@@ -9,19 +9,18 @@ Letters: D dim, T tokens, K experts per token, F hidden width, V vocabulary.
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_flop_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters, num_branches
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.router_gate import LayerIndex, RouterShape
-from moesaic.nn.norm import LayerNorm
 from moesaic.nn.parameter_spec import FeedForwardShape
-from moesaic.nn.positional_encoding import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
 
 
@@ -61,21 +60,16 @@ def optimizer_bytes(config: ModelConfig, *, optimizer: Optimizer) -> int:
 def activation_bytes(config: ModelConfig, *, sizes: BatchDims) -> int:
     """Return the bytes that autograd saves in the forward pass of a batch."""
     source, target = sizes.rows * sizes.source, sizes.rows * sizes.target
-    values = target * _embedding_values(config) + _loss_values(config, tokens=target)
+    values = target * _dropout_mask_values(config) + _loss_values(config, tokens=target)
     if config.encoder.layers:
         # the last norm's output is what cross-attention reads
-        values += source * (_embedding_values(config) + _norm_values(config))
-        values += source * _stack_values(config, stack=config.encoder)
-    values += target * _stack_values(config, stack=config.decoder)
+        values += source * (_dropout_mask_values(config) + _norm_values(config))
+        values += source * _stack_values(config, side="encoder")
+    values += target * _stack_values(config, side="decoder")
     if config.encoder.layers:
         each = target * _cross_attention_values(config) + source * 2 * _key_width(config)
         values += config.decoder.layers * each
     return 4 * values
-
-
-def _embedding_values(config: ModelConfig) -> int:
-    rotation = config.head_dim if isinstance(config.position, Rotary) else 0
-    return rotation + _dropout_mask_values(config)
 
 
 def _dropout_mask_values(config: ModelConfig) -> int:
@@ -85,26 +79,33 @@ def _dropout_mask_values(config: ModelConfig) -> int:
 
 def _norm_values(config: ModelConfig) -> int:
     """The input, one or two statistics, and the output, which the next linear map saves."""
-    return 2 * config.dim + (2 if isinstance(config.norm, LayerNorm) else 1)
+    return 2 * config.dim + config.norm.saved_statistics()
 
 
 def _key_width(config: ModelConfig) -> int:
-    return config.attention.num_kv_heads() * config.head_dim
+    return config.attention.widths(config.dim)[1]
 
 
-def _stack_values(config: ModelConfig, *, stack: Stack) -> int:
-    """Values saved per token by the self-attention and feed-forward branches of a stack."""
-    values = stack.layers * (
-        _self_attention_values(config) + config.block_layout.num_norms(2) * _norm_values(config)
-    )
+def _stack_values(config: ModelConfig, *, side: str) -> int:
+    """Values saved per token by the mixers and feed-forward branches of a stack."""
+    stack, shape = config.stack_of(side), config.mixer_shape(side)
+    values, shared = 0, dict[Hashable, int]()
     for layer in range(stack.layers):
+        mixers = config.mixers_of_layer(stack, layer=layer)
+        branches = num_branches(config, side=side, layer=layer)
+        values += config.block_layout.num_norms(branches) * _norm_values(config)
+        for mixer in mixers:
+            values += mixer.saved_activations(shape) + _dropout_mask_values(config)
+            shared |= mixer.shared_activations(shape)
+        if not stack.block_pattern(layer).feed_forward:
+            continue
         sparse = config.moe_of_layer(stack, layer=layer)
         values += (
             _feed_forward_values(config)
             if isinstance(sparse, NoMoE)
             else _moe_layer_values(config, sparse=sparse)
         )
-    return values + _shared_router_values(config, stack=stack)
+    return values + sum(shared.values()) + _shared_router_values(config, stack=stack)
 
 
 def _shared_router_values(config: ModelConfig, *, stack: Stack) -> int:
@@ -123,20 +124,10 @@ def _shared_router_values(config: ModelConfig, *, stack: Stack) -> int:
     return values
 
 
-def _self_attention_values(config: ModelConfig) -> int:
-    attention = config.self_attention
-    heads, query = attention.heads, attention.heads * config.head_dim
-    key = attention.num_kv_heads() * config.head_dim
-    rotated = query + key if isinstance(config.position, Rotary) else 0
-    experts = math.ceil(config.attention_experts.saved_activations(config.attention, config.dim))
-    return query + 2 * key + rotated + query + heads + experts + _dropout_mask_values(config)
-
-
 def _cross_attention_values(config: ModelConfig) -> int:
-    query = config.attention.heads * config.head_dim
-    norms = config.block_layout.num_norms(3) - config.block_layout.num_norms(2)
-    attention = 2 * query + config.attention.heads
-    return norms * _norm_values(config) + attention + _dropout_mask_values(config)
+    """Values per target token; the norm of the branch is counted with those of its block."""
+    query, _ = config.attention.widths(config.dim)
+    return 2 * query + config.attention.heads + _dropout_mask_values(config)
 
 
 def _feed_forward_values(config: ModelConfig) -> int:

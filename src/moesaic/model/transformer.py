@@ -31,11 +31,12 @@ from moesaic.model.weights import initialize_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.initial_weights import parameter_kinds
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_gate import RouterDecodeState, RouterShape, SharedRouter, StackInput
-from moesaic.nn.attention_backend import KeyValue
+from moesaic.moe.router_gate import RouterShape, SharedRouter, StackInput
+from moesaic.nn.decode_state import DecodeState, newest_positions
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.initializer import deferred_initialization
 from moesaic.nn.packing import Packing
+from moesaic.nn.sequence_mixer import MixerContext
 from moesaic.ops.cross_entropy import TokenLoss
 from moesaic.optim.optimizer import ParameterKind
 
@@ -61,7 +62,9 @@ class ModelOutput:
 class StackTokens:
     """The tokens that a stack (``encoder`` or ``decoder``) embeds, on whichever rank each is.
 
-    ``tag`` is the first token of each row, ``row_key`` the key of the row's random numbers.
+    ``tag`` is the first token of each row, ``row_key`` the key of the row's random numbers. In
+    decoding ``start`` is the number of tokens before these in each row, and ``routing`` the decode
+    state of a shared router.
     """
 
     stack: str
@@ -70,7 +73,8 @@ class StackTokens:
     position: Int[Tensor, "T"]
     tag: Int[Tensor, "B"]
     row_key: Int[Tensor, "B"]
-    decode_state: RouterDecodeState | None = None
+    start: Int[Tensor, "B"] | None = None
+    routing: DecodeState | None = None
 
 
 def no_sequence_sharding(packing: Packing) -> Packing:
@@ -154,25 +158,24 @@ class Transformer(nn.Module):
 
     def init_cache(self, encoder_output: EncoderOutput | None, rows: Int[Tensor, "R"]) -> KVCache:
         """Return an empty cache for decoding: hypothesis i reads the source ``rows[i]``."""
-        config, shared = self.config, self.decoder_routing
+        shared = self.decoder_routing
         like = encoder_output.states if encoder_output else self.embedding.weight
-        kv_heads = config.self_attention.num_kv_heads()
-        empty = like.new_zeros(rows.numel(), kv_heads, 0, config.head_dim)
+        count = rows.numel()
         source = [block.project_source(encoder_output) for block in self._decoder_blocks]
         mask = encoder_output.packing.key_mask if encoder_output else None
         return KVCache(
-            self_attention=[KeyValue(empty, empty) for _ in self.decoder],
+            mixers=[block.init_states(count, like=like) for block in self._decoder_blocks],
             cross_attention=[layer.select(rows) if layer else None for layer in source],
             mask=None if mask is None else mask.index_select(0, rows),
             length=torch.zeros_like(rows),
             tag=torch.zeros_like(rows),
-            routing=shared.empty_cache(rows.numel()) if shared else None,
+            routing=shared.init_state(count) if shared else None,
         )
 
     def step(self, tokens: InputRows, cache: KVCache) -> Float[Tensor, "B V"]:
         """Append tokens to each row (at least one) and return its next logits."""
         ids, packing = tokens.values, packing_of(tokens)
-        position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        position = newest_positions(cache.length, ids.shape[1])
         cache.reserve(int(position.max()) + 1)
         cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
         stack_tokens = StackTokens(
@@ -182,20 +185,16 @@ class Transformer(nn.Module):
             position.flatten()[packing.index],
             cache.tag,
             torch.zeros_like(cache.tag),
-            RouterDecodeState(position, cache.routing),
+            start=cache.length,
+            routing=cache.routing,
         )
         context = self.forward_context(stack_tokens)
         state = self.embed(stack_tokens, context=context)
-        for block, layer_cache, source in zip(
-            self._decoder_blocks, cache.self_attention, cache.cross_attention, strict=True
+        for block, states, source in zip(
+            self._decoder_blocks, cache.mixers, cache.cross_attention, strict=True
         ):
             state = block.step(
-                state,
-                context=context,
-                cache=layer_cache,
-                position=position,
-                source=source,
-                mask=cache.mask,
+                state, context=context, states=states, source=source, mask=cache.mask
             )
         cache.length = cache.length + tokens.lengths
         return self.logits(self.decoder_norm(state.x[tokens.lengths.cumsum(0) - 1]))
@@ -212,7 +211,7 @@ class Transformer(nn.Module):
         """Return what every block of the stack needs beside the states of these tokens."""
         packing, local = tokens.packing, tokens.packing.local_tokens
         row = packing.row[local]
-        moe = self.config.moe_of_stack(self._stack_config(tokens.stack))
+        moe = self.config.moe_of_stack(self.config.stack_of(tokens.stack))
         source = moe.router_input.embedding_source if isinstance(moe, MoE) else "nothing"
         embedded = self.embedding(tokens.ids, packing=packing) if source == "token" else None
         prompt = self.embedding.embed_replicated(tokens.tag)[row] if source == "tag" else None
@@ -225,8 +224,9 @@ class Transformer(nn.Module):
             token_embedding=embedded,
             tag_embedding=prompt,
         )
-        rotation = self.position.rotation(tokens.position[packing.gathered_tokens])
-        return ForwardContext(packing, rotation, routing_context)
+        gathered, causal = tokens.position[packing.gathered_tokens], tokens.stack == "decoder"
+        mixing = MixerContext(packing, gathered, causal=causal, start=tokens.start)
+        return ForwardContext(mixing, routing_context)
 
     def embed(self, tokens: StackTokens, *, context: ForwardContext) -> BlockState:
         """Return the input of a stack's first block: embeddings with positions and dropout."""
@@ -239,8 +239,7 @@ class Transformer(nn.Module):
         shared = self.shared_router(tokens.stack)
         if shared is None:
             return BlockState(x, RouterState())
-        position = tokens.position[packing.gathered_tokens]
-        stack_input = StackInput(packing, position, tokens.decode_state)
+        stack_input = StackInput(context.mixing, tokens.routing)
         return BlockState(x, shared.initial_state(x, stack_input=stack_input))
 
     def shared_router(self, stack: str) -> SharedRouter | None:
@@ -262,9 +261,6 @@ class Transformer(nn.Module):
         for block in self.encoder:
             state = self.run_block(block, state, context=context)
         return EncoderOutput(self.encoder_norm(state.x), tokens.packing), state.records
-
-    def _stack_config(self, stack: str) -> Stack:
-        return self.config.encoder if stack == "encoder" else self.config.decoder
 
     def _stack_tokens(
         self, stack: str, rows: InputRows, *, row_key: Int[Tensor, "B"]

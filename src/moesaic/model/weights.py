@@ -52,9 +52,11 @@ def init_std(
 
 def num_residual_branches(name: str, config: ModelConfig) -> int:
     """Return the number of residual branches in the stack that a parameter belongs to."""
-    if name.startswith("encoder"):
-        return 2 * config.encoder.layers
-    return (3 if config.encoder.layers else 2) * config.decoder.layers
+    side = "encoder" if name.startswith("encoder") else "decoder"
+    stack = config.stack_of(side)
+    cross = side == "decoder" and bool(config.encoder.layers)
+    blocks = map(stack.block_pattern, range(stack.layers))
+    return sum(len(block.branches) + cross + block.feed_forward for block in blocks)
 
 
 def export_weights(model: nn.Module) -> dict[str, Tensor]:

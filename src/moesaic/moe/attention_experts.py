@@ -4,74 +4,25 @@ Letters: B rows, T tokens, D model dim, N attention experts, H heads and G key/v
 d head dim.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from moesaic.core.config import Choice
-from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.nn.attention import SelfAttention
-from moesaic.nn.attention_backend import KeyValue
+from moesaic.core.shapes import Float, Tensor
+from moesaic.nn.attention import Attention, SelfAttention
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.initializer import CustomInitializers, Initializer
-from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import ParameterSpec
-from moesaic.nn.positional_encoding import Rotation
+from moesaic.nn.sequence_mixer import MixerContext, MixerShape, SequenceMixer, SequenceMixerModule
+from moesaic.nn.shardable_module import ContextScope, ContextSharding, TensorSharding
 
 
-@runtime_checkable
-class SelfAttentionModule(Protocol):
-    """The self-attention of a block (see ``SelfAttention``).
-
-    Only one that is a ``ShardableAttention`` as well runs under tensor and context parallelism.
-    """
-
-    def __call__(
-        self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
-    ) -> Float[Tensor, "T D"]: ...
-
-    def step(
-        self,
-        x: Float[Tensor, "T D"],
-        *,
-        packing: Packing,
-        rotation: Rotation,
-        cache: KeyValue,
-        position: Int[Tensor, "B n"],
-    ) -> Float[Tensor, "T D"]: ...
-
-
-class AttentionExperts(Choice):
-    """Family: one self-attention per block, or a mixture of them."""
-
-    def combined_attention(self, config: AttentionConfig, _dim: int, /) -> AttentionConfig:
-        """Return the heads of all experts together, given those of one attention."""
-        return config
-
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
-        """Return the self-attention module of a block."""
-        raise NotImplementedError
-
-    def parameter_specs(self, _dim: int, /) -> Sequence[ParameterSpec]:
-        """Return its parameters beyond those of an attention with all heads."""
-        return ()
-
-    def saved_activations(self, _config: AttentionConfig, _dim: int, /) -> float:
-        """Return the values per token that autograd saves beyond those of all heads."""
-        return 0
-
-
-class NoAttentionExperts(AttentionExperts):
-    """One self-attention, as in a dense transformer."""
-
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
-        return SelfAttention(config, dim=dim, bias=bias)
-
-
-class MixtureOfAttention(AttentionExperts):
+class MixtureOfAttention(SequenceMixer):
     """``sum_j g_j(x) attention_j(x)`` with ``g = softmax(W x)``: all run (BAM, 2408.08274).
 
     The soft mixture of Branch-Attend-Mix: every token uses all experts, so nothing is balanced, and
@@ -84,41 +35,65 @@ class MixtureOfAttention(AttentionExperts):
     experts: int = Field(default=2, ge=1)
     key_values: Literal["own", "shared"] = "own"
 
-    def combined_attention(self, config: AttentionConfig, dim: int, /) -> AttentionConfig:
+    branch = "self_attention"
+
+    def combined_attention(self, shape: MixerShape) -> AttentionConfig:
+        """Return the heads of all experts together, given those of one attention."""
+        config = shape.attention
         groups = config.num_kv_heads() * (self.experts if self.key_values == "own" else 1)
-        heads, width = config.heads * self.experts, config.head_width(dim)
-        return AttentionConfig(heads=heads, kv_heads=groups, head_dim=width)
+        heads, width = config.heads * self.experts, config.head_width(shape.dim)
+        return config.replace(heads=heads, kv_heads=groups, head_dim=width)
 
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
-        return AttentionMixture(self, config=config, dim=dim, bias=bias)
+    def build(self, shape: MixerShape, /) -> SequenceMixerModule:
+        return AttentionMixture(self, shape)
 
-    def parameter_specs(self, dim: int, /) -> Sequence[ParameterSpec]:
-        return (ParameterSpec("router", (self.experts, dim)),)
+    def problems(self, shape: MixerShape, /) -> str | None:
+        return Attention().problems(shape)
 
-    def saved_activations(self, config: AttentionConfig, dim: int, /) -> float:
-        heads = self.combined_attention(config, dim)
-        return heads.heads * heads.head_width(dim) + self.experts
+    def parameter_specs(self, shape: MixerShape, /) -> Sequence[ParameterSpec]:
+        router = ParameterSpec("router", (self.experts, shape.dim))
+        return [*Attention().parameter_specs(self._combined(shape)), router]
+
+    def saved_activations(self, shape: MixerShape, /) -> int:
+        query, _ = self.combined_attention(shape).widths(shape.dim)
+        return Attention().saved_activations(self._combined(shape)) + query + self.experts
+
+    def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
+        return Attention().shared_activations(shape)
+
+    def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
+        return Attention().mixing_flops(self._combined(shape), tokens=tokens)
+
+    def _combined(self, shape: MixerShape) -> MixerShape:
+        return replace(shape, attention=self.combined_attention(shape))
 
 
-class AttentionMixture(CustomInitializers):
+class AttentionMixture(SequenceMixerModule, CustomInitializers):
     """One attention with the heads of all experts, weighted per expert before ``out``.
 
     The output projection adds over all heads, so weighting its input weights the output of each
     expert. Heads are sorted by expert; with shared keys by key/value head first, then by expert.
     """
 
-    def __init__(
-        self, mixture: MixtureOfAttention, *, config: AttentionConfig, dim: int, bias: bool
-    ) -> None:
+    def __init__(self, mixture: MixtureOfAttention, shape: MixerShape) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, mixture.experts, bias=False)
-        self.attention = SelfAttention(mixture.combined_attention(config, dim), dim=dim, bias=bias)
-        self.experts = mixture.experts
+        self.gate = nn.Linear(shape.dim, mixture.experts, bias=False)
+        self.attention = SelfAttention(replace(shape, attention=mixture.combined_attention(shape)))
+        self.experts, config = mixture.experts, shape.attention
         self.blocks = 1 if mixture.key_values == "own" else config.num_kv_heads()
-        self.head_width = config.heads * config.head_width(dim)
+        self.head_width = config.heads * config.head_width(shape.dim)
 
-    def token_mixers(self) -> tuple[SelfAttention, ...]:
-        return (self.attention,)
+    def tensor_sharding(self) -> TensorSharding:
+        return TensorSharding(
+            refusal="has heads that belong to attention experts, and tensor ranks share heads"
+        )
+
+    def context_sharding(self) -> ContextSharding:
+        """Return no bound: the attention inside is asked by itself."""
+        return ContextSharding()
+
+    def use_context_parallel(self, scope: ContextScope) -> None:
+        """Do nothing: the attention inside is adapted by itself, weights are per token."""
 
     def initializers(self) -> Mapping[str, Initializer]:
         return {
@@ -126,26 +101,14 @@ class AttentionMixture(CustomInitializers):
             "attention.out.weight": Initializer(fan_in=self.head_width),
         }
 
-    def forward(
-        self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
-    ) -> Float[Tensor, "T D"]:
-        """Attend within each row (see ``SelfAttention``)."""
-        heads = self.attention.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
-        return self.attention.out(self._weight_heads(heads, x=x))
+    def init_state(self, rows: int, *, like: Tensor) -> DecodeState:
+        return self.attention.init_state(rows, like=like)
 
-    def step(
-        self,
-        x: Float[Tensor, "T D"],
-        *,
-        packing: Packing,
-        rotation: Rotation,
-        cache: KeyValue,
-        position: Int[Tensor, "B n"],
+    def forward(
+        self, x: Float[Tensor, "T D"], *, context: MixerContext, state: DecodeState | None = None
     ) -> Float[Tensor, "T D"]:
-        """Attend from the newest tokens; ``cache`` holds the keys of all experts."""
-        heads = self.attention.attend_heads_cached(
-            x, packing=packing, rotation=rotation, cache=cache, position=position
-        )
+        """Attend within each row; ``state`` has the keys of all experts."""
+        heads = self.attention.attend_heads(x, context=context, state=state)
         return self.attention.out(self._weight_heads(heads, x=x))
 
     def expert_weights(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T N"]:

@@ -25,9 +25,9 @@ from moesaic.moe.router_gate import (
     SharedRouter,
     StackInput,
 )
-from moesaic.nn.attention import SelfAttention
-from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig, SwiGLU
 from moesaic.nn.initializer import (
     CustomInitializers,
@@ -38,6 +38,7 @@ from moesaic.nn.initializer import (
 )
 from moesaic.nn.parameter_spec import ParameterSpec
 from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.sequence_mixer import MixerShape
 
 
 class PreGatedRouting(CrossLayerRouting):
@@ -241,43 +242,29 @@ class DecoupledRouter(SharedRouter, CustomInitializers):
         super().__init__()
         width = config.dim
         self.project = normal_parameter(width, shape.dim, std=fan_in_std(shape.dim))
-        self.attention = SelfAttention(AttentionConfig(heads=config.heads), dim=width, bias=False)
+        heads = AttentionConfig(heads=config.heads)
+        self.attention = Attention().build(
+            MixerShape(width, causal=shape.causal, attention=heads, position=Rotary())
+        )
         feed = FeedForwardConfig(hidden=2 * width, activation=SwiGLU())
         self.feed_forward = DenseFeedForward(feed, dim=width, bias=False)
         self.weight = normal_parameter(shape.experts, width, std=router_std(width))
-        self.position = Rotary().build(dim=width, head_dim=width // config.heads)
-        self.causal = shape.causal
 
     def initial_state(self, x: Float[Tensor, "T D"], *, stack_input: StackInput) -> RouterState:
         with torch.autocast(x.device.type, enabled=False):
             h = x.to(self.project.dtype) @ self.project.t()
-            h = h + self._attend(_rms_norm(h), stack_input=stack_input)
+            h = h + self.attention(
+                _rms_norm(h), context=stack_input.mixing, state=stack_input.decode_state
+            )
             h = h + self.feed_forward(_rms_norm(h))
             return RouterState(logits=_rms_norm(h).float() @ self.weight.float().t())
 
-    def empty_cache(self, rows: int, /) -> KeyValue | None:
-        heads, width = self.attention.heads, self.attention.head_dim
-        empty = self.project.new_zeros(rows, heads, 0, width)
-        return KeyValue(empty, empty)
+    def init_state(self, rows: int, /) -> DecodeState | None:
+        return self.attention.init_state(rows, like=self.project)
 
     def initializers(self) -> Mapping[str, Initializer]:
         inner = {name: p for name, p in self.named_parameters() if name != "weight"}
         return {name: Initializer(std=p.shape[1] ** -0.5) for name, p in inner.items()}
-
-    def _attend(self, h: Float[Tensor, "T W"], *, stack_input: StackInput) -> Float[Tensor, "T W"]:
-        rotation = self.position.rotation(stack_input.position)
-        decode = stack_input.decode_state
-        if decode is None or decode.cache is None:
-            return self.attention(
-                h, packing=stack_input.packing, rotation=rotation, causal=self.causal
-            )
-        return self.attention.step(
-            h,
-            packing=stack_input.packing,
-            rotation=rotation,
-            cache=decode.cache,
-            position=decode.position,
-        )
 
 
 def _rms_norm(h: Float[Tensor, "T W"]) -> Float[Tensor, "T W"]:

@@ -41,17 +41,19 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
 def draw_parameters(model: nn.Module, *, std_of: StdOfParameter) -> None:
     """Draw every parameter from torch's global generator, in the order of ``named_parameters``.
 
-    Norms become 1, biases 0, the others normal with the standard deviation of ``std_of``.
+    Norms become 1, biases 0, the others normal with the standard deviation of ``std_of``, unless
+    a module draws a parameter in its own way.
     """
     kinds, custom = parameter_kinds(model), custom_initializers(model)
     for name, parameter in model.named_parameters():
-        kind = kinds[name]
-        if kind == "norm":
+        kind, initializer = kinds[name], custom.get(name, Initializer())
+        if initializer.draw is not None:
+            initializer.draw(parameter)
+        elif kind == "norm":
             parameter.fill_(1.0)
         elif kind == "bias":
             parameter.zero_()
         else:
-            initializer = custom.get(name, Initializer())
             parameter.normal_(std=std_of(name, kind, parameter.shape, initializer))
 
 

@@ -3,7 +3,7 @@
 ``RouterInput`` selects the vectors that the gate reads, ``CrossLayerRouting`` how the routers of a
 stack depend on each other (members in ``cross_layer_router.py``).
 
-Letters: T tokens, D model dim, C what a gate reads, E experts, B rows, n newest tokens.
+Letters: T tokens, D model dim, C what a gate reads, E experts.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from moesaic.core.config import Choice
-from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.initializer import normal_parameter, router_std
-from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import ParameterSpec
+from moesaic.nn.sequence_mixer import MixerContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +64,14 @@ class LinearGate(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class RouterDecodeState:
-    """Decode state of a shared router: positions of the newest tokens, and its KV cache.
-
-    ``cache`` comes from ``SharedRouter.empty_cache``, with room for the newest tokens.
-    """
-
-    position: Int[Tensor, "B n"]
-    cache: KeyValue | None
-
-
-@dataclass(frozen=True, slots=True)
 class StackInput:
-    """Metadata of the tokens that enter a stack; ``decode_state`` is None for whole rows.
+    """The tokens that enter a stack, for routers that mix them.
 
-    ``position`` covers the tokens gathered for matrix products (``packing.gathered_tokens``).
+    ``decode_state`` comes from ``SharedRouter.init_state``; None for whole rows.
     """
 
-    packing: Packing
-    position: Int[Tensor, "T"]
-    decode_state: RouterDecodeState | None = None
+    mixing: MixerContext
+    decode_state: DecodeState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +89,8 @@ class SharedRouter(nn.Module):
         """Return the router state of the first MoE layer; ``x`` is the input of the stack."""
         raise NotImplementedError
 
-    def empty_cache(self, _rows: int, /) -> KeyValue | None:
-        """Return an empty KV cache for so many rows, if the router attends to earlier tokens."""
+    def init_state(self, _rows: int, /) -> DecodeState | None:
+        """Return the decode state of so many rows, if the router reads earlier tokens."""
         return None
 
 

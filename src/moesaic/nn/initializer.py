@@ -5,13 +5,15 @@ file. A model draws all of its weights at once instead, in the order of ``named_
 its ``InitConfig``: it makes its modules under ``deferred_initialization``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from moesaic.core.shapes import Tensor
 
 _deferred: ContextVar[bool] = ContextVar("deferred", default=False)
 
@@ -53,12 +55,14 @@ class Initializer:
     """One parameter's ``kind``, and its initial standard deviation (0: zeros).
 
     ``fan_in`` is the number of values that one output sums, where it does not follow from the
-    shape. None leaves the choice to ``InitConfig``.
+    shape. None leaves the choice to ``InitConfig``. ``draw`` fills a whole parameter in place in
+    some other way, with torch's global generator where it is random.
     """
 
     kind: str | None = None
     std: float | None = None
     fan_in: float | None = None
+    draw: Callable[[Tensor], object] | None = None
 
 
 class CustomInitializers(nn.Module):

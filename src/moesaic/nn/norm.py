@@ -3,12 +3,15 @@
 Letters: T tokens, D model dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
+from moesaic.nn.parameter_spec import ParameterSpec
 from moesaic.ops.rms_norm import rms_norm
 
 
@@ -18,6 +21,14 @@ class Norm(Choice):
     def build(self, dim: int) -> nn.Module:
         """Return the module for vectors of ``dim`` channels."""
         raise NotImplementedError
+
+    def parameter_specs(self, dim: int, /) -> Sequence[ParameterSpec]:
+        """Return the parameters of the module."""
+        return (ParameterSpec("norm", (dim,)),)
+
+    def saved_statistics(self) -> int:
+        """Return the values per token that autograd saves beside the input."""
+        return 1
 
 
 class RMSNorm(Norm):
@@ -34,6 +45,13 @@ class LayerNorm(Norm):
 
     eps: float = Field(default=1e-5, gt=0)
     bias: bool = False
+
+    def parameter_specs(self, dim: int, /) -> Sequence[ParameterSpec]:
+        bias = (ParameterSpec("bias", (dim,)),) if self.bias else ()
+        return (ParameterSpec("norm", (dim,)), *bias)
+
+    def saved_statistics(self) -> int:
+        return 2  # mean and variance
 
     def build(self, dim: int) -> nn.Module:
         return nn.LayerNorm(dim, eps=self.eps, bias=self.bias)

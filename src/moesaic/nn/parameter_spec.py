@@ -18,6 +18,12 @@ class ParameterSpec:
     uses_per_token: float = 1.0
 
 
+def linear_specs(inputs: int, outputs: int, *, bias: bool) -> list[ParameterSpec]:
+    """Return the parameters of an ``nn.Linear``."""
+    biases = [ParameterSpec("bias", (outputs,))] if bias else []
+    return [ParameterSpec("matrix", (outputs, inputs)), *biases]
+
+
 @dataclass(frozen=True, slots=True)
 class FeedForwardShape:
     """A feed-forward in a model of dim ``dim``, with or without biases."""

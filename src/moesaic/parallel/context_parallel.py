@@ -148,6 +148,18 @@ class ContextParallel(Choice):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ContextRanks:
+    """The ``ContextScope`` of a process group: its ranks share rows as ``by`` says."""
+
+    group: Group
+    by: ContextParallel
+
+    def attention_backend(self, *, kv_heads: int) -> AttentionBackend:
+        """Return the attention of a layer with ``kv_heads`` heads on this tensor rank."""
+        return self.by.build(self.group, kv_heads=kv_heads)
+
+
 class Ulysses(ContextParallel):
     """All-to-all of tokens for heads: each rank computes some heads of whole rows (2309.14509)."""
 

@@ -12,17 +12,16 @@ from moesaic.core.errors import ConfigError
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import World
-from moesaic.model.block import CrossAttentionBranch, SelfAttentionBranch
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, moe_layers
-from moesaic.nn.attention import CrossAttention, SelfAttention, ShardableAttention
+from moesaic.nn.shardable_module import shardable_modules
 from moesaic.parallel.activation_checkpointing import apply_activation_checkpointing
 from moesaic.parallel.batch_ranks import BatchRanks, world_over
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.context_parallel import SequenceSharder
+from moesaic.parallel.context_parallel import ContextRanks, SequenceSharder
 from moesaic.parallel.expert_dispatch import DispatchGroups
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.pipeline import Pipeline
@@ -108,8 +107,10 @@ def apply_context_parallel(model: Transformer, *, parallel: ParallelConfig, mesh
         token_split=parallel.context_parallel.token_split(),
     )
     group = mesh.group("context")
-    for module in _token_mixers(model) if group is not None else ():
-        module.backend = parallel.context_parallel.build(group, kv_heads=module.kv_heads)
+    if group is not None:
+        scope = ContextRanks(group, parallel.context_parallel)
+        for _, module in shardable_modules(model):
+            module.use_context_parallel(scope)
 
 
 def apply_expert_parallel(model: Transformer, *, parallel: ParallelConfig, mesh: Mesh) -> None:
@@ -136,7 +137,6 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
     """Raise ConfigError with a sentence for each layer that the plan does not fit."""
     problems = [
         *tensor_parallel_problems(model, ranks=plan.tensor),
-        *_attention_problems(model, ranks=plan.context * plan.tensor),
         *_context_parallel_problems(model, parallel=parallel, plan=plan),
         *whole_row_problems(model.config, ranks=plan.context * plan.tensor),
     ]
@@ -151,31 +151,22 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
         raise ConfigError(problems)
 
 
-def _token_mixers(model: nn.Module) -> Iterator[SelfAttention | CrossAttention]:
-    """Yield each module that mixes tokens once: of the blocks, and of routers that attend."""
-    attentions = (m for m in model.modules() if isinstance(m, ShardableAttention))
-    yield from dict.fromkeys(module for one in attentions for module in one.token_mixers())
-
-
-def _attention_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
-    """Yield a sentence for each attention that would take its share of a row for the whole row."""
-    for path, branch in model.named_modules() if ranks > 1 else ():
-        is_attention = isinstance(branch, SelfAttentionBranch | CrossAttentionBranch)
-        if is_attention and not isinstance(branch.inner, ShardableAttention):
-            kind = type(branch.inner).__name__
-            yield (
-                f"parallel.plan: context x tensor = {ranks} ranks share each row, but {kind} of "
-                f"{path} does not say where it mixes tokens: give it `token_mixers` (see "
-                "ShardableAttention in nn/attention.py), or set context and tensor to 1"
-            )
-
-
 def _context_parallel_problems(
     model: nn.Module, *, parallel: ParallelConfig, plan: ParallelPlan
 ) -> Iterator[str]:
-    for heads in sorted({module.heads // plan.tensor for module in _token_mixers(model)}):
-        why = parallel.context_parallel.problems(heads=heads, ranks=plan.context)
-        if plan.context > 1 and why:
+    """Yield a sentence for each module whose rows the context ranks cannot share."""
+    heads: set[int] = set()
+    for path, module in shardable_modules(model) if plan.context > 1 else ():
+        sharding, kind = module.context_sharding(), type(module).__name__
+        if sharding.refusal is not None:
+            yield (
+                f"parallel.context={plan.context}: {kind} of {path} {sharding.refusal}: set "
+                "context to 1, or choose another mixer (model.mixers)"
+            )
+        elif sharding.heads is not None:
+            heads.add(sharding.heads // plan.tensor)
+    for number in sorted(heads):
+        if why := parallel.context_parallel.problems(heads=number, ranks=plan.context):
             yield f"parallel.context={plan.context}: {why}"
 
 

@@ -18,12 +18,11 @@ from moesaic.checkpoint.snapshot import Shard, ShardBlock
 from moesaic.core.shapes import Shaped, Tensor
 from moesaic.distributed.mesh import DATA_CONTEXT_AXES, STAGE_AXES
 from moesaic.distributed.parallel_plan import RankGrid
-from moesaic.model.block import FeedForwardBranch
 from moesaic.model.transformer import Transformer
 from moesaic.moe.experts import ExpertModule, GroupedExperts
 from moesaic.moe.layer import MoELayer
-from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.embedding import Embedding
+from moesaic.nn.shardable_module import ShardableModule
 
 EXPERT_STAGE_AXES = ("expert_data", "expert", "expert_tensor")
 
@@ -87,42 +86,17 @@ def make_sharding_plan(model: Transformer) -> ShardingPlan:
 
 def _placements(module: nn.Module) -> Iterator[tuple[str, Placement]]:
     """Yield the placements of a layer's sharded parameters, by their names in it."""
-    if isinstance(module, SelfAttention):
-        query, keys = module.heads * module.head_dim, module.kv_heads * module.head_dim
-        yield from _column_parallel("qkv", module.qkv, segments=(query, keys, keys))
-        yield from _row_parallel("out", module.out)
-    elif isinstance(module, CrossAttention):
-        query, keys = module.heads * module.head_dim, module.kv_heads * module.head_dim
-        yield from _column_parallel("query", module.query, segments=(query,))
-        yield from _column_parallel("kv", module.kv, segments=(keys, keys))
-        yield from _row_parallel("out", module.out)
-    elif isinstance(module, FeedForwardBranch):
-        up, down = module.inner.up, module.inner.down
-        segments = (down.in_features,) * (up.out_features // down.in_features)
-        yield from _column_parallel("inner.up", up, segments=segments)
-        yield from _row_parallel("inner.down", down)
+    if isinstance(module, ShardableModule):
+        parameters = dict(module.named_parameters())
+        for name, sharded in module.tensor_sharding().tensors.items():
+            dims = (ShardedDim("tensor", sharded.dim, sharded.segments),)
+            yield name, Placement(tuple(parameters[name].shape), dims)
     elif isinstance(module, Embedding):
         for name, table in module.named_parameters():
             shape = tuple(table.shape)
             yield name, Placement(shape, (ShardedDim("tensor", 0, (shape[0],)),))
     elif isinstance(module, MoELayer):
         yield from _expert_placements(module)
-
-
-def _column_parallel(
-    name: str, linear: nn.Linear, *, segments: tuple[int, ...]
-) -> Iterator[tuple[str, Placement]]:
-    """Each rank computes some of the outputs (rows of ``nn.Linear.weight``)."""
-    dims = (ShardedDim("tensor", 0, segments),)
-    yield f"{name}.weight", Placement(tuple(linear.weight.shape), dims)
-    if linear.bias is not None:
-        yield f"{name}.bias", Placement(tuple(linear.bias.shape), dims)
-
-
-def _row_parallel(name: str, linear: nn.Linear) -> Iterator[tuple[str, Placement]]:
-    """Each rank reads some of the inputs; outputs are summed over ranks, the bias added once."""
-    shape = tuple(linear.weight.shape)
-    yield f"{name}.weight", Placement(shape, (ShardedDim("tensor", 1, (shape[1],)),))
 
 
 def _expert_placements(layer: MoELayer) -> Iterator[tuple[str, Placement]]:

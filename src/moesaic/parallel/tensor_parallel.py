@@ -31,11 +31,9 @@ from moesaic.distributed.collectives import (
 )
 from moesaic.distributed.flight_recorder import record_collective
 from moesaic.distributed.process_groups import Group, group_rank, group_size
-from moesaic.model.block import FeedForwardBranch
-from moesaic.moe.attention_experts import AttentionMixture
-from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
+from moesaic.nn.shardable_module import ShardableModule, shardable_modules
 from moesaic.ops.cross_entropy import CHUNK_ELEMENTS, TokenLoss
 
 
@@ -201,12 +199,8 @@ def apply_tensor_parallel(model: nn.Module, *, group: Group, vocab_size: int) ->
         return
     tensor_parallel = ProcessGroupTensorParallel(group)
     for module in model.modules():
-        if isinstance(module, SelfAttention | CrossAttention):
-            module.heads //= ranks
-            module.kv_heads //= ranks
-            module.tensor_parallel = tensor_parallel
-        elif isinstance(module, FeedForwardBranch):
-            module.tensor_parallel = tensor_parallel
+        if isinstance(module, ShardableModule):
+            module.use_tensor_parallel(tensor_parallel, ranks=ranks)
         elif isinstance(module, Embedding):
             module.backend = VocabParallelEmbedding(group, size=vocab_size)
     if group_rank(group):
@@ -216,29 +210,27 @@ def apply_tensor_parallel(model: nn.Module, *, group: Group, vocab_size: int) ->
 
 def tensor_parallel_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
     """Yield a sentence for each reason why a model cannot be sharded over ``ranks``."""
-    for path, module in model.named_modules():
-        sizes: dict[str, int] = {}
-        if isinstance(module, AttentionMixture) and ranks > 1:
+    for path, module in shardable_modules(model) if ranks > 1 else ():
+        sharding = module.tensor_sharding()
+        if sharding.refusal is not None:
+            kind = type(module).__name__
             yield (
-                f"parallel.tensor={ranks} shards heads, but those of {path} belong to attention "
-                "experts: set tensor to 1, or model.attention_experts to NoAttentionExperts"
+                f"parallel.tensor={ranks}: {kind} of {path} {sharding.refusal}: set tensor to "
+                "1, or choose another mixer (model.mixers)"
             )
-        if isinstance(module, SelfAttention | CrossAttention):
-            sizes = {"heads": module.heads, "kv_heads": module.kv_heads}
-        elif isinstance(module, FeedForwardBranch):
-            sizes = {"hidden channels": module.inner.down.in_features}
-        for what, number in sizes.items():
+        for what, number in sharding.divided.items():
             if number % ranks:
                 yield f"parallel.tensor={ranks} must divide them, but {path} has {number} {what}"
 
 
 def row_parallel_linears(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
     """Yield (owner, name, linear) of the row-parallel linears with a bias: one rank adds it."""
-    for module in model.modules():
-        if isinstance(module, SelfAttention | CrossAttention) and module.out.bias is not None:
-            yield module, "out", module.out
-        elif isinstance(module, FeedForwardBranch) and module.inner.down.bias is not None:
-            yield module.inner, "down", module.inner.down
+    for _, module in shardable_modules(model):
+        for path in module.tensor_sharding().row_parallel:
+            parent, _, name = path.rpartition(".")
+            linear = module.get_submodule(path)
+            if isinstance(linear, nn.Linear) and linear.bias is not None:
+                yield module.get_submodule(parent), name, linear
 
 
 def _tokens_by_tensor_rank(packing: Packing) -> tuple[int, ...]:
