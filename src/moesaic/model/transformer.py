@@ -36,6 +36,7 @@ from moesaic.nn.decode_state import DecodeState, newest_positions
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.initializer import deferred_initialization
 from moesaic.nn.packing import Packing
+from moesaic.nn.relative_bias import RelativeBiasModule
 from moesaic.nn.sequence_mixer import MixerContext
 from moesaic.ops.cross_entropy import TokenLoss
 from moesaic.optim.optimizer import ParameterKind
@@ -113,6 +114,8 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
         )
+        self.encoder_score_bias = _score_bias(config, side="encoder")
+        self.decoder_score_bias = _score_bias(config, side="decoder")
         self.encoder_routing = _shared_router(config, stack=config.encoder, causal=False)
         self.decoder_routing = _shared_router(config, stack=config.decoder, causal=True)
         if config.encoder.layers:
@@ -225,7 +228,11 @@ class Transformer(nn.Module):
             tag_embedding=prompt,
         )
         gathered, causal = tokens.position[packing.gathered_tokens], tokens.stack == "decoder"
-        mixing = MixerContext(packing, gathered, causal=causal, start=tokens.start)
+        table = self.encoder_score_bias if tokens.stack == "encoder" else self.decoder_score_bias
+        bias = None if table is None else table()
+        mixing = MixerContext(
+            packing, gathered, causal=causal, start=tokens.start, score_bias=bias
+        )
         return ForwardContext(mixing, routing_context)
 
     def embed(self, tokens: StackTokens, *, context: ForwardContext) -> BlockState:
@@ -274,6 +281,13 @@ class Transformer(nn.Module):
 def packing_of(rows: InputRows) -> Packing:
     """Return where the real entries of the rows are."""
     return Packing.from_lengths(rows.lengths, length=rows.width)
+
+
+def _score_bias(config: ModelConfig, *, side: str) -> RelativeBiasModule | None:
+    """Build the bias of the attention scores of a stack, if its positions have one."""
+    if not config.stack_of(side).layers:
+        return None
+    return config.position.build_score_bias(config.attention.heads, causal=side == "decoder")
 
 
 def _shared_router(config: ModelConfig, *, stack: Stack, causal: bool) -> SharedRouter | None:

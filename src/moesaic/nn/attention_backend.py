@@ -34,6 +34,11 @@ class KeyValue:
         """Take some batch rows, in any order and number."""
         return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
 
+    def gather(self, place: Int[Tensor, "B N"]) -> "KeyValue":
+        """Take some places of each row, in any order and number."""
+        index = place[:, None, :, None]
+        return KeyValue(*(torch.take_along_dim(x, index, 2) for x in (self.key, self.value)))
+
     def grow(self, length: int) -> "KeyValue":
         """Return a cache with capacity for ``length`` tokens or more (zeros); grows by doubling."""
         have = self.key.shape[2]

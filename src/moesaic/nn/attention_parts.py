@@ -3,6 +3,8 @@
 Letters: H heads.
 """
 
+from typing import Self
+
 from pydantic import Field
 
 from moesaic.core.config import Choice
@@ -15,6 +17,10 @@ class Window(Choice):
     def mask(self, *, causal: bool) -> AttentionMask:
         """Return the mask of a stack whose tokens attend to earlier ones only, or to all."""
         raise NotImplementedError
+
+    def shrink(self) -> Self:
+        """Return the same with a small size, for fast comparisons of short rows."""
+        return self
 
 
 class NoWindow(Window):
@@ -36,6 +42,9 @@ class SlidingWindow(Window):
     def mask(self, *, causal: bool) -> AttentionMask:
         return AttentionMask(causal, window=self.size)
 
+    def shrink(self) -> Self:
+        return self.replace(size=min(self.size, 3))
+
 
 class Chunks(Window):
     """Tokens of the same chunk: rows are cut into chunks of ``size`` tokens (Llama 4)."""
@@ -44,6 +53,9 @@ class Chunks(Window):
 
     def mask(self, *, causal: bool) -> AttentionMask:
         return AttentionMask(causal, chunk=self.size)
+
+    def shrink(self) -> Self:
+        return self.replace(size=min(self.size, 3))
 
 
 class Sinks(Choice):

@@ -31,9 +31,35 @@ class DecodeState(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class CachedKeys:
+    """Keys and values that the newest tokens may attend to, and their positions in the row.
+
+    A negative position is a place without a token.
+    """
+
+    keys: KeyValue
+    position: Int[Tensor, "#B S"]
+
+
+@runtime_checkable
+class KeyValueState(DecodeState, Protocol):
+    """The decode state of an attention."""
+
+    def append(
+        self, new: KeyValue, *, start: Int[Tensor, "B"], count: Int[Tensor, "B"] | None
+    ) -> CachedKeys:
+        """Store the newest tokens of each row, after the ``start`` that it has.
+
+        ``count`` are the numbers of new tokens in each row, where padding follows them. Returns what
+        the new tokens may attend to, themselves included. ``reserve`` made room for them.
+        """
+        ...
+
+
 @dataclass(slots=True)
 class KVState:
-    """Keys and values of all tokens so far: the state of attention."""
+    """Keys and values of all tokens so far."""
 
     keys: KeyValue
 
@@ -49,9 +75,59 @@ class KVState:
     def reserve(self, length: int) -> None:
         self.keys = self.keys.grow(length)
 
-    def write(self, new: KeyValue, *, position: Int[Tensor, "B n"]) -> None:
-        """Store the keys and values of the newest tokens; ``reserve`` made room for them."""
-        self.keys.write(new, position=position)
+    def append(
+        self, new: KeyValue, *, start: Int[Tensor, "B"], count: Int[Tensor, "B"] | None
+    ) -> CachedKeys:
+        """Store new keys and values; padding is stored too, and later tokens are written over it."""
+        del count
+        self.keys.write(new, position=newest_positions(start, new.key.shape[2]))
+        return CachedKeys(self.keys, torch.arange(self.keys.key.shape[2], device=start.device)[None])
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.key.nbytes + self.keys.value.nbytes
+
+
+@dataclass(slots=True)
+class WindowKVState:
+    """Keys and values of the ``size`` newest tokens: a ring buffer, constant once it is full.
+
+    The token at position p of a row is at place ``p % size``.
+    """
+
+    keys: KeyValue
+    size: int
+
+    def select(self, rows: Int[Tensor, "R"]) -> "WindowKVState":
+        return WindowKVState(self.keys.select(rows), self.size)
+
+    def reserve(self, length: int) -> None:
+        grown = self.keys.grow(min(length, self.size))
+        self.keys = KeyValue(grown.key[:, :, : self.size], grown.value[:, :, : self.size])
+
+    def append(
+        self, new: KeyValue, *, start: Int[Tensor, "B"], count: Int[Tensor, "B"] | None
+    ) -> CachedKeys:
+        """Store new keys and values; those that leave the window are seen by this call only."""
+        newest = newest_positions(start, new.key.shape[2])
+        if count is None and newest.shape[1] == 1:  # what it replaces is out of the window
+            self.keys.write(new, position=newest % self.size)
+            return CachedKeys(self.keys, self._positions(start + 1))
+        old = self._positions(start)
+        both = KeyValue(
+            torch.cat([self.keys.key, new.key], 2), torch.cat([self.keys.value, new.value], 2)
+        )
+        after = self._positions(start + (newest.shape[1] if count is None else count))
+        place = torch.arange(old.shape[1], device=old.device)
+        index = torch.where(after < start[:, None], place, old.shape[1] + after - start[:, None])
+        self.keys = both.gather(index)
+        return CachedKeys(both, torch.cat([old, newest], 1))
+
+    def _positions(self, length: Int[Tensor, "B"]) -> Int[Tensor, "B S"]:
+        """Return the position of the token at each place, in rows of ``length`` tokens."""
+        place = torch.arange(self.keys.key.shape[2], device=length.device)
+        last = length[:, None] - 1
+        return last - (last - place) % self.size
 
     @property
     def nbytes(self) -> int:

@@ -118,6 +118,11 @@ class Packing:
         )
 
     @property
+    def row_counts(self) -> Int[Tensor, "B"] | None:
+        """The number of tokens of each row; None where nothing is padded."""
+        return None if self.mask is None else self.mask.sum(1)
+
+    @property
     def key_mask(self) -> Bool[Tensor, "B 1 1 S"] | None:
         """The attention mask of these tokens as keys; None where nothing is padded.
 

@@ -14,6 +14,8 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Int, Shaped, Tensor
+from moesaic.nn.attention_scores import RelativeBuckets
+from moesaic.nn.relative_bias import RelativeBiasModule
 from moesaic.nn.rotary_scaling import NoRotaryScaling, RotaryScaling
 
 Rotation = Callable[[Tensor], Tensor]
@@ -61,6 +63,16 @@ class PositionalEncoding(Choice):
     def reads_length(self) -> bool:
         """Whether rotations depend on the lengths of rows."""
         return False
+
+    @property
+    def biases_scores(self) -> bool:
+        """Whether the attentions of a stack add one learned bias to their scores."""
+        return False
+
+    def build_score_bias(self, _heads: int, *, causal: bool) -> RelativeBiasModule | None:
+        """Return the module of that bias for a stack, or None."""
+        del causal
+        return None
 
     def rotated_channels(self, _head_dim: int, /) -> int:
         """Return the channels of a head that are rotated: as many values are saved per token."""
@@ -158,6 +170,39 @@ class LearnedPositions(PositionalEncoding):
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return _LearnedPositionsModule(self, dim=dim)
+
+
+class RelativeBias(PositionalEncoding):
+    """A learned bias of attention scores by distance and head (T5, 1910.10683, section 2.1).
+
+    Each stack has one table, shared by its self-attentions; cross-attention has none. Distances from
+    ``max_distance`` on share a bucket; half of the ``buckets`` are exact distances, and in an encoder
+    each half of them is for one direction.
+    """
+
+    buckets: int = Field(default=32, ge=4)
+    max_distance: int = Field(default=128, ge=2)
+
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
+        return PositionalEncodingModule()
+
+    @property
+    def biases_scores(self) -> bool:
+        return True
+
+    def build_score_bias(self, heads: int, *, causal: bool) -> RelativeBiasModule:
+        return RelativeBiasModule(self._rule(causal=causal), heads=heads)
+
+    def problems(self, _head_dim: int, /) -> str | None:
+        if self.buckets % 4 or self.max_distance <= self.buckets // 2:
+            return (
+                f"buckets that 4 divides and max_distance above their half, not "
+                f"buckets={self.buckets}, max_distance={self.max_distance}"
+            )
+        return None
+
+    def _rule(self, *, causal: bool) -> RelativeBuckets:
+        return RelativeBuckets(self.buckets, self.max_distance, bidirectional=not causal)
 
 
 def _rotate_neighbours(

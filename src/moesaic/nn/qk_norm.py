@@ -26,39 +26,34 @@ class HeadNumbers:
 
 
 class QKNormModule(nn.Module):
-    """Base of QK-norms: changes nothing, before or after rotary positions."""
+    """Base of QK-norms. ``after_rotation``: of rotated queries and keys, not of those before."""
 
-    def before_rotation(
-        self, query: Float[Tensor, "T H d"], key: Float[Tensor, "T G d"]
-    ) -> tuple[Float[Tensor, "T H d"], Float[Tensor, "T G d"]]:
-        """Return queries and keys as they are rotated."""
-        return query, key
+    after_rotation: bool = False
 
-    def after_rotation(
-        self, query: Float[Tensor, "T H d"], key: Float[Tensor, "T G d"]
-    ) -> tuple[Float[Tensor, "T H d"], Float[Tensor, "T G d"]]:
-        """Return queries and keys as their products are taken."""
-        return query, key
+    def normalise_query(self, x: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
+        """Return the norm of queries."""
+        raise NotImplementedError
+
+    def normalise_key(self, x: Float[Tensor, "T G d"]) -> Float[Tensor, "T G d"]:
+        """Return the norm of keys."""
+        raise NotImplementedError
 
 
 class QKNorm(Choice):
-    """Family of norms of queries and keys.
+    """Family of norms of queries and keys, in self-attention and in cross-attention."""
 
-    Queries and keys may also be those of different tokens (cross-attention); each is normalised by
-    itself.
-    """
-
-    def build(self, _numbers: HeadNumbers, /) -> QKNormModule:
-        """Return the module."""
-        return QKNormModule()
+    def build(self, numbers: HeadNumbers, /) -> QKNormModule | None:
+        """Return the module; None where nothing is normalised."""
+        raise NotImplementedError
 
     def parameter_specs(self, _numbers: HeadNumbers, /) -> Sequence[ParameterSpec]:
         """Return the parameters of the module."""
         return ()
 
-    def saved_activations(self, _numbers: HeadNumbers, /) -> tuple[int, int]:
-        """Return the values per token that autograd saves, of queries and of keys."""
-        return 0, 0
+    def saved_activations(self, _width: int, *, heads: int) -> int:
+        """Return the values per token that autograd saves for ``heads`` heads, beside the input."""
+        del heads
+        return 0
 
     def tensor_refusal(self) -> str | None:
         """Return why tensor ranks cannot share the heads, or None."""
@@ -67,6 +62,9 @@ class QKNorm(Choice):
 
 class NoQKNorm(QKNorm):
     """Queries and keys as they are projected."""
+
+    def build(self, numbers: HeadNumbers, /) -> None:
+        del numbers
 
 
 class PerHeadQKNorm(QKNorm):
@@ -83,9 +81,8 @@ class PerHeadQKNorm(QKNorm):
     def parameter_specs(self, numbers: HeadNumbers, /) -> Sequence[ParameterSpec]:
         return 2 * list(self.norm.parameter_specs(numbers.head_dim))
 
-    def saved_activations(self, numbers: HeadNumbers, /) -> tuple[int, int]:
-        each = self.norm.saved_statistics()
-        return numbers.heads * each, numbers.kv_heads * each
+    def saved_activations(self, _width: int, *, heads: int) -> int:
+        return heads * self.norm.saved_statistics()
 
 
 class AcrossHeadsQKNorm(QKNorm):
@@ -103,9 +100,9 @@ class AcrossHeadsQKNorm(QKNorm):
         widths = (heads * numbers.head_dim for heads in (numbers.heads, numbers.kv_heads))
         return [spec for width in widths for spec in self.norm.parameter_specs(width)]
 
-    def saved_activations(self, numbers: HeadNumbers, /) -> tuple[int, int]:
-        del numbers
-        return self.norm.saved_statistics(), self.norm.saved_statistics()
+    def saved_activations(self, _width: int, *, heads: int) -> int:
+        del heads
+        return self.norm.saved_statistics()
 
     def tensor_refusal(self) -> str | None:
         return "normalises over all heads (AcrossHeadsQKNorm), of which a tensor rank has some"
@@ -119,9 +116,8 @@ class L2QKNorm(QKNorm):
     def build(self, _numbers: HeadNumbers, /) -> QKNormModule:
         return _L2Norm(self.eps)
 
-    def saved_activations(self, numbers: HeadNumbers, /) -> tuple[int, int]:
-        each = numbers.head_dim + 1
-        return numbers.heads * each, numbers.kv_heads * each
+    def saved_activations(self, width: int, *, heads: int) -> int:
+        return heads * (width + 1)
 
 
 class _PerHeadNorm(QKNormModule):
@@ -129,11 +125,11 @@ class _PerHeadNorm(QKNormModule):
         super().__init__()
         self.query, self.key = norm.build(numbers.head_dim), norm.build(numbers.head_dim)
 
-    def before_rotation(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            self.query(query.flatten(0, 1)).view_as(query),
-            self.key(key.flatten(0, 1)).view_as(key),
-        )
+    def normalise_query(self, x: Tensor) -> Tensor:
+        return self.query(x.flatten(0, 1)).view_as(x)
+
+    def normalise_key(self, x: Tensor) -> Tensor:
+        return self.key(x.flatten(0, 1)).view_as(x)
 
 
 class _AcrossHeadsNorm(QKNormModule):
@@ -143,18 +139,23 @@ class _AcrossHeadsNorm(QKNormModule):
             norm.build(heads * numbers.head_dim) for heads in (numbers.heads, numbers.kv_heads)
         )
 
-    def before_rotation(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query(query.flatten(1)).view_as(query), self.key(key.flatten(1)).view_as(key)
+    def normalise_query(self, x: Tensor) -> Tensor:
+        return self.query(x.flatten(1)).view_as(x)
+
+    def normalise_key(self, x: Tensor) -> Tensor:
+        return self.key(x.flatten(1)).view_as(x)
 
 
 class _L2Norm(QKNormModule):
+    after_rotation = True
+
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
 
-    def after_rotation(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return self._norm(query), self._norm(key)
-
-    def _norm(self, x: Tensor) -> Tensor:
+    def normalise_query(self, x: Tensor) -> Tensor:
         size = x.float().square().mean(-1, keepdim=True)
         return x * torch.rsqrt(size + self.eps).to(x.dtype)
+
+    def normalise_key(self, x: Tensor) -> Tensor:
+        return self.normalise_query(x)

@@ -19,6 +19,7 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.attention_scores import ScoreBias
 from moesaic.nn.decode_state import DecodeState, JointState, newest_positions
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.packing import Packing
@@ -55,13 +56,15 @@ class MixerContext:
 
     ``position`` are the places in their rows of ``packing.gathered_tokens``. In decoding the
     packing has the newest tokens only, and ``start`` is the number of tokens that each row has
-    before them; it is None where rows are whole.
+    before them; it is None where rows are whole. ``score_bias`` is the stack's bias of attention
+    scores, if its positions have one.
     """
 
     packing: Packing
     position: Int[Tensor, "T"]
     causal: bool
     start: Int[Tensor, "B"] | None = None
+    score_bias: ScoreBias | None = None
     _rotations: dict[Hashable, Rotation] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
@@ -70,17 +73,32 @@ class MixerContext:
         return MixerContext(packing, packing.position[packing.gathered_tokens], causal)
 
     @property
+    def row_starts(self) -> Int[Tensor, "B"]:
+        """The number of tokens that each row has before the newest ones; in decoding only."""
+        assert self.start is not None, "whole rows have no newest tokens"
+        return self.start
+
+    @property
     def newest_positions(self) -> Int[Tensor, "B n"]:
         """The positions of the newest tokens, padded as the packing is; in decoding only."""
-        assert self.start is not None, "whole rows have no newest tokens"
-        return newest_positions(self.start, self.packing.length)
+        return newest_positions(self.row_starts, self.packing.length)
 
     def rotation(self, encoding: PositionalEncoding, *, head_dim: int) -> Rotation:
         """Return the rotation of queries and keys [T, H, d], made once per encoding and width."""
         key = (encoding, head_dim)
         if key not in self._rotations:
-            self._rotations[key] = encoding.rotation(self.position, head_dim=head_dim)
+            length = self._lengths() if encoding.reads_length else None
+            self._rotations[key] = encoding.rotation(
+                self.position, head_dim=head_dim, length=length
+            )
         return self._rotations[key]
+
+    def _lengths(self) -> Int[Tensor, "T"]:
+        """Return the length so far of the row of each token of ``position``."""
+        packing = self.packing
+        length = packing.row.bincount(minlength=packing.rows)
+        length = length if self.start is None else length + self.start
+        return length[packing.row[packing.gathered_tokens]]
 
 
 class SequenceMixerModule(ShardableModule):
@@ -134,6 +152,11 @@ class SequenceMixer(Choice):
         """Return the float32 values per token that autograd saves beside the module's input."""
         raise NotImplementedError
 
+    def saved_per_row(self, _shape: MixerShape, /, *, tokens: int) -> int:
+        """Return the values that autograd saves for a row of ``tokens`` tokens, beside those."""
+        del tokens
+        return 0
+
     def shared_activations(self, _shape: MixerShape, /) -> Mapping[Hashable, int]:
         """Return values per token that mixers of a stack save once together, by what they are."""
         return {}
@@ -173,6 +196,9 @@ class Parallel(SequenceMixer):
     def saved_activations(self, shape: MixerShape, /) -> int:
         norm = shape.dim + shape.norm.saved_statistics()
         return sum(mixer.saved_activations(shape) + norm for mixer in self.mixers)
+
+    def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
+        return sum(mixer.saved_per_row(shape, tokens=tokens) for mixer in self.mixers)
 
     def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
         return {k: v for mixer in self.mixers for k, v in mixer.shared_activations(shape).items()}
