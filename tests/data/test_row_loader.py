@@ -1,6 +1,7 @@
 """The row loader: its draws, ranks and resuming, on rows that are their own numbers."""
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -15,16 +16,16 @@ SIZES = np.array([5, 3, 8])
 class Numbers(RowDataset):
     """Each batch is its draws."""
 
-    labels = {"domain": ("a", "b", "c")}
     fingerprint = "numbers"
 
     def __init__(self, sizes=SIZES):
-        self._sizes = np.array(sizes)
+        self._sizes, self.labels = np.array(sizes), {"domain": ("a", "b", "c")}
 
     def sizes(self, split):
         return self._sizes if split == "train" else self._sizes // 2
 
     def make_batch(self, draws: RowDraws, *, split):
+        assert split in ("train", "valid")
         return list(zip(draws.group.tolist(), draws.row.tolist(), draws.key.tolist(), strict=True))
 
 
@@ -54,9 +55,9 @@ def test_ranks_share_the_global_batches_whatever_their_number(ranks):
     with loader() as one:
         expected = [sorted(next(one)) for _ in range(3)]
     parts = [loader(rank, ranks) for rank in range(ranks)]
-    assert [sorted(sum((next(p) for p in parts), [])) for _ in range(3)] == expected
-    held = [sum(p.held_out_batches(), []) for p in parts]
-    assert sorted(sum(held, [])) == sorted(sum(loader().held_out_batches(), []))
+    assert [sorted(chain(*(next(p) for p in parts))) for _ in range(3)] == expected
+    held = chain(*(chain(*p.held_out_batches()) for p in parts))
+    assert sorted(held) == sorted(chain(*loader().held_out_batches()))
 
 
 def test_resuming_on_another_number_of_ranks_continues_at_the_next_draw():
@@ -66,7 +67,7 @@ def test_resuming_on_another_number_of_ranks_continues_at_the_next_draw():
     parts = [loader(rank, 2, prefetch=0) for rank in range(2)]
     for part in parts:
         part.restore(state)
-    assert sorted(sum((next(p) for p in parts), [])) == expected
+    assert sorted(chain(*(next(p) for p in parts))) == expected
 
 
 def test_held_out_rows_are_the_same_in_every_call_and_at_most_so_many_of_a_group():

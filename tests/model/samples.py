@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from mixer_cases import MIXERS, alone, hybrid
 from moesaic.data.batch import (
     IGNORE_LABEL,
     SOURCE_LANGUAGE,
@@ -42,9 +43,7 @@ from moesaic.moe.router_gate import HiddenStateAndTag, HiddenStateAndToken, TagO
 from moesaic.moe.router_noise import StochasticWarmup
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
 from moesaic.moe.soft_moe import SoftMoE
-from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
-from moesaic.nn.attention_parts import Chunks, LearnedSinks, SlidingWindow
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm
@@ -52,11 +51,9 @@ from moesaic.nn.positional_encoding import (
     LearnedPositions,
     NoPositionalEncoding,
     RelativeBias,
-    Rotary,
     Sinusoidal,
 )
-from moesaic.nn.qk_norm import AcrossHeadsQKNorm, L2QKNorm, PerHeadQKNorm
-from moesaic.nn.rotary_scaling import Llama3Scaling
+from moesaic.nn.qk_norm import AcrossHeadsQKNorm
 
 VOCABULARY = 40
 BASE = ModelConfig(
@@ -174,38 +171,18 @@ VARIANTS["residual-pyramid-bias"] = BASE.replace(
     moe=MIXTURE.replace(select=SwitchTop1(), shared_experts=ResidualExpert()),
     bias=True,
 )
+VARIANTS |= {f"mixer-{name}": alone(BASE, name) for name in MIXERS}
+VARIANTS["mixers-of-all-kinds"] = hybrid(BASE)
+VARIANTS["mixers-parallel-residual"] = hybrid(BASE).replace(
+    encoder=NONE, block_layout=ParallelResidual(), bias=True
+)
 
 
 PADDING = 10**9  # no id of any vocabulary: padding is never read
 VARIANTS |= {
-    "attention-parts": BASE.replace(
-        attention=AttentionConfig(
-            heads=4,
-            kv_heads=2,
-            bias=("query", "value"),
-            qk_norm=PerHeadQKNorm(),
-            sinks=LearnedSinks(),
-            scale=0.4,
-        ),
-        position=Rotary(
-            pairing="halves", fraction=0.5, scaling=Llama3Scaling(factor=4, original_length=8)
-        ),
-        mixers={"window": Attention(window=SlidingWindow(size=3))},
-        encoder=Stack(layers=2, pattern="window, attention"),
-        decoder=Stack(layers=2, moe_every=1, pattern="window, attention"),
-    ),
     "relative-bias": BASE.replace(
         attention=AttentionConfig(heads=4, qk_norm=AcrossHeadsQKNorm(), clip=0.7, scale=1.0),
         position=RelativeBias(buckets=8, max_distance=6),
-    ),
-    "chunks-decoder-only": BASE.replace(
-        encoder=NONE,
-        attention=AttentionConfig(heads=4, kv_heads=2, softcap=3.0),
-        mixers={
-            "chunk": Attention(window=Chunks(size=3), qk_norm=L2QKNorm()),
-            "nope": Attention(position=NoPositionalEncoding()),
-        },
-        decoder=Stack(layers=2, pattern="chunk, nope"),
     ),
 }
 

@@ -22,14 +22,13 @@ class Table:
         self.first = torch.randn(sources, V, generator=draw)
 
     def problem(self, *, room=ROOM, forbidden=()):
-        mask = torch.zeros(V, dtype=torch.bool)
-        mask[list(forbidden)] = True
         return SearchInputs(
             logits=self.first,
             step=lambda last: self.table[last],
-            reorder_cache=lambda _: None,
+            reorder_cache=lambda *_: None,
             max_tokens=torch.full((len(self.first),), room),
-            suppressed=mask,
+            suppressed=torch.tensor(forbidden, dtype=torch.long),
+            eos=EOS,
         )
 
     def log_prob(self, ids, source=0):
@@ -101,9 +100,7 @@ def test_each_source_ends_at_its_own_limit():
     table.first[:, EOS] = -50.0
     problem = table.problem()
     limits = torch.tensor([1, 5, 3])
-    problem = SearchInputs(
-        problem.logits, problem.step, problem.reorder_cache, limits, problem.suppressed
-    )
+    problem = replace(problem, max_tokens=limits)
     answers = Beam(size=3)(problem)
     assert [len(best.ids) for (best,) in answers] == [1, 5, 3]
     assert not any(best.finished for (best,) in answers)

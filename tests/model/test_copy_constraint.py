@@ -76,9 +76,10 @@ def test_every_answer_holds_its_units_exactly(search: Search, limit: int) -> Non
     inputs = SearchInputs(
         logits=torch.randn(3, V),
         step=lambda ids: torch.randn(ids.shape[0], V) * 3,
-        reorder_cache=lambda _: None,
+        reorder_cache=lambda *_: None,
         max_tokens=limits,
-        suppressed=torch.zeros(V, dtype=torch.bool),
+        suppressed=torch.zeros(0, dtype=torch.long),
+        eos=EOS,
         processors=(CopyConstraint(TOKENS, units=units, max_tokens=limits),),
     )
     slot = dict(zip(TOKENS.ids, TOKENS.slot_of, strict=True))

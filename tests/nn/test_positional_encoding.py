@@ -30,7 +30,9 @@ def test_rotary_scores_depend_on_distance_only():
     query, key = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
 
     def score(i, j):
-        turned = [Rotary().rotation(torch.tensor([p]), head_dim=8)(v) for p, v in ((i, query), (j, key))]
+        turned = [
+            Rotary().rotation(torch.tensor([p]), head_dim=8)(v) for p, v in ((i, query), (j, key))
+        ]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(3, 1), score(13, 11), rtol=1e-4, atol=1e-5)

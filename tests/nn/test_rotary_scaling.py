@@ -69,7 +69,9 @@ SCALINGS = {
 
 
 def test_every_scaling_is_tested():
-    assert {type(scaling) for scaling, _ in SCALINGS.values()} == set(RotaryScaling.members.values())
+    assert {type(scaling) for scaling, _ in SCALINGS.values()} == set(
+        RotaryScaling.members.values()
+    )
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -78,7 +80,9 @@ def test_the_angle_of_every_pair_is_position_times_the_scaled_frequency(name):
     position, length = torch.tensor([2, 15, 9, 59]), torch.tensor(LENGTHS)
     rotary = Rotary(theta=THETA, scaling=scaling)
     unit = torch.tensor([1.0, 0.0]).repeat(PAIRS)
-    turned = rotary.rotation(position, head_dim=2 * PAIRS, length=length)(unit.expand(4, 1, -1))[:, 0]
+    turned = rotary.rotation(position, head_dim=2 * PAIRS, length=length)(unit.expand(4, 1, -1))[
+        :, 0
+    ]
     for row, (at, tokens) in enumerate(zip(position.tolist(), LENGTHS, strict=True)):
         for pair in range(PAIRS):
             angle, size = at * frequency(pair, tokens), scaling.magnitude()
@@ -93,7 +97,9 @@ def test_magnitudes_are_those_of_the_papers():
     )
     assert YaRN(factor=40, original_length=4096, attention_factor=1.5).magnitude() == 1.5
     deepseek = YaRN(factor=40, original_length=4096, mscale=0.7, mscale_all_dim=1.0)
-    assert deepseek.magnitude() == pytest.approx((0.07 * math.log(40) + 1) / (0.1 * math.log(40) + 1))
+    assert deepseek.magnitude() == pytest.approx(
+        (0.07 * math.log(40) + 1) / (0.1 * math.log(40) + 1)
+    )
     assert deepseek.score_factor() == pytest.approx((0.1 * math.log(40) + 1) ** 2)
     assert SCALINGS["longrope"][0].magnitude() == pytest.approx(math.sqrt(1.5))
 

@@ -10,13 +10,14 @@ Letters: N draws, G groups, B rows of a batch.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
+from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.core.file_reader import MIB, FileKind, FileShape, parse_shape
 from moesaic.data.batch import Batch
@@ -85,6 +86,18 @@ class RowDataset(ABC):
         """Return the batch of these draws (perhaps none), in their order."""
 
 
+class RowSource(Choice):
+    """Family: what rows are made of. ``positions`` is the length of the longest row."""
+
+    @property
+    def positions(self) -> int:
+        raise NotImplementedError
+
+    def open(self, notify: Callable[[str], None]) -> RowDataset:
+        """Return the data set; it may be downloaded first, which ``notify`` is told."""
+        raise NotImplementedError
+
+
 class RowLoader:
     """Iterates over one replica's batches of ``rows`` draws over all replicas together."""
 
@@ -147,6 +160,10 @@ class RowLoader:
     def num_draws(self) -> int:
         """Rows drawn so far, by all replicas."""
         return self._first
+
+    def final_notes(self) -> list[str]:
+        """Return the sentences to print when training ends: none."""
+        return []
 
     def close(self) -> None:
         """End the thread. The next batch starts another: no batch is lost."""

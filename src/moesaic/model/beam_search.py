@@ -9,19 +9,23 @@ V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import UserError
-from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.data.tokenizer import EOS
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.model.repetition import block_repeated_ngrams, penalise_repeated_tokens
+from moesaic.ops.block_topk import largest_of_rows
 
+Array = npt.NDArray[Any]
 DecodeStep = Callable[[Tensor], Tensor]  # ids [R] -> logits [R, V]
-ReorderCache = Callable[[Tensor], None]  # index [R'] of the rows that are decoded further
+# rows [R'] that are decoded further, k for each of the sources [B'] that stay (None: all stay)
+ReorderCache = Callable[[Tensor, Tensor | None], None]
 # (ids [R, L] generated so far, source [R] of each row, log_prob [R, V]) -> log_prob [R, V]
 LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,17 +49,20 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class SearchInputs:
-    """The first logits of each source, the model's decoding functions, limits, suppressed tokens.
+    """The first logits of each source, the model's decoding functions, limits, special tokens.
 
-    ``max_tokens`` counts generated tokens, ``EOS`` included. ``processors`` change the
-    log-probabilities before each selection (constrained decoding).
+    ``eos`` is the token that ends an answer; those in ``suppressed`` are never generated. The cache
+    is reordered only if rows move: k rows for each source, those of a source together.
+    ``max_tokens`` counts generated tokens, the end included. ``processors``
+    change the log-probabilities before each selection (constrained decoding).
     """
 
     logits: Float[Tensor, "B V"]
     step: DecodeStep
     reorder_cache: ReorderCache
     max_tokens: Int[Tensor, "B"]
-    suppressed: Bool[Tensor, "V"]
+    suppressed: Int[Tensor, "n"]
+    eos: int
     processors: tuple[LogitsProcessor, ...] = ()
 
 
@@ -132,96 +139,115 @@ class Beam(Search):
 
 
 class _BeamState:
-    """The unfinished hypotheses of one call: k rows for each source that is not done."""
+    """The unfinished hypotheses of one call: k rows for each source that is not done.
+
+    Tokens and scores are kept on the host, in numpy: a step waits for the device once, when it
+    reads the best continuations of each source.
+    """
 
     def __init__(self, config: Beam, inputs: SearchInputs) -> None:
         self.config, self.inputs = config, inputs
         sources = inputs.logits.shape[0]
         self.finished: list[list[Hypothesis]] = [[] for _ in range(sources)]
-        self.sources = list(range(sources))  # the source of each group of k rows
+        self.sources = np.arange(sources)  # the source of each group of k rows
         self.max_tokens = inputs.max_tokens.tolist()
-        self.ids = torch.empty(sources, 0, dtype=torch.long, device=inputs.logits.device)
-        self.log_prob = torch.zeros(sources, 1, device=inputs.logits.device)
+        self.ids = np.empty((sources, 1, 0), np.int64)  # [b, k, L]
+        self.log_prob = np.zeros((sources, 1), np.float32)  # [b, k]
 
     def run(self) -> list[list[Hypothesis]]:
         logits = self.inputs.logits
-        while self.sources:
-            last = self._extend(logits)
-            if not self.sources:
+        while True:
+            self._extend(logits)
+            if not len(self.sources):
                 break
-            logits = self.inputs.step(last)
+            logits = self.inputs.step(self._on_device(self.ids[:, :, -1].reshape(-1)))
         best = self.config.n_best
         return [sorted(found, key=lambda h: -h.score)[:best] for found in self.finished]
 
-    def _extend(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, "R2"]:
-        """Append a token to every hypothesis, reorder the cache's rows, and return the tokens."""
-        k, width = self.config.size, self.log_prob.shape[1]
-        groups, vocab = len(self.sources), logits.shape[-1]
-        total = self.log_prob.view(-1, 1) + self._token_log_prob(logits)
-        total = total.view(groups, width * vocab)
-        top, flat = total.topk(min(2 * k, total.shape[1]), dim=1)
-        beam = torch.div(flat, vocab, rounding_mode="floor")
-        token = flat - beam * vocab
-        # only an EOS among a source's k best candidates finishes a hypothesis
-        among_best = torch.arange(top.shape[1], device=top.device)[None] < k
-        ends = (token == EOS) & top.isfinite() & among_best
-        for group, column in ends.nonzero().tolist():
-            row = group * width + int(beam[group, column])
-            self._add_hypothesis(group, row, float(top[group, column]), finished=True)
-        self._keep_where_no_token_is_left(top)
-        top = top.masked_fill(token == EOS, float("-inf"))
-        top, pick = top.topk(min(k, top.shape[1]), dim=1)
-        beam, token = beam.gather(1, pick), token.gather(1, pick)
-        offset = torch.arange(groups, device=beam.device)[:, None] * width
-        self.ids = torch.cat([self.ids[(beam + offset).flatten()], token.view(-1, 1)], 1)
-        self.log_prob = top
-        return self._drop_finished_sources(beam + offset)
+    def _extend(self, logits: Float[Tensor, "R V"]) -> None:
+        """Append a token to every hypothesis and select the cache's rows."""
+        k = self.config.size
+        best = self._best_continuations(logits)
+        ends = best.token == self.inputs.eos
+        # only an end among a source's k best candidates finishes a hypothesis
+        for group, column in np.argwhere(ends[:, :k] & np.isfinite(best.log_prob[:, :k])).tolist():
+            beam, log_prob = int(best.beam[group, column]), float(best.log_prob[group, column])
+            self._add_hypothesis(group, beam, log_prob, finished=True)
+        self._keep_where_no_token_is_left(best.log_prob)
+        best = best.without(ends).first(k)
+        self.ids = np.concatenate(
+            [np.take_along_axis(self.ids, best.beam[:, :, None], 1), best.token[:, :, None]], 2
+        )
+        width, self.log_prob = self.log_prob.shape[1], best.log_prob
+        self._drop_finished_sources(best.beam, width=width)
+
+    def _best_continuations(self, logits: Float[Tensor, "R V"]) -> "_Candidates":
+        """Return the best 2 k continuations of each source, from the best 2 k of each row."""
+        groups, count = len(self.sources), 2 * self.config.size
+        token_log_prob = self._token_log_prob(logits)
+        top = largest_of_rows(token_log_prob, count=count)
+        total = top.values + self._on_device(self.log_prob).reshape(-1, 1)
+        total, column = total.view(groups, -1), top.columns.view(groups, -1)
+        found = total.topk(min(count, total.shape[1]), dim=1)
+        token = column.gather(1, found.indices)
+        of_row = top.columns.shape[1]
+        log_prob, place, token, check = (
+            tensor.cpu().numpy() for tensor in (*found, token, logits.sum())
+        )
+        if not np.isfinite(check) and not bool(logits.isfinite().all()):
+            raise NonFiniteLogitsError(
+                f"the model's logits hold NaN or infinity at generated token "
+                f"{self.ids.shape[2] + 1}: expected finite numbers"
+            )
+        return _Candidates(log_prob, place // of_row, token)
 
     def _token_log_prob(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         """Return the log-probabilities of the next tokens; -inf where one cannot be selected."""
-        if not bool(logits.isfinite().all()):
-            raise NonFiniteLogitsError(
-                f"the model's logits hold NaN or infinity at generated token "
-                f"{self.ids.shape[1] + 1}: expected finite numbers"
-            )
         config, inputs = self.config, self.inputs
-        logits = penalise_repeated_tokens(logits, ids=self.ids, penalty=config.repetition_penalty)
-        found = logits.log_softmax(-1).masked_fill(inputs.suppressed, float("-inf"))
-        found = block_repeated_ngrams(found, ids=self.ids, size=config.no_repeat_ngram_size)
+        reads_ids = config.no_repeat_ngram_size or config.repetition_penalty != 1
+        if not reads_ids and not inputs.processors:
+            return _suppress(logits.log_softmax(-1), inputs.suppressed)
+        groups, width, length = self.ids.shape
+        ids = self._on_device(self.ids).reshape(groups * width, length)
+        logits = penalise_repeated_tokens(logits, ids=ids, penalty=config.repetition_penalty)
+        found = _suppress(logits.log_softmax(-1), inputs.suppressed)
+        found = block_repeated_ngrams(found, ids=ids, size=config.no_repeat_ngram_size)
         if inputs.processors:
-            source = torch.tensor(self.sources, device=logits.device)
-            source = source.repeat_interleave(self.log_prob.shape[1])
+            source = self._on_device(self.sources.repeat(width))
             for processor in inputs.processors:
-                found = processor(self.ids, source, found)
+                found = processor(ids, source, found)
         return found
 
-    def _keep_where_no_token_is_left(self, top: Float[Tensor, "b c"]) -> None:
+    def _keep_where_no_token_is_left(self, log_prob: Array) -> None:
         """Keep the present hypotheses of a source none of which can be extended or finished."""
-        width = self.log_prob.shape[1]
-        for group in (~top.isfinite().any(1)).nonzero()[:, 0].tolist():
+        dead = ~np.isfinite(log_prob).any(axis=1)
+        for (group,) in np.argwhere(dead).tolist():
             if not self.finished[self.sources[group]]:
-                self._keep_unfinished(group, width=width)
+                self._keep_unfinished(group)
 
-    def _keep_unfinished(self, group: int, *, width: int) -> None:
+    def _keep_unfinished(self, group: int) -> None:
         for beam, value in enumerate(self.log_prob[group].tolist()):
             if value > float("-inf"):
-                self._add_hypothesis(group, group * width + beam, value, finished=False)
+                self._add_hypothesis(group, beam, value, finished=False)
 
-    def _add_hypothesis(self, group: int, row: int, log_prob: float, *, finished: bool) -> None:
-        ids = tuple(self.ids[row].tolist())
+    def _add_hypothesis(self, group: int, beam: int, log_prob: float, *, finished: bool) -> None:
+        ids = tuple(self.ids[group, beam].tolist())
         score = self.config.normalise(log_prob, length=len(ids) + finished)
         self.finished[self.sources[group]].append(Hypothesis(ids, score, log_prob, finished))
 
-    def _drop_finished_sources(self, rows: Int[Tensor, "b k"]) -> Int[Tensor, "R2"]:
-        best, width = self.log_prob[:, 0].tolist(), rows.shape[1]
+    def _drop_finished_sources(self, beam: Array, *, width: int) -> None:
+        """Drop the sources that are done, and select the rows of the cache that go on."""
+        best = self.log_prob[:, 0].tolist()
         stay = [group for group, log_prob in enumerate(best) if self._continues(group, log_prob)]
-        index = torch.tensor(stay, dtype=torch.long, device=rows.device)
-        self.sources = [self.sources[group] for group in stay]
-        self.ids = self.ids.view(len(best), width, -1)[index].flatten(0, 1)
-        self.log_prob = self.log_prob[index]
-        if stay:
-            self.inputs.reorder_cache(rows[index].flatten())
-        return self.ids[:, -1]
+        rows = beam + np.arange(len(best))[:, None] * width
+        if len(stay) < len(best):
+            self.sources, self.ids = self.sources[stay], self.ids[stay]
+            self.log_prob, rows = self.log_prob[stay], rows[stay]
+        kept = self._on_device(np.array(stay)) if len(stay) < len(best) else None
+        rows = rows.reshape(-1)
+        moved = len(rows) != len(best) * width or (rows != np.arange(len(rows))).any()
+        if stay and moved:
+            self.inputs.reorder_cache(self._on_device(rows), kept)
 
     def _continues(self, group: int, log_prob: float) -> bool:
         """Return whether a source is decoded further; at ``max_tokens`` keep what is unfinished."""
@@ -229,8 +255,36 @@ class _BeamState:
             return False
         source = self.sources[group]
         scores = [h.score for h in self.finished[source]]
-        length, limit = self.ids.shape[1], self.max_tokens[source]
+        length, limit = self.ids.shape[2], self.max_tokens[source]
         done = self.config.is_done(scores, log_prob=log_prob, length=length, limit=limit)
         if not done and length >= limit:
-            self._keep_unfinished(group, width=self.log_prob.shape[1])
+            self._keep_unfinished(group)
         return not done and length < limit
+
+    def _on_device(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.inputs.logits.device)
+
+
+class _Candidates(NamedTuple):
+    """Continuations of each source, best first: sum of log-probabilities, beam, token; [b, c]."""
+
+    log_prob: Array
+    beam: Array
+    token: Array
+
+    def without(self, ends: Array) -> "_Candidates":
+        """Return the same with those in the mask last, at a probability of zero."""
+        if not ends.any():
+            return self
+        log_prob = np.where(ends, np.float32("-inf"), self.log_prob)
+        order = np.argsort(-log_prob, axis=1, kind="stable")
+        each = (log_prob, self.beam, self.token)
+        return _Candidates(*(np.take_along_axis(array, order, 1) for array in each))
+
+    def first(self, count: int) -> "_Candidates":
+        """Return the best ``count``."""
+        return _Candidates(*(array[:, :count] for array in self))
+
+
+def _suppress(log_prob: Float[Tensor, "R V"], ids: Int[Tensor, "n"]) -> Float[Tensor, "R V"]:
+    return log_prob.index_fill_(1, ids, float("-inf"))

@@ -10,7 +10,7 @@ import torch
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.data.batch import InputRows
-from moesaic.data.tokenizer import BOS, MASK, PAD, UNK
+from moesaic.data.tokenizer import BOS, EOS, MASK, PAD, UNK
 from moesaic.model.beam_search import (
     Greedy,
     Hypothesis,
@@ -66,14 +66,13 @@ def generate(
         rows = torch.arange(source.rows, device=source.device)
         cache = model.init_cache(model.encode(source), rows)
         logits = model.step(prompt, cache)
-        suppressed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=source.device)
-        suppressed[list(rules.suppress_tokens)] = True
         inputs = SearchInputs(
             logits=logits,
             step=lambda ids: model.step(InputRows.full(ids[:, None]), cache),
             reorder_cache=cache.reorder,
             max_tokens=limit,
-            suppressed=suppressed,
+            suppressed=torch.tensor(rules.suppress_tokens, dtype=torch.long, device=source.device),
+            eos=EOS,
             processors=rules.processors,
         )
         return (search or Greedy())(inputs)

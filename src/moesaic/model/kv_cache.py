@@ -5,8 +5,6 @@ Letters: B hypotheses, S source length, n new tokens.
 
 from dataclasses import dataclass
 
-import torch
-
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.decode_state import DecodeState
@@ -47,21 +45,17 @@ class KVCache:
         for state in self._states():
             state.reserve(length)
 
-    def reorder(self, index: Int[Tensor, "R"]) -> None:
-        """Select the rows ``index``, in that order; a row may occur twice or not at all."""
-        if index.numel() == self.rows and bool(
-            (index == torch.arange(self.rows, device=index.device)).all()
-        ):
-            return
-        self.mixers = [[state.select(index) for state in block] for block in self.mixers]
-        self.routing = self.routing.select(index) if self.routing else None
-        self.length = self.length.index_select(0, index)
-        self.tag = self.tag.index_select(0, index)
+    def reorder(self, rows: Int[Tensor, "R"], _sources: Int[Tensor, "K"] | None = None) -> None:
+        """Select the rows ``rows``, in that order; a row may occur twice or not at all."""
+        self.mixers = [[state.select(rows) for state in block] for block in self.mixers]
+        self.routing = self.routing.select(rows) if self.routing else None
+        self.length = self.length.index_select(0, rows)
+        self.tag = self.tag.index_select(0, rows)
         self.cross_attention = [
-            layer.select(index) if layer else None for layer in self.cross_attention
+            layer.select(rows) if layer else None for layer in self.cross_attention
         ]
         if self.mask is not None:
-            self.mask = self.mask.index_select(0, index)
+            self.mask = self.mask.index_select(0, rows)
 
     @property
     def nbytes(self) -> int:

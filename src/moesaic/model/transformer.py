@@ -230,9 +230,7 @@ class Transformer(nn.Module):
         gathered, causal = tokens.position[packing.gathered_tokens], tokens.stack == "decoder"
         table = self.encoder_score_bias if tokens.stack == "encoder" else self.decoder_score_bias
         bias = None if table is None else table()
-        mixing = MixerContext(
-            packing, gathered, causal=causal, start=tokens.start, score_bias=bias
-        )
+        mixing = MixerContext(packing, gathered, causal=causal, start=tokens.start, score_bias=bias)
         return ForwardContext(mixing, routing_context)
 
     def embed(self, tokens: StackTokens, *, context: ForwardContext) -> BlockState:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
+from moesaic.nn.attention_activations import AttentionActivations
 from moesaic.nn.attention_backend import (
     AttentionBackend,
     KeyValue,
@@ -40,12 +41,7 @@ from moesaic.nn.shardable_module import (
     column_parallel,
     row_parallel,
 )
-from moesaic.nn.softmax_attention import (
-    SINK_CHANNELS,
-    ScoreKinds,
-    attend_positions,
-    saved_scores,
-)
+from moesaic.nn.softmax_attention import attend_positions
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
 
 
@@ -107,34 +103,15 @@ class Attention(SequenceMixer):
         ]
 
     def saved_activations(self, shape: MixerShape, /) -> int:
-        config = self.config(shape)
-        (query, keys), groups = config.widths(shape.dim), config.num_kv_heads()
-        width, norm = config.head_width(shape.dim), config.qk_norm
-        turned = bool(self.encoding(shape).rotated_channels(width))
-        normed = norm.saved_activations(width, heads=config.heads)
-        normed += norm.saved_activations(width, heads=groups)
-        before = bool(norm.parameter_specs(config.numbers(shape.dim)))
-        clipped = config.clip is not None
-        own_copy = query + keys if turned or normed or clipped else 0
-        kept = query + 2 * keys  # the output of the projection
-        if clipped:  # values are limited too, and what is limited is kept
-            kept += keys + (query + keys if before else 0)
-        if config.sinks.learned:
-            # queries, keys and values with the sink's key are kept instead
-            kept -= 0 if before or clipped else query + 2 * keys
-            own_copy = query + 2 * keys + SINK_CHANNELS * (config.heads + groups)
-            own_copy += query  # and the output without the sink's query
-        return kept + own_copy + normed + query + config.heads
+        return self._count(shape).per_token()
 
     def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
-        config = self.config(shape)
-        scores = ScoreKinds(
-            config.window.mask(causal=shape.causal),
-            config.softcap,
-            bias_is_learned=self.encoding(shape).biases_scores,
+        return self._count(shape).per_row(tokens)
+
+    def _count(self, shape: MixerShape) -> AttentionActivations:
+        return AttentionActivations(
+            self.config(shape), self.encoding(shape), shape.dim, causal=shape.causal
         )
-        keys = 2 * config.widths(shape.dim)[1]
-        return saved_scores(scores, tokens=tokens, heads=config.heads, keys=keys)
 
     def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
         encoding, width = self.encoding(shape), self.config(shape).head_width(shape.dim)
@@ -144,6 +121,13 @@ class Attention(SequenceMixer):
         config = self.config(shape)
         pairs = config.window.mask(causal=shape.causal).num_pairs(tokens)
         return 4.0 * config.widths(shape.dim)[0] * pairs
+
+    def exchanged_values(
+        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
+    ) -> float:
+        return self.config(shape).exchanged_values(
+            shape.dim, queries=tokens, keys=tokens, ranks=ranks, tensor=tensor
+        )
 
     def shrink(self, shape: MixerShape, /) -> Self:
         width = self.head_dim and min(self.head_dim, shape.attention.head_width(shape.dim))
@@ -223,7 +207,8 @@ class SelfAttention(SequenceMixerModule, FusedProjections, CustomInitializers):
         if not isinstance(state, KeyValueState):
             return self.backend.self_attention(heads, packing=packing, scores=scores)
         new = KeyValue(pad_heads(heads.key, packing), pad_heads(heads.value, packing))
-        cached = state.append(new, start=context.row_starts, count=packing.row_counts)
+        count = None if packing.mask is None else packing.lengths
+        cached = state.append(new, start=context.row_starts, count=count)
         mixed = attend_positions(
             pad_heads(heads.query, packing),
             cached.keys.key,

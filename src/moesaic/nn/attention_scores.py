@@ -114,7 +114,9 @@ class ScoreBias:
         """Return the bias of these positions."""
         return self.table[self.bucket(query, key)].movedim(-1, -3)
 
-    def bucket(self, query: Int[Tensor, "*#B n"], key: Int[Tensor, "*#B m"]) -> Int[Tensor, "*B n m"]:
+    def bucket(
+        self, query: Int[Tensor, "*#B n"], key: Int[Tensor, "*#B m"]
+    ) -> Int[Tensor, "*B n m"]:
         """Return the rows of the table for these positions."""
         return self.buckets.of(key[..., None, :] - query[..., :, None])
 
@@ -143,5 +145,3 @@ class AttentionScores:
     def scale_of(self, head_dim: int) -> float:
         """Return the factor of ``q . k``."""
         return head_dim**-0.5 if self.scale is None else self.scale
-
-

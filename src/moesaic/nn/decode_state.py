@@ -81,7 +81,9 @@ class KVState:
         """Store new keys and values; padding is stored too, and later tokens are written over it."""
         del count
         self.keys.write(new, position=newest_positions(start, new.key.shape[2]))
-        return CachedKeys(self.keys, torch.arange(self.keys.key.shape[2], device=start.device)[None])
+        return CachedKeys(
+            self.keys, torch.arange(self.keys.key.shape[2], device=start.device)[None]
+        )
 
     @property
     def nbytes(self) -> int:

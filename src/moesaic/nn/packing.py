@@ -106,6 +106,13 @@ class Packing:
         return self.index.numel()
 
     @property
+    def lengths(self) -> Int[Tensor, "B"]:
+        """The number of real tokens of each row."""
+        if self.mask is None:
+            return torch.full((self.rows,), self.length, device=self.index.device)
+        return self.mask.sum(1)
+
+    @property
     def local_tokens(self) -> slice:
         """The tokens of this rank."""
         return slice(0, self.num_tokens) if self.partition is None else self.partition.local_tokens
@@ -116,11 +123,6 @@ class Packing:
         return (
             slice(0, self.num_tokens) if self.partition is None else self.partition.gathered_tokens
         )
-
-    @property
-    def row_counts(self) -> Int[Tensor, "B"] | None:
-        """The number of tokens of each row; None where nothing is padded."""
-        return None if self.mask is None else self.mask.sum(1)
 
     @property
     def key_mask(self) -> Bool[Tensor, "B 1 1 S"] | None:

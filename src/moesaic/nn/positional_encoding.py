@@ -145,7 +145,9 @@ class Rotary(PositionalEncoding):
         channels = self.rotated_channels(head_dim)
         if channels < 2 or channels % 2:
             part = f" with fraction={self.fraction}" if self.fraction < 1 else ""
-            return f"an even number of channels to rotate, not {channels} of head_dim={head_dim}{part}"
+            return (
+                f"an even number of channels to rotate, not {channels} of head_dim={head_dim}{part}"
+            )
         return self.scaling.problems(channels // 2)
 
 

@@ -31,7 +31,9 @@ class RelativeBiasModule(ShardableModule):
     def tensor_sharding(self) -> TensorSharding:
         number, heads = self.table.weight.shape
         del number
-        return TensorSharding({"table.weight": ShardedTensor(1, (heads,))}, divided={"heads": heads})
+        return TensorSharding(
+            {"table.weight": ShardedTensor(1, (heads,))}, divided={"heads": heads}
+        )
 
     def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
         """Do nothing: each rank has the columns of its heads."""

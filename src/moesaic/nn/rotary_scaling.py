@@ -217,7 +217,9 @@ class LongRoPE(RotaryScaling):
         found = (len(self.short_factors), len(self.long_factors))
         if found == (pairs, pairs):
             return None
-        return f"{pairs} short_factors and long_factors, one per pair, not {found[0]} and {found[1]}"
+        return (
+            f"{pairs} short_factors and long_factors, one per pair, not {found[0]} and {found[1]}"
+        )
 
 
 def _steps(pairs: int, *, device: torch.device) -> Float[Tensor, "P"]:

@@ -61,33 +61,6 @@ def attend_positions(
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreKinds:
-    """What of ``AttentionScores`` decides what autograd saves."""
-
-    mask: AttentionMask
-    softcap: float | None = None
-    bias_is_learned: bool = False
-
-
-def saved_scores(scores: ScoreKinds, *, tokens: int, heads: int, keys: int) -> int:
-    """Return the values that autograd saves for the scores of a row, beside q, k, v and the output.
-
-    ``keys`` are the channels of keys and values together. A mask is one matrix for all heads of a
-    row, if not of the batch; with a learned bias or a soft cap all scores are saved.
-    """
-    mask, blocks = scores.mask, None
-    if mask.is_limited(tokens):
-        blocks = Blocks.of(mask, length=tokens)
-    number = tokens**2 if blocks is None else blocks.num_scores(tokens)
-    saved = 0 if blocks is None else blocks.number(tokens) * blocks.keys * keys
-    if scores.softcap is not None:
-        return saved + 2 * heads * number
-    if scores.bias_is_learned:
-        return saved + heads * number
-    return saved + (number if mask.is_limited(tokens) else 0)
-
-
-@dataclass(frozen=True, slots=True)
 class Blocks:
     """Blocks of ``size`` queries; each has the keys from ``before`` it to ``after`` it."""
 

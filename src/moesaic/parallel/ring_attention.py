@@ -111,9 +111,7 @@ class AttentionTile:
             masked=low > first_key or high < stop_key,
         )
 
-    def block_scores(
-        self, scores: AttentionScores, *, groups: int, like: Tensor
-    ) -> BlockScores:
+    def block_scores(self, scores: AttentionScores, *, groups: int, like: Tensor) -> BlockScores:
         """Return how the scores of the tile are computed, for ``groups`` key/value heads."""
         query, key = self.positions(like.device)
         return BlockScores(

@@ -17,6 +17,7 @@ from moesaic.monitor.metric_writers import MetricWriter, TensorBoardWriter
 from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
+from moesaic.train import row_data as row_data  # registers its member of TrainingData
 from moesaic.train import text_data as text_data  # registers its member of TrainingData
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
 from moesaic.train.training_data import TrainingData
