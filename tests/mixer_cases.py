@@ -19,9 +19,10 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention import Attention
 from moesaic.nn.attention_parts import Chunks, LearnedSinks, SlidingWindow
+from moesaic.nn.latent_attention import LatentAttention
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.qk_norm import L2QKNorm, PerHeadQKNorm
-from moesaic.nn.rotary_scaling import Llama3Scaling
+from moesaic.nn.rotary_scaling import Llama3Scaling, YaRN
 from moesaic.nn.sequence_mixer import SequenceMixer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
@@ -38,6 +39,7 @@ def _mixer_of_the_guide() -> SequenceMixer:
     return module.GuideTokenShift()
 
 
+MSCALED = Rotary(scaling=YaRN(factor=4, original_length=8, mscale=1.0, mscale_all_dim=0.7))
 MIXERS: dict[str, SequenceMixer] = {
     "own_heads": Attention(heads=2, kv_heads=1, head_dim=6),
     "attention_experts": MixtureOfAttention(experts=2),
@@ -52,6 +54,9 @@ MIXERS: dict[str, SequenceMixer] = {
         ),
     ),
     "chunks": Attention(window=Chunks(size=3), qk_norm=L2QKNorm(), clip=2.0, softcap=3.0),
+    "latent": LatentAttention(
+        kv_rank=6, query_rank=5, nope_dim=4, rope_dim=2, value_dim=3, position=MSCALED
+    ),
     "of_the_guide": _mixer_of_the_guide(),
 }
 

@@ -29,8 +29,9 @@ class AttentionActivations:
             inner += query + 2 * keys
         if not config.sinks.learned:
             return inner + self._copies
-        # with the channels of the sinks, and the output without the query at their place
-        return inner + 2 * query + 2 * keys + SINK_CHANNELS * (config.heads + config.num_kv_heads())
+        # with the channels of the sinks, and the output that they are removed from
+        extra = SINK_CHANNELS * (2 * config.heads + 2 * config.num_kv_heads())
+        return inner + 2 * query + 2 * keys + extra
 
     def per_row(self, tokens: int) -> int:
         """Return the values of a row of ``tokens`` tokens beside them: masks, scores, blocks."""
@@ -42,8 +43,8 @@ class AttentionActivations:
             saved = number * (blocks.size * query + 2 * blocks.keys * keys) - tokens * self._copies
             unread = self._is_projection_saved and not self._is_projection_read
             saved -= tokens * (query + 2 * keys) if unread else 0
-        if config.softcap is not None:  # after the cap and after the softmax, and shared keys
-            shared = 0 if config.heads == config.num_kv_heads() else 2 * query
+        if config.softcap is not None:  # after the cap and after the softmax, and repeated keys
+            shared = 2 * (query - keys)
             keys_computed = tokens if blocks is None else blocks.number(tokens) * blocks.keys
             return saved + 2 * config.heads * scores + shared * keys_computed
         if self.position.biases_scores:

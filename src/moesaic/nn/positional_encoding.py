@@ -217,8 +217,10 @@ def _rotate_neighbours(
 def _rotate_halves(
     heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
 ) -> Float[Tensor, "T H d"]:
-    turned = torch.complex(*heads.chunk(2, -1)) * turn
-    return torch.cat([turned.real, turned.imag], -1)
+    first, second = heads.chunk(2, -1)
+    # not as complex numbers: autograd would save both halves
+    turned = (first * turn.real - second * turn.imag, second * turn.real + first * turn.imag)
+    return torch.cat(turned, -1)
 
 
 class _SinusoidalModule(PositionalEncodingModule):

@@ -126,10 +126,10 @@ class _PerHeadNorm(QKNormModule):
         self.query, self.key = norm.build(numbers.head_dim), norm.build(numbers.head_dim)
 
     def normalise_query(self, x: Tensor) -> Tensor:
-        return self.query(x.flatten(0, 1)).view_as(x)
+        return self.query(x)
 
     def normalise_key(self, x: Tensor) -> Tensor:
-        return self.key(x.flatten(0, 1)).view_as(x)
+        return self.key(x)
 
 
 class _AcrossHeadsNorm(QKNormModule):

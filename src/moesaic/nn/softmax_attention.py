@@ -166,7 +166,7 @@ def _attend(
     bias: Float[Tensor, "#B H L S"] | None = None,
     causal: bool = False,
 ) -> Float[Tensor, "B H L e"]:
-    scale, start = scores.scale, 0
+    scale, start, width = scores.scale, 0, value.shape[-1]
     if scores.softcap is not None:
         return _attend_with_softcap(
             query, key, value, scores=scores, allowed=allowed, bias=bias, causal=causal
@@ -190,19 +190,22 @@ def _attend(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out[:, :, start:]
+    return out[:, :, start:, :width]
 
 
 def _with_sinks(
     query: Tensor, key: Tensor, value: Tensor, *, sinks: Float[Tensor, "H"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return them with a key in front whose score is the sink's logit, and without a value."""
+    """Return them with a key in front whose score is the sink's logit, and without a value.
+
+    Values are padded to the width of keys: fused kernels take one width.
+    """
     logit = sinks.to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)
     query = torch.cat([query, F.pad(logit, (0, SINK_CHANNELS - 1))], -1)
     sink = key.new_zeros(key.shape[-1] + SINK_CHANNELS)
     sink[-SINK_CHANNELS] = 1
     key = torch.cat([sink.expand(*key.shape[:2], 1, -1), F.pad(key, (0, SINK_CHANNELS))], 2)
-    return query, key, F.pad(value, (0, 0, 1, 0))
+    return query, key, F.pad(value, (0, query.shape[-1] - value.shape[-1], 1, 0))
 
 
 def _attend_with_softcap(
