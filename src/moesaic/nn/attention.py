@@ -10,7 +10,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -18,17 +17,16 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.nn.attention_activations import AttentionActivations
 from moesaic.nn.attention_backend import (
     AttentionBackend,
-    KeyValue,
     LocalAttention,
     QueryKeyValue,
-    pad_heads,
 )
 from moesaic.nn.attention_config import AttentionConfig, Projection
 from moesaic.nn.attention_parts import Sinks, Window
 from moesaic.nn.attention_scores import AttentionScores
-from moesaic.nn.decode_state import DecodeState, KeyValueState, KVState, WindowKVState
+from moesaic.nn.decode_state import DecodeState, KVState
 from moesaic.nn.fused_projections import FusedProjections, fused_linear
 from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.newest_tokens import AttentionState, attend_newest, attention_state
 from moesaic.nn.parameter_spec import ParameterSpec, linear_specs
 from moesaic.nn.positional_encoding import PositionalEncoding
 from moesaic.nn.qk_norm import QKNorm
@@ -41,7 +39,6 @@ from moesaic.nn.shardable_module import (
     column_parallel,
     row_parallel,
 )
-from moesaic.nn.softmax_attention import attend_positions
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
 
 
@@ -185,10 +182,9 @@ class SelfAttention(SequenceMixerModule, FusedProjections, CustomInitializers):
     def use_context_parallel(self, scope: ContextScope) -> None:
         self.backend = scope.attention_backend(kv_heads=self.kv_heads)
 
-    def init_state(self, rows: int, *, like: Tensor) -> KeyValueState:
-        state = KVState.empty(rows, kv_heads=self.kv_heads, head_dim=self.head_dim, like=like)
-        newest = self.config.window.mask(causal=True).num_cached
-        return state if newest is None else WindowKVState(state.keys, newest)
+    def init_state(self, rows: int, *, like: Tensor) -> AttentionState:
+        empty = KVState.empty(rows, kv_heads=self.kv_heads, head_dim=self.head_dim, like=like)
+        return attention_state(empty, AttentionScores(self.config.window.mask(causal=True)))
 
     def forward(
         self, x: Float[Tensor, "T D"], *, context: MixerContext, state: DecodeState | None = None
@@ -204,20 +200,10 @@ class SelfAttention(SequenceMixerModule, FusedProjections, CustomInitializers):
         """Return the concatenated heads, before the output projection."""
         heads, packing = self._project(x, context=context), context.packing
         scores = self._scores(context)
-        if not isinstance(state, KeyValueState):
+        if not isinstance(state, AttentionState):
             return self.backend.self_attention(heads, packing=packing, scores=scores)
-        new = KeyValue(pad_heads(heads.key, packing), pad_heads(heads.value, packing))
-        count = None if packing.mask is None else packing.lengths
-        cached = state.append(new, start=context.row_starts, count=count)
-        mixed = attend_positions(
-            pad_heads(heads.query, packing),
-            cached.keys.key,
-            cached.keys.value,
-            scores=scores,
-            query_position=context.newest_positions,
-            key_position=cached.position,
-        )
-        return packing.pack(mixed.transpose(1, 2).flatten(2))
+        slots = context.decode_slots
+        return attend_newest(heads, packing=packing, slots=slots, state=state, scores=scores)
 
     def _scores(self, context: MixerContext) -> AttentionScores:
         return AttentionScores(

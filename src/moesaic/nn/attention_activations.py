@@ -1,7 +1,7 @@
 """Activations that autograd saves for a self-attention, counted from its config.
 
-PyTorch's kernels save queries, keys, values, the output and one number per head and token. Here q, k
-and v are those that the kernel is given: the output of the projection, or what norms, clipping,
+PyTorch's kernels save queries, keys, values, the output and one number per head and token. Here q,
+k and v are those that the kernel is given: the output of the projection, or what norms, clipping,
 rotation, sinks and blocks make of it.
 """
 

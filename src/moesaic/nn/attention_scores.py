@@ -16,8 +16,8 @@ class AttentionMask:
     """Which tokens of its row a token attends to; itself always.
 
     ``causal``: none after it. ``window``: those at a distance below ``window`` (sliding window,
-    2004.05150; with ``causal`` the last ``window`` tokens, itself included). ``chunk``: those of its
-    chunk, where the row is cut into chunks of ``chunk`` tokens.
+    2004.05150; with ``causal`` the last ``window`` tokens, itself included). ``chunk``: those of
+    its chunk, where the row is cut into chunks of ``chunk`` tokens.
     """
 
     causal: bool

@@ -16,16 +16,16 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.nn.attention_backend import (
-    AttentionBackend,
-    KeyValue,
-    LocalAttention,
-    QueryKeyValue,
-    pad_heads,
-)
+from moesaic.nn.attention_backend import AttentionBackend, LocalAttention, QueryKeyValue
 from moesaic.nn.attention_parts import NoWindow, Window
 from moesaic.nn.attention_scores import AttentionScores
-from moesaic.nn.decode_state import DecodeState, KeyValueState, KVState, WindowKVState
+from moesaic.nn.decode_state import DecodeState, KVState
+from moesaic.nn.newest_tokens import (
+    AttentionState,
+    attend_newest,
+    attention_state,
+    store_newest,
+)
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.parameter_spec import ParameterSpec, linear_specs
 from moesaic.nn.positional_encoding import PositionalEncoding
@@ -37,7 +37,6 @@ from moesaic.nn.shardable_module import (
     column_parallel,
     row_parallel,
 )
-from moesaic.nn.softmax_attention import attend_positions
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
 
 
@@ -48,8 +47,8 @@ class LatentAttention(SequenceMixer):
     key is one for all heads. Keys and values are projected from a normalised latent of ``kv_rank``
     channels, queries from one of ``query_rank`` (None: from the input itself). ``heads`` and
     ``position`` default to the model's. Projections to latents and back to the residual stream have
-    the model's ``bias``. Scores are ``(nope_dim + rope_dim) ** -0.5`` times the factor of the rotary
-    scaling (YaRN with mscale). Decoding is in the absorbed form: scores are taken with latents.
+    the model's ``bias``. Scores are ``(nope_dim + rope_dim) ** -0.5`` times the factor of the
+    rotary scaling (YaRN with mscale). Decoding is in the absorbed form: scores are taken with latents.
     """
 
     kv_rank: int = Field(default=512, ge=1)
@@ -169,30 +168,35 @@ class LatentAttentionModule(SequenceMixerModule):
     def use_context_parallel(self, scope: ContextScope) -> None:
         self.backend = scope.attention_backend(kv_heads=self.heads)
 
-    def init_state(self, rows: int, *, like: Tensor) -> KeyValueState:
+    def init_state(self, rows: int, *, like: Tensor) -> AttentionState:
         """Return an empty state: latents and rotated keys are the keys, values have no channels."""
         width = self.config.kv_rank + self.config.rope_dim
-        none = KeyValue(like.new_zeros(rows, 1, 0, width), like.new_zeros(rows, 1, 0, 0))
-        newest = self.config.window.mask(causal=True).num_cached
-        return KVState(none) if newest is None else WindowKVState(none, newest)
+        key = like.new_zeros(rows, 1, 0, width)
+        return attention_state(KVState(key, key[..., :0]), self._scores(causal=True))
 
     def forward(
         self, x: Float[Tensor, "T D"], *, context: MixerContext, state: DecodeState | None = None
     ) -> Float[Tensor, "T D"]:
         """Attend within each row: whole rows with expanded keys, decoding with latents."""
         packing, group = context.packing, self.tensor_parallel
-        x = group.all_gather_tokens(x, packing)
-        query, latent, rotated = self._project(x, context=context)
-        scores = AttentionScores(self.config.window.mask(causal=context.causal), scale=self.scale)
-        if isinstance(state, KeyValueState):
-            heads = self._attend_absorbed(
-                query, torch.cat([latent, rotated], -1), context=context, state=state, scores=scores
-            )
-        else:
-            heads = self._attend_expanded(
-                QueryKeyValue(query, *self._expand(latent, rotated)), context=context, scores=scores
-            )
+        query, latent, rotated = self._project(group.all_gather_tokens(x, packing), context=context)
+        if isinstance(state, AttentionState):
+            cached = torch.cat([latent, rotated], -1)[:, None]
+            slots = context.decode_slots
+            if not slots.is_first:
+                heads = self._attend_absorbed(query, cached, context=context, state=state)
+                return self.out(heads)
+            store_newest(cached, cached[..., :0], packing=packing, slots=slots, state=state)
+        mixed = self.backend.self_attention(
+            QueryKeyValue(query, *self._expand(latent, rotated)),
+            packing=packing,
+            scores=self._scores(causal=context.causal),
+        )
+        heads = mixed.unflatten(-1, (self.heads, -1))[..., : self.config.value_dim].flatten(1)
         return group.reduce_scatter_tokens(self.out(heads), packing)
+
+    def _scores(self, *, causal: bool) -> AttentionScores:
+        return AttentionScores(self.config.window.mask(causal=causal), scale=self.scale)
 
     def _project(
         self, x: Float[Tensor, "T D"], *, context: MixerContext
@@ -219,38 +223,26 @@ class LatentAttentionModule(SequenceMixerModule):
         value = F.pad(value, (0, config.key_dim - config.value_dim))
         return torch.cat([nope, shared], -1), value
 
-    def _attend_expanded(
-        self, heads: QueryKeyValue, *, context: MixerContext, scores: AttentionScores
-    ) -> Float[Tensor, "T Hv"]:
-        mixed = self.backend.self_attention(heads, packing=context.packing, scores=scores)
-        return mixed.unflatten(-1, (self.heads, -1))[..., : self.config.value_dim].flatten(1)
-
     def _attend_absorbed(
         self,
         query: Float[Tensor, "T H n+r"],
-        latent: Float[Tensor, "T c+r"],
+        cached: Float[Tensor, "T 1 c+r"],
         *,
         context: MixerContext,
-        state: KeyValueState,
-        scores: AttentionScores,
+        state: AttentionState,
     ) -> Float[Tensor, "T Hv"]:
         """Attend to latents: the key projection is moved to the query, that of values behind."""
-        config, packing = self.config, context.packing
+        config = self.config
         up = self.kv_up.weight.unflatten(0, (self.heads, -1))
         key_up, value_up = up.split([config.nope_dim, config.value_dim], 1)  # [H, n or v, c]
         nope, turned = query.split([config.nope_dim, config.rope_dim], -1)
         query = torch.cat([torch.einsum("thn,hnc->thc", nope, key_up), turned], -1)
-        key = pad_heads(latent[:, None], packing)
-        count = None if packing.mask is None else packing.lengths
-        new = KeyValue(key, key[..., :0])
-        cached = state.append(new, start=context.row_starts, count=count)
-        mixed = attend_positions(
-            pad_heads(query, packing),
-            cached.keys.key,
-            cached.keys.key,  # of the width of keys, for fused kernels
-            scores=scores,
-            query_position=context.newest_positions,
-            key_position=cached.position,
+        mixed = attend_newest(
+            QueryKeyValue(query, cached, cached[..., :0]),
+            packing=context.packing,
+            slots=context.decode_slots,
+            state=state,
+            scores=self._scores(causal=True),
         )
-        heads = packing.pack(mixed.transpose(1, 2).flatten(2)).unflatten(-1, (self.heads, -1))
-        return torch.einsum("thc,hvc->thv", heads[..., : config.kv_rank], value_up).flatten(1)
+        latents = mixed.unflatten(-1, (self.heads, -1))[..., : config.kv_rank]
+        return torch.einsum("thc,hvc->thv", latents, value_up).flatten(1)

@@ -83,7 +83,7 @@ class PositionalEncoding(Choice):
         return 1.0
 
     def problems(self, _head_dim: int, /) -> str | None:
-        """Return what it expects of heads of ``head_dim`` channels where they do not fit, or None."""
+        """Return what it expects where heads of ``head_dim`` channels do not fit, or None."""
         return None
 
 
@@ -177,9 +177,9 @@ class LearnedPositions(PositionalEncoding):
 class RelativeBias(PositionalEncoding):
     """A learned bias of attention scores by distance and head (T5, 1910.10683, section 2.1).
 
-    Each stack has one table, shared by its self-attentions; cross-attention has none. Distances from
-    ``max_distance`` on share a bucket; half of the ``buckets`` are exact distances, and in an encoder
-    each half of them is for one direction.
+    Each stack has one table, shared by its self-attentions; cross-attention has none. Distances
+    from ``max_distance`` on share a bucket; half of the ``buckets`` are exact distances, and in an
+    encoder each half of them is for one direction.
     """
 
     buckets: int = Field(default=32, ge=4)

@@ -111,8 +111,8 @@ class YaRN(RotaryScaling):
 
     Pairs that rotate more than ``beta_fast`` times within ``original_length`` tokens keep their
     frequency, those below ``beta_slow`` are divided by ``factor``, with a ramp between them, whose
-    ends are whole pairs unless ``ramp_ends`` is ``"exact"`` (GPT-OSS). Rotated vectors are scaled by
-    ``attention_factor`` (default ``0.1 ln(factor) + 1``). With ``mscale`` and ``mscale_all_dim``
+    ends are whole pairs unless ``ramp_ends`` is ``"exact"`` (GPT-OSS). Rotated vectors are scaled
+    by ``attention_factor`` (default ``0.1 ln(factor) + 1``). With ``mscale`` and ``mscale_all_dim``
     (DeepSeek-V2, 2405.04434) that factor is ``m(mscale) / m(mscale_all_dim)`` with
     ``m(s) = 0.1 s ln(factor) + 1``, and all scores are multiplied by ``m(mscale_all_dim)^2``.
     """

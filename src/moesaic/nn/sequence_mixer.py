@@ -20,7 +20,8 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.attention_scores import ScoreBias
-from moesaic.nn.decode_state import DecodeState, JointState, newest_positions
+from moesaic.nn.decode_slots import DecodeSlots
+from moesaic.nn.decode_state import DecodeState, JointState
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import ParameterSpec
@@ -55,15 +56,15 @@ class MixerContext:
     """What every mixer of a stack needs of one batch beside the hidden states.
 
     ``position`` are the places in their rows of ``packing.gathered_tokens``. In decoding the
-    packing has the newest tokens only, and ``start`` is the number of tokens that each row has
-    before them; it is None where rows are whole. ``score_bias`` is the stack's bias of attention
-    scores, if its positions have one.
+    packing has the newest tokens only, and ``slots`` says where all tokens so far are cached; it
+    is None where rows are whole. ``score_bias`` is the stack's bias of attention scores, if its
+    positions have one.
     """
 
     packing: Packing
     position: Int[Tensor, "T"]
     causal: bool
-    start: Int[Tensor, "B"] | None = None
+    slots: DecodeSlots | None = None
     score_bias: ScoreBias | None = None
     _rotations: dict[Hashable, Rotation] = field(default_factory=dict, compare=False, repr=False)
 
@@ -73,15 +74,10 @@ class MixerContext:
         return MixerContext(packing, packing.position[packing.gathered_tokens], causal)
 
     @property
-    def row_starts(self) -> Int[Tensor, "B"]:
-        """The number of tokens that each row has before the newest ones; in decoding only."""
-        assert self.start is not None, "whole rows have no newest tokens"
-        return self.start
-
-    @property
-    def newest_positions(self) -> Int[Tensor, "B n"]:
-        """The positions of the newest tokens, padded as the packing is; in decoding only."""
-        return newest_positions(self.row_starts, self.packing.length)
+    def decode_slots(self) -> DecodeSlots:
+        """The slots of all tokens so far; in decoding only."""
+        assert self.slots is not None, "whole rows are not decoded"
+        return self.slots
 
     def rotation(self, encoding: PositionalEncoding, *, head_dim: int) -> Rotation:
         """Return the rotation of queries and keys [T, H, d], made once per encoding and width."""
@@ -95,8 +91,9 @@ class MixerContext:
 
     def _lengths(self) -> Int[Tensor, "T"]:
         """Return the length so far of the row of each token of ``position``."""
-        packing = self.packing
-        length = packing.lengths if self.start is None else packing.lengths + self.start
+        packing, length = self.packing, self.packing.lengths
+        if self.slots is not None:
+            length = length + self.slots.newest_positions[:, 0]
         return length[packing.row[packing.gathered_tokens]]
 
 

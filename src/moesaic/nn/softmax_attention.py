@@ -60,6 +60,19 @@ def attend_positions(
     return _attend(query, key, value, scores=scores, allowed=allowed[:, None], bias=bias)
 
 
+def attend_allowed(
+    query: Float[Tensor, "B H L d"],
+    key: Float[Tensor, "B G S d"],
+    value: Float[Tensor, "B G S e"],
+    *,
+    scores: AttentionScores,
+    allowed: Bool[Tensor, "#B 1 #L S"] | None,
+    bias: Float[Tensor, "B H L S"] | None,
+) -> Float[Tensor, "B H L e"]:
+    """Attend where ``allowed`` (None: everywhere), whatever the mask of ``scores``."""
+    return _attend(query, key, value, scores=scores, allowed=allowed, bias=bias)
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """Blocks of ``size`` queries; each has the keys from ``before`` it to ``after`` it."""
