@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
+import torch
 from pydantic import Field
 from torch import nn
 
