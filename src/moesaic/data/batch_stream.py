@@ -16,6 +16,7 @@ from pydantic import Field
 
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, DataError
+from moesaic.corpus.split import SPLITS
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
 from moesaic.data.document_packing import DocumentPieces, gather_documents
@@ -152,6 +153,7 @@ class BatchStream:
         _check_limits(shards, tokenizer=tokenizer, config=config)
         self.shards, self.mixture, self.config = shards, mixture, config
         self._tokenizer = tokenizer
+        self.domains = _domains(shards, languages=tokenizer.languages)
         self._packed_stream = _largest_packed_stream(mixture)
 
     def initial_position(self) -> LoaderPosition:
@@ -293,6 +295,7 @@ class BatchStream:
             target_language_token=labels.target_language_token[stream],
             key=key,
             documents=documents,
+            domain=labels.domain[stream] if self.domains else None,
         )
         empty = RowLengths(window.lengths.source[global_rows], window.lengths.target[global_rows])
         return self.config.collator.collate(samples, empty=empty)
@@ -309,7 +312,9 @@ class BatchStream:
         columns = np.array(
             [(index[s], index[t], token_id(s), token_id(t)) for s, t in ends], dtype=np.int64
         ).reshape(-1, 4)
-        return _StreamLabels(task_of, *columns.T)
+        number = {domain: i for i, domain in enumerate(self.domains)}
+        domain = np.array([number.get(s.domain, 0) for s in streams], dtype=np.int64)
+        return _StreamLabels(task_of, domain, *columns.T)
 
     def _nothing_fits_message(self, draws: int) -> str:
         return (
@@ -320,13 +325,25 @@ class BatchStream:
 
 @dataclass(frozen=True, slots=True)
 class _StreamLabels:
-    """Task and languages of each stream [M]."""
+    """Task, domain and languages of each stream [M]."""
 
     task: IntArray
+    domain: IntArray
     source_language: IntArray
     target_language: IntArray
     source_language_token: IntArray
     target_language_token: IntArray
+
+
+def _domains(shards: TokenShards, *, languages: Sequence[str]) -> tuple[str, ...]:
+    """Return the domains of all splits, sorted, with "" for texts without one; or none at all."""
+    known = {
+        domain
+        for code in languages
+        for split in SPLITS
+        for domain in shards.domains(code, split=split)
+    }
+    return tuple(sorted({*known, ""})) if known - {""} else ()
 
 
 def _largest_packed_stream(mixture: Mixture) -> int | None:

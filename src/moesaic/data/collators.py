@@ -11,6 +11,7 @@ import torch
 
 from moesaic.core.config import Choice
 from moesaic.data.batch import (
+    DOMAIN,
     IGNORE_LABEL,
     SOURCE_LANGUAGE,
     TARGET_LANGUAGE,
@@ -35,7 +36,8 @@ class RowLengths(NamedTuple):
 class TokenizedSamples:
     """Rows as text tokens, without special tokens. All arrays are [B] except for the two texts.
 
-    ``documents`` are the rows of packed documents among them, whose texts are empty here.
+    ``documents`` are the rows of packed documents among them, whose texts are empty here;
+    ``domain`` is None where no text of the run has one.
     """
 
     source: Ragged
@@ -47,6 +49,7 @@ class TokenizedSamples:
     target_language_token: IntArray
     key: UInt64Array
     documents: DocumentRows | None = None
+    domain: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -158,6 +161,8 @@ def _to_batch(
         SOURCE_LANGUAGE: samples.source_language,
         TARGET_LANGUAGE: samples.target_language,
     }
+    if samples.domain is not None:
+        groups[DOMAIN] = samples.domain
     return Batch(
         source=InputRows(torch.from_numpy(source), torch.from_numpy(lengths.source)),
         target=InputRows(torch.from_numpy(target), torch.from_numpy(lengths.target)),

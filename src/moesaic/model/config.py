@@ -19,7 +19,7 @@ from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
-from moesaic.nn.sequence_mixer import MixerShape, Parallel, SequenceMixer
+from moesaic.nn.sequence_mixer import MixerShape, ParallelMixers, SequenceMixer
 
 MAX_LAYERS = 4096  # of a stack: each is a module, and is counted by itself
 
@@ -163,7 +163,7 @@ class ModelConfig(Config):
         return tuple(
             self._mixer(branch[0])
             if len(branch) == 1
-            else Parallel(mixers=tuple(map(self._mixer, branch)))
+            else ParallelMixers(mixers=tuple(map(self._mixer, branch)))
             for branch in stack.block_pattern(layer).branches
         )
 
