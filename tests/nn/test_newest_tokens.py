@@ -16,9 +16,7 @@ from moesaic.nn.sequence_mixer import MixerContext, MixerShape
 DIM, LENGTH = 16, 11
 HEADS = AttentionConfig(heads=4, kv_heads=2)
 CASES = {
-    name: mixer
-    for name, mixer in MIXERS.items()
-    if isinstance(mixer, Attention | LatentAttention)
+    name: mixer for name, mixer in MIXERS.items() if isinstance(mixer, Attention | LatentAttention)
 } | {
     "latent in a window": MIXERS["latent"].replace(window=SlidingWindow(size=4)),
     "sinks": Attention(sinks=LearnedSinks()),
