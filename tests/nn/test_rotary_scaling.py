@@ -136,8 +136,8 @@ def test_wrong_fractions_and_factors_are_refused():
         Rotary(fraction=0.2).build(dim=16, head_dim=16)
     with pytest.raises(ConfigError, match="at least 2 pairs"):
         Rotary(scaling=NTKScaling(factor=2)).build(dim=2, head_dim=2)
+    long = LongRoPE(factor=2, original_length=8, short_factors=(1.0,), long_factors=(1.0,))
     with pytest.raises(ConfigError, match="8 short_factors and long_factors, one per pair"):
-        long = LongRoPE(factor=2, original_length=8, short_factors=(1.0,), long_factors=(1.0,))
         Rotary(scaling=long).build(dim=16, head_dim=16)
     with pytest.raises(ConfigError, match="high_freq_factor"):
         Llama3Scaling(factor=2, original_length=8, low_freq_factor=4, high_freq_factor=1)

@@ -150,8 +150,7 @@ class SelfAttention(SequenceMixerModule, FusedProjections, CustomInitializers):
         self.qkv = fused_linear(dim, widths, biased=biased[:3])
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=biased[3])
         self.qk_norm = config.qk_norm.build(config.numbers(dim))
-        sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks.learned else None
-        self.register_parameter("sinks", sinks)
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks.learned else None
         self.backend: AttentionBackend = LocalAttention()
         self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
 

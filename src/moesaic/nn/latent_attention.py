@@ -48,7 +48,7 @@ class LatentAttention(SequenceMixer):
     channels, queries from one of ``query_rank`` (None: from the input itself). ``heads`` and
     ``position`` default to the model's. Projections to latents and back to the residual stream have
     the model's ``bias``. Scores are ``(nope_dim + rope_dim) ** -0.5`` times the factor of the
-    rotary scaling (YaRN with mscale). Decoding is in the absorbed form: scores are taken with latents.
+    rotary scaling (YaRN with mscale). Decoding is in the absorbed form: queries attend to latents.
     """
 
     kv_rank: int = Field(default=512, ge=1)
@@ -236,7 +236,7 @@ class LatentAttentionModule(SequenceMixerModule):
         up = self.kv_up.weight.unflatten(0, (self.heads, -1))
         key_up, value_up = up.split([config.nope_dim, config.value_dim], 1)  # [H, n or v, c]
         nope, turned = query.split([config.nope_dim, config.rope_dim], -1)
-        query = torch.cat([torch.einsum("thn,hnc->thc", nope, key_up), turned], -1)
+        query = torch.cat([torch.einsum("thd,hdc->thc", nope, key_up), turned], -1)
         mixed = attend_newest(
             QueryKeyValue(query, cached, cached[..., :0]),
             packing=context.packing,
@@ -245,4 +245,4 @@ class LatentAttentionModule(SequenceMixerModule):
             scores=self._scores(causal=True),
         )
         latents = mixed.unflatten(-1, (self.heads, -1))[..., : config.kv_rank]
-        return torch.einsum("thc,hvc->thv", latents, value_up).flatten(1)
+        return torch.einsum("thc,hdc->thd", latents, value_up).flatten(1)

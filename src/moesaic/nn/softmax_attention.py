@@ -8,6 +8,7 @@ Letters: B rows, L queries, S keys, H heads, G key/value heads, d head dim, e wi
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,14 @@ from moesaic.nn.attention_scores import AttentionMask, AttentionScores
 
 MIN_BLOCK = 64  # queries of a block: fewer make kernels slow
 SINK_CHANNELS = 8  # one would do; flash kernels take multiples of 8
+
+
+class PaddedHeads(NamedTuple):
+    """Queries, keys and values in rows."""
+
+    query: Float[Tensor, "B H L d"]
+    key: Float[Tensor, "B G S d"]
+    value: Float[Tensor, "B G S e"]
 
 
 def attend_rows(
@@ -32,17 +41,17 @@ def attend_rows(
     Padding is on the right: where a mask is causal it is after every real query. Without a limiting
     mask queries and keys may be of different rows (cross-attention).
     """
-    length, mask = key.shape[2], scores.mask
+    heads, length, mask = PaddedHeads(query, key, value), key.shape[2], scores.mask
     key_mask = None if mask.causal else key_mask
     blocks = Blocks.of(mask, length=length) if mask.is_limited(length) else None
     if blocks is not None:
-        return _attend_in_blocks(query, key, value, scores=scores, blocks=blocks, key_mask=key_mask)
+        return _attend_in_blocks(heads, scores=scores, blocks=blocks, key_mask=key_mask)
     if not mask.is_limited(length) and scores.bias is None:
-        return _attend(query, key, value, scores=scores, allowed=key_mask, causal=mask.causal)
+        return _attend(heads, scores=scores, allowed=key_mask, causal=mask.causal)
     place = torch.arange(length, device=key.device)
     bias = None if scores.bias is None else scores.bias.at(place, place)[None]
     allowed = _and_keys(mask.visible(place, place), key_mask)
-    return _attend(query, key, value, scores=scores, allowed=allowed, bias=bias)
+    return _attend(heads, scores=scores, allowed=allowed, bias=bias)
 
 
 def attend_positions(
@@ -57,7 +66,8 @@ def attend_positions(
     """Attend from and to any positions of each row; a negative one is no key (decoding)."""
     allowed = scores.mask.visible(query_position, key_position) & (key_position >= 0)[:, None]
     bias = None if scores.bias is None else scores.bias.at(query_position, key_position)
-    return _attend(query, key, value, scores=scores, allowed=allowed[:, None], bias=bias)
+    heads = PaddedHeads(query, key, value)
+    return _attend(heads, scores=scores, allowed=allowed[:, None], bias=bias)
 
 
 def attend_allowed(
@@ -70,7 +80,7 @@ def attend_allowed(
     bias: Float[Tensor, "B H L S"] | None,
 ) -> Float[Tensor, "B H L e"]:
     """Attend where ``allowed`` (None: everywhere), whatever the mask of ``scores``."""
-    return _attend(query, key, value, scores=scores, allowed=allowed, bias=bias)
+    return _attend(PaddedHeads(query, key, value), scores=scores, allowed=allowed, bias=bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +115,9 @@ class Blocks:
 
 
 def _attend_in_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scores: AttentionScores,
-    blocks: Blocks,
-    key_mask: Tensor | None,
+    heads: PaddedHeads, *, scores: AttentionScores, blocks: Blocks, key_mask: Tensor | None
 ) -> Float[Tensor, "B H L e"]:
+    query, key, value = heads
     rows, length, number = query.shape[0], query.shape[2], blocks.number(query.shape[2])
     padding = number * blocks.size - length
     queries = _cut(F.pad(query, (0, 0, 0, padding)), width=blocks.size, step=blocks.size)
@@ -130,9 +135,8 @@ def _attend_in_blocks(
         allowed = allowed.expand(rows, -1, -1, -1).flatten(0, 1)[:, None]
     place = torch.arange(-blocks.before, blocks.size + blocks.after, device=query.device)
     bias = scores.bias and scores.bias.at(place[blocks.before :][: blocks.size], place)[None]
-    out = _attend(
-        queries, keys, values, scores=scores, allowed=allowed, bias=bias, causal=allowed is None
-    )
+    cut = PaddedHeads(queries, keys, values)
+    out = _attend(cut, scores=scores, allowed=allowed, bias=bias, causal=allowed is None)
     joined = out.unflatten(0, (rows, number)).transpose(1, 2).flatten(2, 3)
     return joined[:, :, :length]
 
@@ -170,23 +174,20 @@ def _and_keys(
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    heads: PaddedHeads,
     *,
     scores: AttentionScores,
     allowed: Bool[Tensor, "#B 1 #L S"] | None,
     bias: Float[Tensor, "#B H L S"] | None = None,
     causal: bool = False,
 ) -> Float[Tensor, "B H L e"]:
-    scale, start, width = scores.scale, 0, value.shape[-1]
     if scores.softcap is not None:
-        return _attend_with_softcap(
-            query, key, value, scores=scores, allowed=allowed, bias=bias, causal=causal
-        )
+        return _attend_with_softcap(heads, scores=scores, allowed=allowed, bias=bias, causal=causal)
+    query, key, value = heads
+    scale, start, width = scores.scale, 0, value.shape[-1]
     if scores.sinks is not None:
         scale, start = scores.scale_of(query.shape[-1]), int(causal)
-        query, key, value = _with_sinks(query, key, value, sinks=scores.sinks / scale)
+        query, key, value = _with_sinks(heads, sinks=scores.sinks / scale)
         # the causal mask is a triangle from the first query and key: a query for the sink's place
         query = F.pad(query, (0, 0, start, 0))
         allowed = None if allowed is None else F.pad(allowed, (1, 0), value=True)
@@ -206,25 +207,23 @@ def _attend(
     return out[:, :, start:, :width]
 
 
-def _with_sinks(
-    query: Tensor, key: Tensor, value: Tensor, *, sinks: Float[Tensor, "H"]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _with_sinks(heads: PaddedHeads, *, sinks: Float[Tensor, "H"]) -> PaddedHeads:
     """Return them with a key in front whose score is the sink's logit, and without a value.
 
     Values are padded to the width of keys: fused kernels take one width.
     """
+    query, key, value = heads
     logit = sinks.to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)
     query = torch.cat([query, F.pad(logit, (0, SINK_CHANNELS - 1))], -1)
     sink = key.new_zeros(key.shape[-1] + SINK_CHANNELS)
     sink[-SINK_CHANNELS] = 1
     key = torch.cat([sink.expand(*key.shape[:2], 1, -1), F.pad(key, (0, SINK_CHANNELS))], 2)
-    return query, key, F.pad(value, (0, query.shape[-1] - value.shape[-1], 1, 0))
+    value = F.pad(value, (0, query.shape[-1] - value.shape[-1], 1, 0))
+    return PaddedHeads(query, key, value)
 
 
 def _attend_with_softcap(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    heads: PaddedHeads,
     *,
     scores: AttentionScores,
     allowed: Tensor | None,
@@ -232,6 +231,7 @@ def _attend_with_softcap(
     causal: bool,
 ) -> Float[Tensor, "B H L e"]:
     """Attention with all scores in memory: PyTorch's kernels have no soft cap."""
+    query, key, value = heads
     shared, cap = query.shape[1] // key.shape[1], scores.softcap
     key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
     score = query @ key.transpose(-1, -2) * scores.scale_of(query.shape[-1])

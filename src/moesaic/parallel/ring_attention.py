@@ -81,8 +81,8 @@ class RingAttention:
 class AttentionTile:
     """Consecutive queries and keys of one row, as slices of their ranks' tokens.
 
-    ``first_query`` and ``first_key`` are their positions in the row. ``masked``: some query does not
-    attend to some key.
+    ``first_query`` and ``first_key`` are their positions in the row. ``masked``: some query does
+    not attend to some key.
     """
 
     queries: slice
