@@ -18,6 +18,7 @@ from decoding_shape import (
 )
 from decoding_worker import serve
 
+from moesaic.data import batch
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
@@ -27,6 +28,11 @@ from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU
 from moesaic.nn.norm import LayerNorm
+
+
+def as_input(ids: torch.Tensor) -> Any:
+    """Return rows of ids as ``generate`` takes them (older commits: the tensor itself)."""
+    return batch.InputRows.full(ids) if "InputRows" in vars(batch) else ids
 
 
 def build(*, sparse: bool) -> Transformer:
@@ -52,7 +58,7 @@ def main(kind: str, threads: int) -> None:
     rules = DecodingRules(suppress_tokens=(*SUPPRESSED_TOKENS, 2))  # no early end
 
     def prepare(asked: dict[str, Any]) -> Callable[[], object]:
-        source = torch.tensor(sources(asked["rows"]))
+        source = as_input(torch.tensor(sources(asked["rows"])))
         tag = torch.full((asked["rows"],), 5)
         search = Greedy() if asked["beam"] == 1 else Beam(size=asked["beam"])
 

@@ -19,7 +19,9 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention import Attention
 from moesaic.nn.attention_parts import Chunks, LearnedSinks, SlidingWindow
+from moesaic.nn.gated_linear_attention import GatedLinearAttention
 from moesaic.nn.latent_attention import LatentAttention
+from moesaic.nn.mamba2 import Mamba2
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.qk_norm import L2QKNorm, PerHeadQKNorm
 from moesaic.nn.rotary_scaling import Llama3Scaling, YaRN
@@ -60,6 +62,8 @@ MIXERS: dict[str, SequenceMixer] = {
     "latent": LatentAttention(
         kv_rank=6, query_rank=5, nope_dim=4, rope_dim=2, value_dim=3, position=MSCALED
     ),
+    "gated_linear_attention": GatedLinearAttention(heads=4, gate_rank=4),
+    "mamba2": Mamba2(head_dim=8, state=6, groups=4),
     "of_the_guide": _mixer_of_the_guide(),
 }
 

@@ -15,7 +15,7 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.languages import ENGLISH, UNDETERMINED, resolve_language
 from moesaic.corpus.text_rules import GeneralText, TextRules
 from moesaic.data.batch import InputRows
-from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.model.beam_search import Array, Hypothesis
 from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
 from moesaic.model.sampling import Sample
@@ -59,9 +59,17 @@ class TextGenerator:
     """A decoder-only model with its tokenizer; ``open`` loads one from a run directory."""
 
     def __init__(
-        self, model: Transformer, *, tokenizer: Tokenizer, text_rules: TextRules | None = None
+        self,
+        model: Transformer,
+        *,
+        tokenizer: Tokenizer,
+        text_rules: TextRules | None = None,
+        window: int = 512,
     ) -> None:
-        """Raises DataError for a model with an encoder."""
+        """``window`` is the length of the rows that the model was trained on.
+
+        Raises DataError for a model with an encoder.
+        """
         if model.config.encoder.layers:
             raise DataError(
                 "this model has an encoder: it translates, and does not continue texts "
@@ -69,6 +77,7 @@ class TextGenerator:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.window = window
         self._text_rules = text_rules or GeneralText()
         tags = [tokenizer.language_token_id(code) for code in tokenizer.languages]
         unused = [
@@ -88,7 +97,12 @@ class TextGenerator:
         no language model.
         """
         run = open_run(Path(path), weights=weights, device=device)
-        return cls(run.model, tokenizer=run.tokenizer, text_rules=run.text_rules)
+        return cls(
+            run.model,
+            tokenizer=run.tokenizer,
+            text_rules=run.text_rules,
+            window=run.limits.max_target,
+        )
 
     @overload  # a string is a sequence of strings too: the first overload takes it
     def generate(  # pyright: ignore[reportOverlappingOverload]
@@ -143,8 +157,17 @@ class TextGenerator:
             for answer in self._continue(numbered[start : start + _ROWS], request)
         ]
 
+    def normalise(self, text: str) -> str:
+        """Return a text as the corpus of the run has it; empty if nothing in it is visible."""
+        return self._text_rules.normalise(text)
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text."""
+        return EOS
+
     def begin_tokens(self, language: str | None) -> tuple[int, ...]:
-        """Return the tokens that a text begins with. Raises DataError: which language is unclear."""
+        """Return the tokens that a text begins with. Raises DataError: the language is unclear."""
         known = self.tokenizer.languages
         if language is not None:
             return (self.tokenizer.language_token_id(resolve_language(language).code),)
