@@ -18,6 +18,8 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention import Attention
+from moesaic.nn.gated_linear_attention import GatedLinearAttention
+from moesaic.nn.mamba2 import Mamba2
 from moesaic.nn.sequence_mixer import SequenceMixer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
@@ -40,6 +42,8 @@ def _mixer_of_the_guide() -> SequenceMixer:
 MIXERS: dict[str, SequenceMixer] = {
     "own_heads": Attention(heads=2, kv_heads=2, head_dim=6),
     "attention_experts": MixtureOfAttention(experts=2),
+    "gated_linear_attention": GatedLinearAttention(heads=4, gate_rank=4),
+    "mamba2": Mamba2(head_dim=8, state=6, groups=4),
     "of_the_guide": _mixer_of_the_guide(),
 }
 
@@ -50,6 +54,12 @@ def alone(base: ModelConfig, name: str) -> ModelConfig:
     if mixer.problems(base.mixer_shape("encoder")) is None:
         sides["encoder"] = base.encoder.replace(pattern=name)
     return base.replace(mixers={name: mixer}, **sides)
+
+
+def in_sequence(base: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """Return a model whose decoder blocks have all of these mixers, one after the other."""
+    mixers = {name: MIXERS[name] for name in names}
+    return base.replace(mixers=mixers, decoder=base.decoder.replace(pattern=" > ".join(mixers)))
 
 
 def hybrid(base: ModelConfig, names: Iterable[str] = MIXERS) -> ModelConfig:
