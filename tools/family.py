@@ -60,9 +60,9 @@ INTRO = """\
 
 All values of each config field of an MoE layer, then those of the other parts of a model (sequence
 mixers and what belongs to attention, positions, norms, inputs, heads, ...), family by family.
-`make reference` generates this page from the classes; a test fails if it is out of date. Lines count code only, without docstrings,
-comments and blank lines. Each rule in `tests/moe/variants.py` is checked by the law tests that use
-this table: {laws} of {all}.
+`make reference` generates this page from the classes; a test fails if it is out of date. Lines
+count code only, without docstrings, comments and blank lines. Each rule in `tests/moe/variants.py`
+is checked by the law tests that use this table: {laws} of {all}.
 """
 
 
