@@ -58,8 +58,9 @@ def step(mixer: SequenceMixer) -> Run:
 
     @torch.inference_mode()
     def run() -> None:
-        state, slots = module.init_state(DECODED_ROWS, like=x), DecodeSlots.empty(
-            DECODED_ROWS, device=x.device
+        state, slots = (
+            module.init_state(DECODED_ROWS, like=x),
+            DecodeSlots.empty(DECODED_ROWS, device=x.device),
         )
         prompt = torch.randn(DECODED_ROWS * DECODED, DIM)
         module(prompt, context=context(slots, packing, 0), state=state)
