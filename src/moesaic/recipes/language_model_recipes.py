@@ -5,7 +5,7 @@ from moesaic.data.document_packing import Concatenated, DocumentPacking, Separat
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.head import LanguageModelHead
 from moesaic.moe.auxiliary_losses import SwitchBalance
@@ -31,7 +31,7 @@ def language_model_demo() -> Run:
         data=TextData(
             corpus=NamedCorpus(name="catalogues-small"),
             languages=("eng", *LANGUAGES),
-            tokenizer=TokenizerConfig(vocab_size=DEMO_VOCABULARY),
+            tokenizer=TrainedTokenizer(vocab_size=DEMO_VOCABULARY),
             mixture=_language_modelling(Separated(), temperature=2.0),
             loader=LoaderConfig(batch_tokens=4096, max_target=64, collator=DecoderOnlyCollator()),
         ),
@@ -55,7 +55,7 @@ def language_model() -> Run:
         name="language-model",
         data=TextData(
             corpus=CorpusFolder(path="documents"),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+            tokenizer=TrainedTokenizer(vocab_size=VOCABULARY),
             mixture=_language_modelling(Concatenated(), temperature=1.0),
             loader=LoaderConfig(
                 batch_tokens=8192,
