@@ -12,7 +12,7 @@ from pydantic import Field
 
 from moesaic.data.batch import Batch, InputRows
 from moesaic.data.ragged import IntArray
-from moesaic.data.row_loader import RowDataset, RowDraws, RowSource
+from moesaic.data.row_loader import RowDataset, RowDraws, RowOrigin, RowSource
 from moesaic.data.series import FloatArray, Notify, PackagedSeries, Series, SeriesSource
 
 _LEAST_SCALE = 1e-3  # of the values: a constant context has no scale of its own
@@ -49,6 +49,7 @@ class SeriesDataset(RowDataset):
         self.rows, self.series = rows, series
         domains = tuple(dict.fromkeys(one.domain for one in series))
         self.labels = {"domain": domains}
+        self.origins = [RowOrigin(s.name, s.licence, len(s.values)) for s in series]
         self._domain = np.array([domains.index(one.domain) for one in series])
         length = np.array([len(one.values) for one in series])
         # a series has at least one training window, of at least two points
