@@ -4,17 +4,19 @@ import functools
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.pair import Pair, Text
 from moesaic.data.batch import IGNORE_LABEL, SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK
+from moesaic.data.collators import DecoderOnlyCollator
+from moesaic.data.document_packing import Concatenated, DocumentPacking, Separated
 from moesaic.data.loader import DataReplica, Loader, LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.ragged import Ragged
-from moesaic.data.tasks import Denoising, Translation
+from moesaic.data.tasks import CausalLM, Denoising, Translation
 from moesaic.data.token_shard_writer import write_shards
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
@@ -78,6 +80,19 @@ MIXTURE = MixtureConfig(
     temperature=2.0,
 )
 SMALL = LoaderConfig(batch_tokens=256, bucket_window=64, max_source=40, max_target=40, prefetch=0)
+PACKED = SMALL.replace(max_target=12, collator=DecoderOnlyCollator())
+
+
+def packed(packing: DocumentPacking, **task: Any) -> MixtureConfig:
+    """A language model's mixture."""
+    return MixtureConfig(tasks=(WeightedTask(task=CausalLM(packing=packing, **task)),))
+
+
+SETUPS: dict[str, dict[str, Any]] = {
+    "whole texts": {"config": SMALL, "mixture": MIXTURE},
+    "concatenated": {"config": PACKED, "mixture": packed(Concatenated())},
+    "separated": {"config": PACKED, "mixture": packed(Separated())},
+}
 
 
 def loader(

@@ -8,10 +8,14 @@ import pipeline_cases as cases
 from moesaic.data.collators import DecoderOnlyCollator
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_the_union_over_ranks_is_the_same_for_any_number(world):
-    one = cases.loader()
-    parts = [cases.loader(rank=r, world=world) for r in range(world)]
+@pytest.mark.parametrize(
+    ("world", "setup"),
+    [(2, "whole texts"), (3, "concatenated"), (3, "separated"), (4, "whole texts")],
+)
+def test_the_union_over_ranks_is_the_same_for_any_number(world, setup):
+    given = cases.SETUPS[setup]
+    one = cases.loader(**given)
+    parts = [cases.loader(**given, rank=r, world=world) for r in range(world)]
     for _ in range(60):  # several windows, and several epochs of the smallest stream
         whole, shares = next(one), [next(part) for part in parts]
         assert sorted(row for s in shares for row in cases.rows(s)) == cases.rows(whole)

@@ -13,13 +13,19 @@ def take(stream, count):
 
 
 @settings(max_examples=10, deadline=None)
-@given(before=st.integers(0, 40), window=st.sampled_from([1, 7, 64, 500]), seed=st.integers(0, 9))
-def test_a_resumed_loader_equals_one_that_never_stopped(before, window, seed):
-    config = cases.SMALL.replace(bucket_window=window)
-    whole = cases.loader(config=config, seed=seed)
+@given(
+    before=st.integers(0, 40),
+    window=st.sampled_from([1, 7, 64, 500]),
+    seed=st.integers(0, 9),
+    setup=st.sampled_from(list(cases.SETUPS)),
+)
+def test_a_resumed_loader_equals_one_that_never_stopped(before, window, seed, setup):
+    given = cases.SETUPS[setup]
+    given = given | {"config": given["config"].replace(bucket_window=window), "seed": seed}
+    whole = cases.loader(**given)
     take(whole, before)
     state = json.loads(json.dumps(whole.state()))
-    resumed = cases.loader(config=config, seed=seed)
+    resumed = cases.loader(**given)
     resumed.restore(state)
     assert take(resumed, 12) == take(whole, 12)
     assert resumed.state() == whole.state()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from mixer_cases import MIXERS, alone, hybrid
 from moesaic.data.batch import (
     IGNORE_LABEL,
     SOURCE_LANGUAGE,
@@ -163,6 +164,11 @@ VARIANTS["residual-pyramid-bias"] = BASE.replace(
     decoder=Stack(layers=3, moe_every=1, first_dense_layers=1, experts_per_layer=(2, 5)),
     moe=MIXTURE.replace(select=SwitchTop1(), shared_experts=ResidualExpert()),
     bias=True,
+)
+VARIANTS |= {f"mixer-{name}": alone(BASE, name) for name in MIXERS}
+VARIANTS["mixers-of-all-kinds"] = hybrid(BASE)
+VARIANTS["mixers-parallel-residual"] = hybrid(BASE).replace(
+    encoder=NONE, block_layout=ParallelResidual(), bias=True
 )
 
 

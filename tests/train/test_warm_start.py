@@ -19,7 +19,7 @@ from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
 from moesaic.recipes.lookup import warm_start
 from moesaic.serve.translator import Translator
-from moesaic.testing.tiny_models import synthetic_run, text_of, tiny_model_config
+from moesaic.testing.tiny_models import change_text, synthetic_run, text_of, tiny_model_config
 from moesaic.train.corpus_source import BuiltCorpus
 from moesaic.train.resume import ResumeFrom, ResumeLatest
 from moesaic.train.run import Run
@@ -50,7 +50,7 @@ def other_corpus(**changes):
 
 
 def started(init, **changes) -> Run:
-    return warm_start(str(init), changes=["steps=3"]).replace(**changes)
+    return change_text(warm_start(str(init), changes=["steps=3"]), **changes)
 
 
 def test_weights_and_tokenizer_are_those_of_the_run_and_the_optimizer_is_new(init, tmp_path):

@@ -172,9 +172,14 @@ def _show_texts(found: CorpusStats, console: Console) -> None:
             )
         )
         rows += (
-            (f"  {domain}", "", _short_count(sum(counts.values())), "")
-            + tuple(_short_count(counts[name]) for name in names)
-            + ("",)
+            (
+                f"  {domain}",
+                "",
+                _short_count(sum(counts.values())),
+                "",
+                *(_short_count(counts[name]) for name in names),
+                "",
+            )
             for domain, counts in text.domains.items()
         )
     columns = ("text in", "read", "kept", "share", *names, "dropped, mostly for")

@@ -188,12 +188,15 @@ def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[
 
 def _move(tree: Mapping[str, object], old: str, path: tuple[str, ...]) -> dict[str, object]:
     """Return ``tree`` with the value of the key ``old`` at ``path``, in records as needed."""
-    moved = {key: value for key, value in tree.items() if key != old}
+    moved: dict[str, object] = {key: value for key, value in tree.items() if key != old}
     here = moved
     for depth, step in enumerate(path[:-1]):
-        kind = KINDS_OF_MOVED_KEYS.get(".".join(path[: depth + 1]))
         found = here.get(step)
-        inner = dict(found) if isinstance(found, Mapping) else {"kind": kind} if kind else {}
+        inner: dict[str, object] = {}
+        if isinstance(found, Mapping):
+            inner |= found
+        elif kind := KINDS_OF_MOVED_KEYS.get(".".join(path[: depth + 1])):
+            inner["kind"] = kind
         here[step] = inner
         here = inner
     here[path[-1]] = tree[old]

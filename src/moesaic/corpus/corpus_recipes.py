@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-import moesaic.corpus.sources.documents
+import moesaic.corpus.sources.document_files
 import moesaic.corpus.sources.local_files  # noqa: F401  register their sources
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError, did_you_mean

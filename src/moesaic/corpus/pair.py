@@ -32,7 +32,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text in one language: a sentence, or a document. ``domain`` is what it is about, if given."""
+    """A text in one language: a sentence, or a document, with its ``domain`` if it has one."""
 
     text: str
     language: str

@@ -94,7 +94,8 @@ def _is_visible(char: str) -> bool:
 class TextRules(Choice):
     """Family: what a corpus does to its texts before anything else reads them.
 
-    ``GeneralText``, ``SoftwareStrings`` or ``DocumentText``. A model is given text by the rules of its corpus.
+    ``GeneralText``, ``SoftwareStrings`` or ``DocumentText``. A model is given text by the rules of
+    its corpus.
     """
 
     @abstractmethod

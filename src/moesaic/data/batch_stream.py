@@ -18,12 +18,14 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
+from moesaic.data.document_packing import DocumentPieces, gather_documents
 from moesaic.data.mixture import Mixture, SampleDraws
 from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
+from moesaic.data.row_plan import DrawnTexts, RowPlan, first_rows_of_each, plan_rows
 from moesaic.data.tasks import TaskStream
 from moesaic.data.token_shards import TokenShards
-from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokenizer import EOS, Tokenizer
 
 # streams of random bits
 _NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24
@@ -119,13 +121,14 @@ class LoaderPosition:
 
 @dataclass(frozen=True, slots=True)
 class PlannedWindow:
-    """A planned window: streams, text ids and lengths of its rows [N], and its batches."""
+    """A planned window: streams, text ids and lengths of its rows [R], and its batches."""
 
     stream: IntArray
     source: IntArray
     target: IntArray
     key: IntArray
     lengths: RowLengths
+    pieces: DocumentPieces
     batches: tuple[IntArray, ...]
     skipped: IntArray
 
@@ -149,6 +152,7 @@ class BatchStream:
         _check_limits(shards, tokenizer=tokenizer, config=config)
         self.shards, self.mixture, self.config = shards, mixture, config
         self._tokenizer = tokenizer
+        self._packed_stream = _largest_packed_stream(mixture)
 
     def initial_position(self) -> LoaderPosition:
         counts = self.mixture.initial_counts()
@@ -163,9 +167,7 @@ class BatchStream:
         """
         labels, empty = self._labels(self.mixture.streams, self.mixture.stream_task), 0
         while True:
-            draws = self.mixture.draw(
-                position.first_draw, count=self.config.bucket_window, counts=position.counts
-            )
+            draws = self._draw_window(position)
             window = self._plan_window(draws, self.mixture.streams, self.mixture.stream_task)
             counts = self.mixture.counts_after(draws, counts=position.counts)
             skipped = position.skipped + window.skipped
@@ -175,9 +177,7 @@ class BatchStream:
             for b in range(position.batch_index, len(window.batches)):
                 batch = self._make_batch(window, b, labels=labels, replica=replica)
                 yield PositionedBatch(batch, replace(position, batch_index=b + 1), counts, skipped)
-            position = LoaderPosition(
-                position.first_draw + self.config.bucket_window, 0, counts, skipped
-            )
+            position = LoaderPosition(position.first_draw + len(draws), 0, counts, skipped)
 
     def held_out_batches(
         self, split: str, *, rows: int | None, replica: DataReplica
@@ -201,36 +201,60 @@ class BatchStream:
         size = np.array([s.size for s in streams], dtype=np.int64)[stream]
         index = random_permutation(nth, size=size, key=random_bits(_HELD_OUT, stream))
         draws = SampleDraws(random_bits(_HELD_OUT, stream, index), stream, index)
-        window = self._plan_window(draws, streams, np.array(task_of, dtype=np.int64))
+        window = self._plan_window(draws, streams, np.array(task_of, dtype=np.int64), most=rows)
         labels = self._labels(streams, np.array(task_of, dtype=np.int64))
         for b in range(len(window.batches)):
             yield self._make_batch(window, b, labels=labels, replica=replica)
 
+    def _draw_window(self, position: LoaderPosition) -> SampleDraws:
+        """Draw a window; it ends where the largest stream of packed documents begins anew.
+
+        So the rows of two epochs of that stream are never mixed in one window.
+        """
+        draws = self.mixture.draw(
+            position.first_draw, count=self.config.bucket_window, counts=position.counts
+        )
+        if self._packed_stream is None:
+            return draws
+        size = self.mixture.streams[self._packed_stream].size
+        left = size - int(position.counts[self._packed_stream]) % size
+        of_stream = np.flatnonzero(draws.stream == self._packed_stream)
+        return draws.first(of_stream[left - 1] + 1) if len(of_stream) >= left else draws
+
     def _plan_window(
-        self, draws: SampleDraws, streams: Sequence[TaskStream], task_of: IntArray
+        self,
+        draws: SampleDraws,
+        streams: Sequence[TaskStream],
+        task_of: IntArray,
+        *,
+        most: int | None = None,
     ) -> PlannedWindow:
         source, target = _text_ids(draws, streams)
         text = RowLengths(self.shards.lengths(source), self.shards.lengths(target))
-        source_lengths = text.source.copy()
-        for t, task in enumerate(self.mixture.tasks):
-            of_task = task_of[draws.stream] == t
-            source_lengths[of_task] = task.max_source_lengths(text.source[of_task])
-        lengths = self.config.collator.lengths(source_lengths, target=text.target)
-        fits = lengths.source <= self.config.max_source
-        fits &= lengths.target <= self.config.max_target
-        over = np.bincount(draws.stream[~fits], minlength=len(streams))
-        seed = self.mixture.seed
-        kept = RowLengths(lengths.source[fits], lengths.target[fits])
-        key = random_bits(seed, _TIE_BREAK, draws.number[fits])
-        batches = bucket_by_length(kept, batch_tokens=self.config.batch_tokens, key=key)
+        plan = plan_rows(
+            DrawnTexts(draws.stream, task_of[draws.stream], source, target, text),
+            tasks=self.mixture.tasks,
+            collator=self.config.collator,
+            window=self.config.max_target,
+        )
+        fits = plan.lengths.source <= self.config.max_source
+        fits &= plan.lengths.target <= self.config.max_target
+        over = np.bincount(draws.stream[plan.draw[~fits]], minlength=len(streams))
+        plan = plan.select(np.flatnonzero(fits))
+        if most is not None:
+            plan = plan.select(first_rows_of_each(draws.stream[plan.draw], count=most))
+        seed, number = self.mixture.seed, _row_numbers(draws, plan)
+        key = random_bits(seed, _TIE_BREAK, number)
+        batches = bucket_by_length(plan.lengths, batch_tokens=self.config.batch_tokens, key=key)
         first = draws.number[0] if len(draws) else 0
         order = np.argsort(random_bits(seed, _ORDER, first, np.arange(len(batches))))
         return PlannedWindow(
-            stream=draws.stream[fits],
-            source=source[fits],
-            target=target[fits],
-            key=random_bits(seed, _NOISE, draws.number[fits]),
-            lengths=kept,
+            stream=draws.stream[plan.draw],
+            source=source[plan.draw],
+            target=target[plan.draw],
+            key=random_bits(seed, _NOISE, number),
+            lengths=plan.lengths,
+            pieces=plan.pieces,
             batches=tuple(batches[i] for i in order),
             skipped=over,
         )
@@ -244,7 +268,11 @@ class BatchStream:
         rows = rows[np.argsort(labels.task[window.stream[rows]], kind="stable")]
         stream = window.stream[rows]
         task = labels.task[stream]
-        texts, key = self.shards.gather(window.source[rows]), window.key[rows]
+        documents = gather_documents(self.shards, window.pieces.of_rows(rows), eos=EOS)
+        whole = np.ones(len(rows), dtype=np.int64)
+        if documents is not None:
+            whole[documents.rows] = 0
+        texts, key = self._gather_whole(window.source[rows], whole), window.key[rows]
         edges = np.searchsorted(task, np.arange(len(self.mixture.tasks) + 1))
         source = Ragged.concatenate(
             [
@@ -257,16 +285,22 @@ class BatchStream:
         )
         samples = TokenizedSamples(
             source=source,
-            target=self.shards.gather(window.target[rows]),
+            target=self._gather_whole(window.target[rows], whole),
             task=task,
             source_language=labels.source_language[stream],
             target_language=labels.target_language[stream],
             source_language_token=labels.source_language_token[stream],
             target_language_token=labels.target_language_token[stream],
             key=key,
+            documents=documents,
         )
         empty = RowLengths(window.lengths.source[global_rows], window.lengths.target[global_rows])
         return self.config.collator.collate(samples, empty=empty)
+
+    def _gather_whole(self, texts: IntArray, whole: IntArray) -> Ragged:
+        """Return the tokens of texts where ``whole`` [B] is 1, and none where it is 0."""
+        lengths = self.shards.lengths(texts) * whole
+        return self.shards.gather_parts(texts, first=np.zeros_like(texts), lengths=lengths)
 
     def _labels(self, streams: Sequence[TaskStream], task_of: IntArray) -> "_StreamLabels":
         index = {code: i for i, code in enumerate(self._tokenizer.languages)}
@@ -293,6 +327,20 @@ class _StreamLabels:
     target_language: IntArray
     source_language_token: IntArray
     target_language_token: IntArray
+
+
+def _largest_packed_stream(mixture: Mixture) -> int | None:
+    """Return the stream of packed documents with the most tokens, if there is one."""
+    none = np.zeros(0, dtype=np.int64)
+    packed = [task.pieces(none, stream=none, window=1) is not None for task in mixture.tasks]
+    found = [m for m, task in enumerate(mixture.stream_task.tolist()) if packed[task]]
+    return max(found, key=lambda m: mixture.streams[m].rows.num_tokens, default=None)
+
+
+def _row_numbers(draws: SampleDraws, plan: RowPlan) -> IntArray:
+    """Return a number of each row [R]: of its draw, and of its beginning in a packed document."""
+    number = draws.number[plan.draw]
+    return np.where(plan.first > 0, random_bits(number, plan.first), number.astype(np.uint64))
 
 
 def _text_ids(draws: SampleDraws, streams: Sequence[TaskStream]) -> tuple[IntArray, IntArray]:

@@ -18,6 +18,7 @@ from moesaic.data.batch import (
     Batch,
     InputRows,
 )
+from moesaic.data.document_packing import BEGIN, DocumentRows
 from moesaic.data.numpy_counter_rng import UInt64Array
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.tokenizer import EOS
@@ -32,7 +33,10 @@ class RowLengths(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSamples:
-    """Rows as text tokens, without special tokens. All arrays are [B] except for the two texts."""
+    """Rows as text tokens, without special tokens. All arrays are [B] except for the two texts.
+
+    ``documents`` are the rows of packed documents among them, whose texts are empty here.
+    """
 
     source: Ragged
     target: Ragged
@@ -42,6 +46,7 @@ class TokenizedSamples:
     source_language_token: IntArray
     target_language_token: IntArray
     key: UInt64Array
+    documents: DocumentRows | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -88,7 +93,7 @@ class DecoderOnlyCollator(Collator):
     """One row ``[source language] source [EOS] [target language] target [EOS]``.
 
     Only the target is predicted. Without a source text (causal LM) the row is
-    ``[target language] target [EOS]``.
+    ``[target language] target [EOS]``; in packed rows each document begins so.
     """
 
     def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
@@ -99,6 +104,9 @@ class DecoderOnlyCollator(Collator):
         lengths = samples.source.lengths
         begin = np.where(lengths > 0, lengths + 2, 0)  # index of the target language token
         widths = self.lengths(lengths, target=samples.target.lengths)
+        documents = samples.documents
+        if documents is not None:
+            widths.target[documents.rows] = documents.labels.lengths
         target = _grid(widths.target, empty.target)
         labels = np.full_like(target, IGNORE_LABEL)
         sourced = np.flatnonzero(lengths)
@@ -109,6 +117,12 @@ class DecoderOnlyCollator(Collator):
         _write_rows(target, samples.target, shift=begin + 1)
         _write_rows(labels, samples.target, shift=begin)
         labels[rows, begin + samples.target.lengths] = EOS
+        if documents is not None:
+            tag = samples.target_language_token[documents.rows][documents.inputs.row_index]
+            inputs = np.where(documents.inputs.tokens == BEGIN, tag, documents.inputs.tokens)
+            filled = Ragged(inputs, documents.inputs.lengths)
+            _write_rows(target, filled, shift=0, rows=documents.rows)
+            _write_rows(labels, documents.labels, shift=0, rows=documents.rows)
         source = np.zeros((len(samples), 0), dtype=np.int64)
         return _to_batch(samples, widths, source=source, target=target, labels=labels)
 
@@ -118,11 +132,17 @@ def _grid(lengths: IntArray, empty: IntArray) -> IntArray:
     return np.zeros((lengths.size, width), dtype=np.int64)
 
 
-def _write_rows(grid: IntArray, rows: Ragged, *, shift: IntArray | int) -> None:
-    """Write every row's tokens into the grid, ``shift`` (one, or one per row) to the right."""
-    start = np.arange(len(rows)) * grid.shape[1] + shift - rows.starts
-    index = np.repeat(start, rows.lengths) + np.arange(rows.tokens.size)
-    grid.reshape(-1)[index] = rows.tokens
+def _write_rows(
+    grid: IntArray, texts: Ragged, *, shift: IntArray | int, rows: IntArray | None = None
+) -> None:
+    """Write texts into the grid, ``shift`` (one, or one per text) to the right.
+
+    ``rows`` are the rows of the grid that they are written to; None: all.
+    """
+    number = np.arange(len(texts)) if rows is None else rows
+    start = number * grid.shape[1] + shift - texts.starts
+    index = np.repeat(start, texts.lengths) + np.arange(texts.tokens.size)
+    grid.reshape(-1)[index] = texts.tokens
 
 
 def _to_batch(

@@ -86,6 +86,10 @@ class SampleDraws:
     def __len__(self) -> int:
         return self.number.shape[0]
 
+    def first(self, count: int) -> "SampleDraws":
+        """Return the first draws."""
+        return SampleDraws(self.number[:count], self.stream[:count], self.row[:count])
+
 
 @dataclass(frozen=True, slots=True)
 class StreamFrequency:
@@ -190,11 +194,11 @@ def _check_language_weights(config: MixtureConfig, languages: Sequence[str]) -> 
         if code not in languages:
             hint = did_you_mean(code, languages)
             raise ConfigError(
-                [f"mixture.language_weights.{code}: not a language of this run{hint}"]
+                [f"data.mixture.language_weights.{code}: not a language of this run{hint}"]
             )
         if not factor > 0:
             raise ConfigError(
-                [f"mixture.language_weights.{code}: found {factor}, expected more than 0"]
+                [f"data.mixture.language_weights.{code}: found {factor}, expected more than 0"]
             )
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from moesaic.core.config import Choice
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import ENGLISH
+from moesaic.data.document_packing import DocumentPacking, DocumentPieces, WholeTexts
 from moesaic.data.numpy_counter_rng import UInt64Array, random_bits
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.text_noise import DeleteTokens, InfillSpans, MaskTokens, ShuffleTokens, TextNoise
@@ -150,6 +151,16 @@ class Task(Choice):
         """Return the directions of translation among ``languages``; none if it is another task."""
         return []
 
+    def pieces(
+        self,
+        length: IntArray,  # noqa: ARG002
+        *,
+        stream: IntArray,  # noqa: ARG002
+        window: int,  # noqa: ARG002
+    ) -> DocumentPieces | None:
+        """Return how texts become rows (``DocumentPacking.pieces``); None: a row is a text."""
+        return None
+
     def max_source_lengths(self, source: IntArray) -> IntArray:
         """Return an upper bound [B] of the source lengths after ``corrupt_source``."""
         return source
@@ -208,8 +219,9 @@ class Denoising(Task):
 
 
 class CausalLM(Task):
-    """Predict a text from its language token alone."""
+    """Predict a text from its language token alone; ``packing`` makes rows of documents."""
 
+    packing: DocumentPacking = WholeTexts()
     languages: Annotated[tuple[str, ...], Field(description="only these; empty: all")] = ()
 
     @property
@@ -220,6 +232,9 @@ class CausalLM(Task):
         self, shards: TokenShards, *, languages: Sequence[str], split: str
     ) -> list[TaskStream]:
         return _text_streams(shards, self.languages or languages, languages=languages, split=split)
+
+    def pieces(self, length: IntArray, *, stream: IntArray, window: int) -> DocumentPieces | None:
+        return self.packing.pieces(length, stream=stream, window=window)
 
     def max_source_lengths(self, source: IntArray) -> IntArray:
         return source * 0

@@ -161,10 +161,12 @@ class TokenShards:
 
     def gather(self, texts: IntArray) -> Ragged:
         """Return the tokens of texts, given their ids."""
-        starts = self._offsets[texts]
-        found = Ragged.gather(
-            self._tokens, starts=starts, lengths=self._offsets[texts + 1] - starts
-        )
+        return self.gather_parts(texts, first=np.zeros_like(texts), lengths=self.lengths(texts))
+
+    def gather_parts(self, texts: IntArray, *, first: IntArray, lengths: IntArray) -> Ragged:
+        """Return ``lengths`` tokens of each text from its token ``first`` on."""
+        starts = self._offsets[texts].astype(np.int64) + first
+        found = Ragged.gather(self._tokens, starts=starts, lengths=lengths)
         if found.tokens.size and found.tokens.max() >= self.manifest["vocab_size"]:
             raise SHARDS_FILE.problem(
                 self.path / "tokens.bin",

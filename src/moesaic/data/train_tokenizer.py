@@ -194,7 +194,7 @@ def train_tokenizer(
     if num_pieces < 1:
         raise ConfigError(
             [
-                f"tokenizer.vocab_size: found {config.vocab_size}, expected at least "
+                f"data.tokenizer.vocab_size: found {config.vocab_size}, expected at least "
                 f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(languages)} language "
                 f"tokens, {len(BYTE_PIECES)} bytes, {len(copies)} copy pieces and one piece"
             ]

@@ -36,6 +36,9 @@ class BlockPattern:
         """The names of all mixers, in order."""
         return tuple(name for branch in self.branches for name in branch)
 
+    def __str__(self) -> str:
+        return " > ".join(map(" | ".join, self.branches)) + "-" * (not self.feed_forward)
+
 
 @cache
 def parse_pattern(text: str) -> tuple[BlockPattern, ...]:

@@ -151,8 +151,7 @@ def num_branches(config: ModelConfig, *, side: str, layer: int) -> int:
 def _stack_entries(config: ModelConfig, *, side: str) -> Iterator[ParameterEntry]:
     dim, stack, shape = config.dim, config.stack_of(side), config.mixer_shape(side)
     layers = range(stack.layers)
-    mixers = [one for i in layers for one in config.mixers_of_layer(stack, layer=i)]
-    for mixer in mixers:
+    for mixer in config.mixers_of_stack(stack):
         part = f"{side} {mixer.branch.replace('_', '-')}"
         yield from _entries_of_specs(mixer.parameter_specs(shape), part=part)
     if side == "decoder" and config.encoder.layers:
@@ -234,9 +233,8 @@ def _mixing_flops(config: ModelConfig, sizes: BatchDims) -> float:
     flops = 0.0
     for side, tokens in (("encoder", sizes.source), ("decoder", sizes.target)):
         stack, shape = config.stack_of(side), config.mixer_shape(side)
-        for layer in range(stack.layers):
-            for mixer in config.mixers_of_layer(stack, layer=layer):
-                flops += mixer.mixing_flops(shape, tokens=tokens)
+        mixers = config.mixers_of_stack(stack)
+        flops += sum(mixer.mixing_flops(shape, tokens=tokens) for mixer in mixers)
     width, _ = config.attention.widths(config.dim)
     cross = config.decoder.layers * sizes.target * sizes.source if config.encoder.layers else 0
     return sizes.rows * (flops + 4.0 * width * cross)

@@ -144,7 +144,7 @@ def no_tokens(interval: LayerInterval) -> _Diagnosis | None:
     return _Diagnosis(
         "received no tokens",
         cause="the data has no rows for this side of the model",
-        advice="check mixture.tasks, loader.max_source and loader.max_target",
+        advice="check data.mixture.tasks, data.loader.max_source and data.loader.max_target",
     )
 
 
@@ -273,7 +273,7 @@ def language_drops(interval: LayerInterval) -> _Diagnosis | None:
         f"{others:.0%} of the others",
         cause="its tokens go to few experts, which are full",
         advice=f"{interval.settings.enlarge_capacity()}, {_balance_advice(interval.settings)}, or "
-        "a larger loader.batch_tokens, with more rows of other languages in each batch",
+        "a larger data.loader.batch_tokens, with more rows of other languages in each batch",
     )
 
 
@@ -298,8 +298,8 @@ def language_monopoly(interval: LayerInterval) -> _Diagnosis | None:
         f"{of_expert[expert, language]:.0%} of the expert's load, "
         f"{usage.load[expert] / usage.mean_load:.1f} times the mean",
         cause="the router depends on the language tag alone, and the language is frequent",
-        advice=f"a higher mixture.temperature, or {_balance_advice(interval.settings)}; no fault "
-        "if intended",
+        advice=f"a higher data.mixture.temperature, or {_balance_advice(interval.settings)}; no "
+        "fault if intended",
     )
 
 

@@ -94,6 +94,13 @@ class Attention(SequenceMixer):
         pairs = tokens * (tokens + 1) / 2 if shape.causal else tokens**2
         return 4.0 * query * pairs
 
+    def exchanged_values(
+        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
+    ) -> float:
+        return self.config(shape).exchanged_values(
+            shape.dim, queries=tokens, keys=tokens, ranks=ranks, tensor=tensor
+        )
+
     def shrink(self, shape: MixerShape, /) -> Self:
         width = self.head_dim and min(self.head_dim, shape.attention.head_width(shape.dim))
         return self.replace(head_dim=width)

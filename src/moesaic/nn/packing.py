@@ -106,6 +106,13 @@ class Packing:
         return self.index.numel()
 
     @property
+    def lengths(self) -> Int[Tensor, "B"]:
+        """The number of real tokens of each row."""
+        if self.mask is None:
+            return torch.full((self.rows,), self.length, device=self.index.device)
+        return self.mask.sum(1)
+
+    @property
     def local_tokens(self) -> slice:
         """The tokens of this rank."""
         return slice(0, self.num_tokens) if self.partition is None else self.partition.local_tokens

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moesaic.distributed.world import BUCKET_BYTES
-from moesaic.model.config import Stack
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.config import MoE
 from moesaic.parallel.memory_estimate import tokens_per_rank
@@ -85,22 +84,29 @@ class _ActivationVolume:
         return (self.parameters.plan.tensor - 1) * config.dim * self.itemsize
 
     def forward_backward(self, sizes: BatchDims) -> Volumes:
-        config = self.parameters.inventory.config
+        config, plan = self.parameters.inventory.config, self.parameters.plan
         source, target = tokens_per_rank(self.parameters, sizes)
-        for stack, tokens in ((config.encoder, source), (config.decoder, target)):
-            layers = [config.routed_moe_of_layer(stack, layer=i) for i in range(stack.layers)]
-            for moe in filter(None, layers):
+        for side, tokens in (("encoder", source), ("decoder", target)):
+            stack, shape = config.stack_of(side), config.mixer_shape(side)
+            layers, mixers = range(stack.layers), config.mixers_of_stack(stack)
+            for moe in filter(None, (config.routed_moe_of_layer(stack, layer=i) for i in layers)):
                 yield from self._moe_layer(moe, tokens=tokens)
-            # every self-attention and dense feed-forward, forward and backward
-            linear_pairs = len(layers) + layers.count(None)
-            yield from self._gather_and_scatter(2 * linear_pairs * tokens)
-            yield from self._ulysses_attention(stack, queries=tokens, keys=tokens)
+            # every mixer and dense feed-forward, forward and backward
+            pairs = sum(config.is_dense_layer(stack, layer=i) for i in layers)
+            pairs += sum(mixer.tensor_exchanges(shape) for mixer in mixers)
+            yield from self._gather_and_scatter(2 * pairs * tokens)
+            ranks = {"ranks": plan.context, "tensor": plan.tensor}
+            values = sum(m.exchanged_values(shape, tokens=tokens, **ranks) for m in mixers)
+            yield from self._context_exchange(values)
             yield from self._gather_and_scatter(tokens)  # vocabulary-parallel embedding
         yield from self._vocab_parallel_loss(target)
         if config.encoder.layers:  # cross-attention gathers its sources, but scatters no output
             layers = config.decoder.layers
             yield from self._gather_and_scatter(layers * (2 * target + source))
-            yield from self._ulysses_attention(config.decoder, queries=target, keys=source)
+            values = config.attention.exchanged_values(
+                config.dim, queries=target, keys=source, ranks=plan.context, tensor=plan.tensor
+            )
+            yield from self._context_exchange(layers * values)
 
     def _gather_and_scatter(self, tokens: int) -> Volumes:
         """All-gather over tensor ranks and reduce-scatter (an all-to-all and a local sum)."""
@@ -136,21 +142,9 @@ class _ActivationVolume:
         yield "all-gather", "tensor", others * (tokens + 1) * INT64_BYTES
         yield "all-reduce", "tensor", 2 * others * tokens * 4 * 4
 
-    def _ulysses_attention(self, stack: Stack, *, queries: int, keys: int) -> Volumes:
-        """All-to-all of tokens for heads and back (2309.14509), in each block of a stack."""
-        config, plan = self.parameters.inventory.config, self.parameters.plan
-        ranks = plan.context
-        if ranks == 1:
-            return
-        heads = config.attention.heads // plan.tensor
-        kv_heads = config.attention.num_kv_heads() // plan.tensor
-        # where a key/value head is read on several ranks it is sent to each
-        sent = sum(-(-(r + 1) * kv_heads // ranks) - r * kv_heads // ranks for r in range(ranks))
-        per_layer = (
-            2 * heads * queries * (ranks - 1) / ranks + 2 * keys * sent * (ranks - 1) / ranks
-        )
-        size = 2 * stack.layers * plan.tensor * per_layer * config.head_dim * self.itemsize
-        yield "all-to-all", "context", size
+    def _context_exchange(self, values: float) -> Volumes:
+        """What mixers send to other context ranks, forward and backward."""
+        yield "all-to-all", "context", 2 * values * self.itemsize
 
 
 def _gradient_sync(parameters: RankParameters, *, micro_batches: int) -> Volumes:

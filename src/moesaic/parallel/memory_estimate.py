@@ -149,14 +149,17 @@ def _activation_bytes(parameters: RankParameters, *, sizes: BatchDims, kernel: K
     source, target = tokens_per_rank(parameters, sizes)
     # beyond one rank with whole matrices: the gathered tokens of the other tensor ranks
     values, gathered = 0, (ranks - 1) * config.dim
-    for stack, tokens in ((config.encoder, source), (config.decoder, target)):
+    for side, tokens in (("encoder", source), ("decoder", target)):
+        stack, shape = config.stack_of(side), config.mixer_shape(side)
+        for mixer in config.mixers_of_stack(stack):
+            values += tokens * mixer.tensor_exchanges(shape) * gathered
         for layer in range(stack.layers):
             moe = config.routed_moe_of_layer(stack, layer=layer)
-            if moe is None:
-                values += tokens * 2 * gathered
-            else:
+            if moe is not None:
                 extra = _extra_expert_values(config, moe, plan=parameters.plan, kernel=kernel)
-                values += tokens * (gathered + extra)
+                values += tokens * extra
+            elif config.is_dense_layer(stack, layer=layer):
+                values += tokens * gathered
     if config.encoder.layers:  # queries and sources of cross-attention
         values += config.decoder.layers * (source + target) * gathered
     # every rank scores the tokens of all tensor ranks against its rows of the embedding

@@ -272,7 +272,8 @@ def _block_cost(config: ModelConfig, *, side: str, layer: int, sizes: BatchDims)
     stack = config.encoder if side == "encoder" else config.decoder
     dense = Stack(layers=1, moe_every=0)
     other = dense if config.encoder.layers else config.encoder
-    same = Stack(layers=1, moe_every=1, moe=config.moe_of_layer(stack, layer=layer))
+    moe, pattern = config.moe_of_layer(stack, layer=layer), str(stack.block_pattern(layer))
+    same = Stack(layers=1, moe_every=1, moe=moe, pattern=pattern)
     one = config.replace(**{"encoder": other, "decoder": dense} | {side: same})
     two = one.replace(**{side: same.replace(layers=2)})
     return count_parameters(two).forward_flops(sizes) - count_parameters(one).forward_flops(sizes)

@@ -198,7 +198,11 @@ def _load_or_train_tokenizer(
         return tokenizer
     place.notify(f"training a tokenizer of {config.vocab_size:,} ids")
     texts = {
-        code: (text.text for text in corpus.iter_texts(code, split="train"))
+        code: (
+            line
+            for text in corpus.iter_texts(code, split="train")
+            for line in text.text.splitlines(keepends=True)  # a document is no unit of a sample
+        )
         for code in corpus.languages
     }
     tokenizer = train_tokenizer(texts, languages=corpus.languages, config=config)

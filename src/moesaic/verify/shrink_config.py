@@ -5,10 +5,11 @@ capacity, shared experts, numbers of heads, tied embeddings and the optimizer.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.optim.lr_schedule import Constant
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
@@ -64,11 +65,15 @@ def _shrink_model(config: ModelConfig) -> ModelConfig:
 
 
 def _narrow_model(config: ModelConfig, *, experts: int) -> ModelConfig:
-    heads, hidden = config.attention, config.feed_forward.hidden
+    hidden, dim = config.feed_forward.hidden, min(config.dim, DIM)
+    width = min(config.attention.head_width(config.dim), HEAD_DIM)
+    heads = config.attention.replace(head_dim=width)
+    shape = replace(config.mixer_shape("decoder"), dim=dim, attention=heads)
     return config.replace(
         vocab_size=VOCABULARY,
-        dim=min(config.dim, DIM),
-        attention=heads.replace(head_dim=min(heads.head_width(config.dim), HEAD_DIM)),
+        dim=dim,
+        attention=heads,
+        mixers={name: mixer.shrink(shape) for name, mixer in config.mixers.items()},
         feed_forward=config.feed_forward.replace(hidden=min(hidden, HIDDEN)),
         moe=_shrink_moe(config.moe, experts=experts, dense=hidden),
         encoder=_shrink_stack(config, config.encoder, experts=experts),
@@ -77,10 +82,10 @@ def _narrow_model(config: ModelConfig, *, experts: int) -> ModelConfig:
 
 
 def _shrink_stack(config: ModelConfig, stack: Stack, *, experts: int) -> Stack:
-    """Keep the blocks up to the second MoE block, at least two if there are as many."""
+    """Keep the blocks up to the second MoE block, at least two and those of one whole pattern."""
     sparse = stack.moe_layers
     last = sparse[min(2, len(sparse)) - 1] if sparse else 0
-    layers = min(stack.layers, max(2, last + 1))
+    layers = min(stack.layers, max(2, last + 1, len(parse_pattern(stack.pattern))))
     dense = config.feed_forward.hidden
     fewer = tuple(min(number, experts) for number in stack.experts_per_layer)
     return stack.replace(

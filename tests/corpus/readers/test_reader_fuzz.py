@@ -3,6 +3,7 @@
 The readers are found by walking the package, so that a new one cannot be left out.
 """
 
+import functools
 import importlib
 import inspect
 import json
@@ -20,6 +21,14 @@ import moesaic.corpus.readers
 from fuzz_settings import bounded
 from moesaic.core.errors import UserError
 from moesaic.corpus.readers.compressed import COMPRESSED
+from moesaic.corpus.readers.documents import (
+    EachLine,
+    EachParagraph,
+    JsonFields,
+    WholeFile,
+    read_json_documents,
+    read_text_documents,
+)
 from moesaic.corpus.readers.fluent import parse_fluent
 from moesaic.corpus.readers.formats import PAIR_READERS, read_pairs, read_texts
 from moesaic.corpus.readers.gettext import parse_mo, parse_po
@@ -90,6 +99,16 @@ def _decoded(path: Path) -> str:
 # module -> (a valid file, how it is read); none where ``formats`` reads through the module
 DOORS: dict[str, list[tuple[bytes, Door]]] = {
     "compressed": [],  # the suffixes below
+    "documents": [
+        (b"a\n\nb\r\n", functools.partial(read_text_documents, unit=unit))
+        for unit in (WholeFile(), EachLine(), EachParagraph())
+    ]
+    + [
+        (
+            b'{"text": "a", "lang": "de", "x": "y"}\n',
+            lambda path: read_json_documents(path, fields=JsonFields("text", "lang", "x")),
+        )
+    ],
     "encodings": [(("Öffne die Tür\n" * 4).encode("latin-1"), read_lines)],
     "fluent": [(FLUENT, lambda path: parse_fluent(_decoded(path)))],
     "formats": [(b"a\r\nb\n", _moses), (b'{"text": "a"}\n', _texts)],

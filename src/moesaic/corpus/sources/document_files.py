@@ -100,7 +100,7 @@ class DomainOfFolder(DomainRule):
 
 
 class DocumentFiles(Config):
-    """Text files and .jsonl files of documents: a file, a folder, or a pattern such as ``**/*.txt``.
+    """Text and .jsonl files of documents: a file, a folder, or a pattern such as ``**/*.txt``.
 
     ``document`` is what one document of a text file is; a .jsonl file has one on a line, its text
     under ``text_field``, its language under ``language_field`` (empty: the language of the entry).

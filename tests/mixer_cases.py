@@ -1,0 +1,72 @@
+"""The sequence mixers over which the laws run: one line for each.
+
+``VARIANTS`` of ``model/samples.py`` has a model of each, and one of all together; the laws about
+padding, decoding, counts and estimates run over it. The laws about plans and resuming run over
+``hybrid``.
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from moesaic.core.errors import ConfigError
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.transformer import Transformer
+from moesaic.moe.attention_experts import MixtureOfAttention
+from moesaic.nn.attention import Attention
+from moesaic.nn.sequence_mixer import SequenceMixer
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.parallelize import check_parallel
+
+PAGE = Path(__file__).parents[1] / "docs" / "guide" / "your-own-mixer.md"
+
+
+def _mixer_of_the_guide() -> SequenceMixer:
+    """Return the mixer that the guide defines, under another name: the page may define it too."""
+    text = PAGE.read_text(encoding="utf-8").split("```python file=my_mixer.py\n")[1].split("```")[0]
+    module = ModuleType("mixer_of_the_guide")
+    sys.modules[module.__name__] = module
+    exec(text.replace("TokenShift", "GuideTokenShift"), module.__dict__)
+    return module.GuideTokenShift()
+
+
+MIXERS: dict[str, SequenceMixer] = {
+    "own_heads": Attention(heads=2, kv_heads=1, head_dim=6),
+    "attention_experts": MixtureOfAttention(experts=2),
+    "of_the_guide": _mixer_of_the_guide(),
+}
+
+
+def alone(base: ModelConfig, name: str) -> ModelConfig:
+    """Return a model with one mixer in every decoder block, and in the encoder if it fits there."""
+    mixer, sides = MIXERS[name], {"decoder": base.decoder.replace(pattern=name)}
+    if mixer.problems(base.mixer_shape("encoder")) is None:
+        sides["encoder"] = base.encoder.replace(pattern=name)
+    return base.replace(mixers={name: mixer}, **sides)
+
+
+def hybrid(base: ModelConfig, names: Iterable[str] = MIXERS) -> ModelConfig:
+    """Return a model whose decoder has mixers in sequence, in parallel, and no feed-forward."""
+    names = list(names)
+    blocks = [" > ".join(names), " | ".join(names), f"{names[-1]}-"]
+    decoder = Stack(layers=3, moe_every=1, pattern=", ".join(blocks))
+    return base.replace(mixers={name: MIXERS[name] for name in names}, decoder=decoder)
+
+
+def names_allowed_by(base: ModelConfig, plan: ParallelPlan) -> list[str]:
+    """Return the mixers that a plan does not refuse."""
+    return [name for name in MIXERS if _is_allowed(alone(base, name), plan)]
+
+
+def _is_allowed(config: ModelConfig, plan: ParallelPlan) -> bool:
+    with torch.device("meta"):
+        model = Transformer(config)
+    try:
+        check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
+    except ConfigError:
+        return False
+    return True
