@@ -30,12 +30,15 @@ def _mixer_of_the_guide() -> SequenceMixer:
     text = PAGE.read_text(encoding="utf-8").split("```python file=my_mixer.py\n")[1].split("```")[0]
     module = ModuleType("mixer_of_the_guide")
     sys.modules[module.__name__] = module
-    exec(text.replace("TokenShift", "GuideTokenShift"), module.__dict__)
+    exec(
+        text.replace("TokenShift", "GuideTokenShift").replace('"token_shift', '"guide_token_shift'),
+        module.__dict__,
+    )
     return module.GuideTokenShift()
 
 
 MIXERS: dict[str, SequenceMixer] = {
-    "own_heads": Attention(heads=2, kv_heads=1, head_dim=6),
+    "own_heads": Attention(heads=2, kv_heads=2, head_dim=6),
     "attention_experts": MixtureOfAttention(experts=2),
     "of_the_guide": _mixer_of_the_guide(),
 }

@@ -42,7 +42,7 @@ OLD_NAMES = {
     "Verdict": "HangReport", "Journal": "EventLog", "Board": "ProgressDisplay",
     "refuses": "problems", "alike": "simulate", "rehearse": "dry_run", "on_first": "run_on_rank0",
     "UNSAYABLE": "SUPPRESSED_TOKENS", "Ordeal": "FaultTrial", "Endured": "FaultResult",
-    "settle": "resolve_conflicts", "Mixer": "MoEKernel", "mixer": "kernel", "Answer": "MoEOutput",
+    "settle": "resolve_conflicts", "Answer": "MoEOutput",
     "heard": "accumulated", "told": "the value that is meant", "said": "the value that is meant",
     "bend": "activation_forward", "hire": "spawn_worker", "Bare": "ExpertWeights",
 }  # fmt: skip

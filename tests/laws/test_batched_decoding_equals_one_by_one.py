@@ -6,13 +6,15 @@ import torch
 from model.samples import BASE, VARIANTS, ids
 from moesaic.data.batch import InputRows
 from moesaic.model.beam_search import Beam, Greedy
-from moesaic.model.generate import generate
+from moesaic.model.generate import DecodingRules, generate
+from moesaic.model.sampling import Sample
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
 
 SEARCHES = {
     "greedy": Greedy(),
+    "sample": Sample(temperature=1.5, top_p=0.9, seed=2),
     "beam": Beam(size=3, n_best=3),
     "beam-long": Beam(size=4, length_penalty=2.0, early_stopping="never", no_repeat_ngram_size=2),
 }
@@ -36,6 +38,7 @@ def test_batched_decoding_equals_one_by_one(name, search):
             InputRows.full(source.values[one, :length]),
             tag=tag[one],
             max_tokens=LIMITS[one],
+            rules=DecodingRules(row_key=torch.tensor([row])),
             **settings,
         )
         assert [h.ids for h in alone] == [h.ids for h in together[row]]

@@ -1,11 +1,13 @@
 """Every plan equals one process: losses, terms, gradients, norms, weights, edges and copies.
 
 ``moesaic verify`` runs all plans; these cover every axis, ZeRO stage and parallel method, for an
-encoder-decoder and a decoder. In every third batch some ranks have no token.
+encoder-decoder and a decoder, and every sequence mixer. In every third batch some ranks have no
+token.
 """
 
 import pytest
 
+from mixer_cases import hybrid, names_allowed_by
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
@@ -79,3 +81,26 @@ def test_every_plan_gives_the_same_loss(name: str) -> None:
     results = list(compare_plans(setup, plans=PLANS[name], reference=run_reference(setup)))
     assert {result.plan: result.problems for result in results if not result.equal} == {}
     assert [result.world_size for result in results] == [p.plan.world_size for p in PLANS[name]]
+
+
+MIXER_PLANS = {
+    "any": (
+        ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=3)),
+        ParallelConfig(plan=ParallelPlan(pipe=2), activation_checkpointing=CheckpointBlocks()),
+    ),
+    "tensor": (ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),),
+    "context": (
+        ParallelConfig(plan=ParallelPlan(data=1, context=2)),
+        ParallelConfig(plan=ParallelPlan(data=1, context=2), context_parallel=RING),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXER_PLANS)
+def test_every_plan_gives_the_same_loss_with_every_mixer_that_it_allows(name: str) -> None:
+    base, plans = language_model().model.replace(dropout=0.1), MIXER_PLANS[name]
+    model = hybrid(base, names_allowed_by(base, plans[0].plan))
+    run = shrink_config(tiny_run(model=model, optimizer=AdamW(lr=0.01))).run
+    setup = make_setup(run.replace(gradient_accumulation_steps=2))
+    results = list(compare_plans(setup, plans=plans, reference=run_reference(setup)))
+    assert {result.plan: result.problems for result in results if not result.equal} == {}

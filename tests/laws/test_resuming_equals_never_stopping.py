@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixer_cases import hybrid
 from moe.variants import balanced
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
 from moesaic.distributed.forked_ranks import run_on_ranks
@@ -60,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             mixers={"attention": MixtureOfAttention()}, block_layout=ParallelResidual()
         )
     },
+    "sequence-mixers": {"model": hybrid(tiny_model_config()).replace(dropout=0.1)},
     "memory": {"model": tiny_model_config(moe=ProductKeyMemory(keys_per_side=4, slots=3))},
     "dropout-and-random-drops": {
         "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)

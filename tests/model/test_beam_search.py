@@ -21,7 +21,7 @@ class Table:
         self.table = torch.randn(V, V, generator=draw) * 1.5
         self.first = torch.randn(sources, V, generator=draw)
 
-    def problem(self, *, room=ROOM, forbidden=()):
+    def problem(self, *, room=ROOM, forbidden=(), **more):
         return SearchInputs(
             logits=self.first,
             step=lambda last: self.table[last],
@@ -29,6 +29,7 @@ class Table:
             max_tokens=torch.full((len(self.first),), room),
             suppressed=torch.tensor(forbidden, dtype=torch.long),
             eos=EOS,
+            **more,
         )
 
     def log_prob(self, ids, source=0):

@@ -26,8 +26,7 @@ def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
             prompt = [*words.tolist(), *prompt]
         for place, token in enumerate(generated):
             fed = InputRows.from_lists([[*prompt, *generated[:place]]])
-            one = torch.zeros(1, dtype=torch.long)
-            cache = model.init_cache(model.encode(InputRows.full(words[None])), one)
+            cache = model.init_cache(model.encode(InputRows.full(words[None])), rows=1)
             logits = model.step(fed, cache)[0]
             logits[[0, 1, 3, 4]] = float("-inf")
             assert int(logits.argmax()) == token
@@ -86,6 +85,5 @@ def test_learned_positions_end_an_answer_instead_of_being_used_twice():
     with pytest.raises(DataError, match="learned 32 positions"):
         generate(model, ids(2, [40, 2], width=40), tag=TAG)
     fed = ids(2, [33, 2], width=33)
-    rows = torch.arange(2)
     with pytest.raises(RuntimeError, match="max_length=32"):
-        model.step(fed, model.init_cache(model.encode(ids(2, [4, 2], width=4)), rows))
+        model.step(fed, model.init_cache(model.encode(ids(2, [4, 2], width=4)), rows=2))

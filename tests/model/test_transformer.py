@@ -53,11 +53,11 @@ def test_steps_with_a_cache_equal_the_forward_pass(name):
     labels = torch.where(batch.target.real, 7, IGNORE_LABEL)  # every position is scored
     output = model(replace(batch, labels=labels))
     logits = model.logits(output.hidden)
-    cache = model.init_cache(model.encode(batch.source), rows)
+    cache = model.init_cache(model.encode(batch.source), rows=batch.rows)
     for place in range(batch.target.width):
         alive = batch.target.real[rows, place].nonzero()[:, 0]
         rows = rows[alive]
-        cache.reorder(alive)
+        cache.reorder(alive, alive)
         got = model.step(InputRows.full(batch.target.values[rows, place : place + 1]), cache)
         for i, row in enumerate(rows.tolist()):
             want = logits[output.row == row][place]

@@ -81,8 +81,9 @@ def test_with_the_token_only_an_id_has_one_expert():
 def test_decoding_uses_the_tag_of_each_row():
     model, batch = model_with(TagOnly()), tagged_batch()
     memory = model.encode(batch.source)
-    cache = model.init_cache(memory, torch.arange(4))
+    cache = model.init_cache(memory, rows=4)
     model.step(InputRows.full(batch.target.values[:, :1]), cache)
-    cache.reorder(torch.tensor([3, 1, 1]))
+    order = torch.tensor([3, 1, 1])
+    cache.reorder(order, order)
     model.step(InputRows.from_lists([[8], [12], [15]]), cache)
     assert cache.tag.tolist() == [11, 9, 9]

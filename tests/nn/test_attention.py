@@ -6,6 +6,7 @@ import torch
 from moesaic.nn.attention import Attention, CrossAttention
 from moesaic.nn.attention_backend import KeyValue, attend
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.sequence_mixer import MixerContext, MixerShape
@@ -70,12 +71,11 @@ def test_steps_through_a_cache_equal_one_causal_pass():
     x = torch.randn(2, 5, DIM)
     whole = layer(x.flatten(0, 1), context=_rows(packing, causal=True)).view(2, 5, DIM)
     state = layer.init_state(2, like=x)
-    done = 0
+    slots, done = DecodeSlots.empty(2, device=x.device), 0
     for count in (2, 1, 2):  # a prompt, then tokens
-        state.reserve(done + count)
         now = Packing.from_mask(torch.ones(2, count, dtype=torch.bool))
-        start = torch.full((2,), done)
-        context = MixerContext(now, done + now.position, causal=True, start=start)
+        slots.append(torch.full((2,), done), now)
+        context = MixerContext(now, done + now.position, causal=True, slots=slots)
         part = layer(x[:, done : done + count].flatten(0, 1), context=context, state=state)
         want = whole[:, done : done + count].flatten(0, 1)
         torch.testing.assert_close(part, want, rtol=1e-4, atol=1e-5)
@@ -95,11 +95,3 @@ def test_cross_attention_reads_the_source_of_its_row():
         x[2:], packing=Packing.from_mask(torch.ones(1, 2, dtype=torch.bool)), source=read, mask=None
     )
     torch.testing.assert_close(out[2:], one, rtol=1e-4, atol=1e-5)
-
-
-def test_a_cache_grows_by_doubling_and_keeps_its_contents():
-    held = KeyValue(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
-    grown = held.grow(4)
-    assert grown.key.shape[2] == 6
-    assert torch.equal(grown.key[:, :, :3], held.key)
-    assert grown.grow(6) is grown

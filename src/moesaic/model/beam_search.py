@@ -26,6 +26,8 @@ Array = npt.NDArray[Any]
 DecodeStep = Callable[[Tensor], Tensor]  # ids [R] -> logits [R, V]
 # rows [R'] that are decoded further, k for each of the sources [B'] that stay (None: all stay)
 ReorderCache = Callable[[Tensor, Tensor | None], None]
+# (source [R] and selected token [R] of each row) -> bool [R], true for rows that end with it
+Observer = Callable[[Array, Array], Array]
 # (ids [R, L] generated so far, source [R] of each row, log_prob [R, V]) -> log_prob [R, V]
 LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,7 +56,9 @@ class SearchInputs:
     ``eos`` is the token that ends an answer; those in ``suppressed`` are never generated. The cache
     is reordered only if rows move: k rows for each source, those of a source together.
     ``max_tokens`` counts generated tokens, the end included. ``processors``
-    change the log-probabilities before each selection (constrained decoding).
+    change the log-probabilities before each selection (constrained decoding). What is drawn at
+    random for a source depends on its ``row_key`` (None: its index); ``observer`` is called with
+    the tokens of each step (both: ``model/sampling.py`` only).
     """
 
     logits: Float[Tensor, "B V"]
@@ -64,6 +68,8 @@ class SearchInputs:
     suppressed: Int[Tensor, "n"]
     eos: int
     processors: tuple[LogitsProcessor, ...] = ()
+    row_key: Int[Tensor, "B"] | None = None
+    observer: Observer | None = None
 
 
 class Search(Choice):
@@ -184,8 +190,14 @@ class _BeamState:
     def _best_continuations(self, logits: Float[Tensor, "R V"]) -> "_Candidates":
         """Return the best 2 k continuations of each source, from the best 2 k of each row."""
         groups, count = len(self.sources), 2 * self.config.size
-        token_log_prob = self._token_log_prob(logits)
-        top = largest_of_rows(token_log_prob, count=count)
+        found = token_log_prob(
+            logits,
+            search=self.config,
+            inputs=self.inputs,
+            ids=self.ids.reshape(logits.shape[0], self.ids.shape[2]),
+            source=self.sources.repeat(self.ids.shape[1]),
+        )
+        top = largest_of_rows(found, count=count)
         total = top.values + self._on_device(self.log_prob).reshape(-1, 1)
         total, column = total.view(groups, -1), top.columns.view(groups, -1)
         found = total.topk(min(count, total.shape[1]), dim=1)
@@ -195,28 +207,8 @@ class _BeamState:
             tensor.cpu().numpy() for tensor in (*found, token, logits.sum())
         )
         if not np.isfinite(check) and not bool(logits.isfinite().all()):
-            raise NonFiniteLogitsError(
-                f"the model's logits hold NaN or infinity at generated token "
-                f"{self.ids.shape[2] + 1}: expected finite numbers"
-            )
+            raise nonfinite_logits(self.ids.shape[2] + 1)
         return _Candidates(log_prob, place // of_row, token)
-
-    def _token_log_prob(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        """Return the log-probabilities of the next tokens; -inf where one cannot be selected."""
-        config, inputs = self.config, self.inputs
-        reads_ids = config.no_repeat_ngram_size or config.repetition_penalty != 1
-        if not reads_ids and not inputs.processors:
-            return _suppress(logits.log_softmax(-1), inputs.suppressed)
-        groups, width, length = self.ids.shape
-        ids = self._on_device(self.ids).reshape(groups * width, length)
-        logits = penalise_repeated_tokens(logits, ids=ids, penalty=config.repetition_penalty)
-        found = _suppress(logits.log_softmax(-1), inputs.suppressed)
-        found = block_repeated_ngrams(found, ids=ids, size=config.no_repeat_ngram_size)
-        if inputs.processors:
-            source = self._on_device(self.sources.repeat(width))
-            for processor in inputs.processors:
-                found = processor(ids, source, found)
-        return found
 
     def _keep_where_no_token_is_left(self, log_prob: Array) -> None:
         """Keep the present hypotheses of a source none of which can be extended or finished."""
@@ -284,6 +276,40 @@ class _Candidates(NamedTuple):
     def first(self, count: int) -> "_Candidates":
         """Return the best ``count``."""
         return _Candidates(*(array[:, :count] for array in self))
+
+
+def token_log_prob(
+    logits: Float[Tensor, "R V"],
+    *,
+    search: Search,
+    inputs: SearchInputs,
+    ids: Array,
+    source: Array,
+) -> Float[Tensor, "R V"]:
+    """Return the log-probabilities of the next tokens; -inf where one cannot be selected.
+
+    ``ids`` [R, L] are generated so far, ``source`` [R] is the source of each row: on the host.
+    """
+    reads_ids = search.no_repeat_ngram_size or search.repetition_penalty != 1
+    if not reads_ids and not inputs.processors:
+        return _suppress(logits.log_softmax(-1), inputs.suppressed)
+    given = torch.from_numpy(ids).to(logits.device)
+    logits = penalise_repeated_tokens(logits, ids=given, penalty=search.repetition_penalty)
+    found = _suppress(logits.log_softmax(-1), inputs.suppressed)
+    found = block_repeated_ngrams(found, ids=given, size=search.no_repeat_ngram_size)
+    if inputs.processors:
+        of_row = torch.from_numpy(source).to(logits.device)
+        for processor in inputs.processors:
+            found = processor(given, of_row, found)
+    return found
+
+
+def nonfinite_logits(number: int) -> NonFiniteLogitsError:
+    """Return the error of logits from which the generated token ``number`` cannot be selected."""
+    return NonFiniteLogitsError(
+        f"the model's logits hold NaN or infinity at generated token {number}: expected finite "
+        "numbers"
+    )
 
 
 def _suppress(log_prob: Float[Tensor, "R V"], ids: Int[Tensor, "n"]) -> Float[Tensor, "R V"]:

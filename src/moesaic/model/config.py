@@ -133,11 +133,15 @@ class ModelConfig(Config):
         """Return the ``encoder`` or the ``decoder``."""
         return self.encoder if side == "encoder" else self.decoder
 
+    def is_causal(self, side: str) -> bool:
+        """Return whether a token of the stack may read itself and earlier ones only."""
+        return side == "decoder"
+
     def mixer_shape(self, side: str) -> MixerShape:
-        """Return what the mixers of a stack may read of the model; the decoder is causal."""
+        """Return what the mixers of a stack may read of the model."""
         return MixerShape(
             self.dim,
-            causal=side == "decoder",
+            causal=self.is_causal(side),
             attention=self.attention,
             bias=self.bias,
             position=self.position,
@@ -209,7 +213,7 @@ class ModelConfig(Config):
             for layer in stack.moe_layers:
                 _check_select(self.routed_moe_of_layer(stack, layer=layer))
         moe = self.moe_of_stack(self.decoder)
-        if self.decoder.moe_layers and not moe.causal:
+        if self.decoder.moe_layers and self.is_causal("decoder") and not moe.causal:
             raise ValueError(
                 f"found {_rule_name(moe)} in the decoder, expected a causal rule: decoding does "
                 f"not have later tokens yet. Set it as encoder.moe, and another rule as moe (or "

@@ -16,6 +16,7 @@ from moesaic.model.beam_search import (
     Hypothesis,
     LogitsProcessor,
     NonFiniteLogitsError,
+    Observer,
     Search,
     SearchInputs,
 )
@@ -27,10 +28,15 @@ SUPPRESSED_TOKENS = (PAD, BOS, UNK, MASK)
 
 @dataclass(frozen=True, slots=True)
 class DecodingRules:
-    """Tokens that are never generated, and changes to log-probabilities before each selection."""
+    """Tokens that are never generated, and changes to log-probabilities before each selection.
+
+    ``row_key`` and ``observer`` are those of ``SearchInputs``.
+    """
 
     suppress_tokens: tuple[int, ...] = SUPPRESSED_TOKENS
     processors: tuple[LogitsProcessor, ...] = ()
+    row_key: Int[Tensor, "B"] | None = None
+    observer: Observer | None = None
 
 
 @torch.inference_mode()
@@ -63,8 +69,7 @@ def generate(
         prompt = InputRows.full(tag[:, None]) if has_encoder else append_tag(source, tag=tag)
         limit = torch.as_tensor(max_tokens, device=source.device).expand(source.rows)
         limit = _within_positions(limit, model=model, source=source, prompt=prompt)
-        rows = torch.arange(source.rows, device=source.device)
-        cache = model.init_cache(model.encode(source), rows)
+        cache = model.init_cache(model.encode(source), rows=source.rows)
         logits = model.step(prompt, cache)
         inputs = SearchInputs(
             logits=logits,
@@ -74,6 +79,8 @@ def generate(
             suppressed=torch.tensor(rules.suppress_tokens, dtype=torch.long, device=source.device),
             eos=EOS,
             processors=rules.processors,
+            row_key=rules.row_key,
+            observer=rules.observer,
         )
         return (search or Greedy())(inputs)
     except (NonFiniteLogitsError, IndexError, ValueError, RuntimeError) as error:

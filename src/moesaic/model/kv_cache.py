@@ -1,12 +1,13 @@
 """Decoding cache: the decode states of all mixers (KV caches), one row per hypothesis.
 
-Letters: B hypotheses, S source length, n new tokens.
+Letters: B sources, R hypotheses, S source length, T tokens, D model dim.
 """
 
 from dataclasses import dataclass
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.packing import Packing
 
@@ -23,45 +24,43 @@ class EncoderOutput:
 class KVCache:
     """The decode states of each decoder block, the length of each row and its first token.
 
+    Rows are hypotheses: equally many for each source, those of a source one after the other.
     ``mixers`` has one state for each residual branch of a block that mixes tokens; ``routing`` is
-    that of routers that read earlier tokens.
-    ``Transformer.step`` appends to the cache in place; ``reorder`` selects rows (those that a beam
-    search continues).
+    that of routers that read earlier tokens; ``cross_attention`` and ``mask`` have a row for each
+    source, which all its hypotheses read. ``Transformer.step`` appends to the cache in place;
+    ``reorder`` selects rows (those that a beam search continues).
     """
 
     mixers: list[list[DecodeState]]
     cross_attention: list[KeyValue | None]
     mask: Bool[Tensor, "B 1 1 S"] | None
-    length: Int[Tensor, "B"]
-    tag: Int[Tensor, "B"]
+    slots: DecodeSlots
+    length: Int[Tensor, "R"]
+    tag: Int[Tensor, "R"]
     routing: DecodeState | None = None
 
     @property
     def rows(self) -> int:
         return self.length.numel()
 
-    def reserve(self, length: int) -> None:
-        """Grow to at least ``length`` tokens per row."""
-        for state in self._states():
-            state.reserve(length)
+    def reorder(self, rows: Int[Tensor, "R2"], sources: Int[Tensor, "B2"] | None = None) -> None:
+        """Select the rows ``rows``, in that order; a row may occur twice or not at all.
 
-    def reorder(self, rows: Int[Tensor, "R"], _sources: Int[Tensor, "K"] | None = None) -> None:
-        """Select the rows ``rows``, in that order; a row may occur twice or not at all."""
-        self.mixers = [[state.select(rows) for state in block] for block in self.mixers]
-        self.routing = self.routing.select(rows) if self.routing else None
+        They continue the ``sources``, equally many of each, one after the other; None: all sources.
+        """
+        self.slots.select(rows, sources)
+        self.mixers = [[state.select(rows, sources) for state in block] for block in self.mixers]
+        self.routing = self.routing.select(rows, sources) if self.routing else None
         self.length = self.length.index_select(0, rows)
         self.tag = self.tag.index_select(0, rows)
-        self.cross_attention = [
-            layer.select(rows) if layer else None for layer in self.cross_attention
-        ]
+        if sources is None:
+            return
+        self.cross_attention = [layer and layer.select(sources) for layer in self.cross_attention]
         if self.mask is not None:
-            self.mask = self.mask.index_select(0, rows)
+            self.mask = self.mask.index_select(0, sources)
 
     @property
     def nbytes(self) -> int:
         """The bytes of the states of all mixers now, cross-attention aside."""
-        return sum(state.nbytes for state in self._states())
-
-    def _states(self) -> list[DecodeState]:
         states = [state for block in self.mixers for state in block]
-        return [*states, self.routing] if self.routing else states
+        return sum(state.nbytes for state in [*states, *filter(None, [self.routing])])

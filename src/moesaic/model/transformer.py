@@ -25,14 +25,15 @@ from moesaic.model.block import (
     ForwardContext,
     Records,
 )
-from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.config import ModelConfig
 from moesaic.model.kv_cache import EncoderOutput, KVCache
 from moesaic.model.weights import initialize_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.initial_weights import parameter_kinds
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import RouterShape, SharedRouter, StackInput
-from moesaic.nn.decode_state import DecodeState, newest_positions
+from moesaic.nn.decode_slots import DecodeSlots
+from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.initializer import deferred_initialization
 from moesaic.nn.packing import Packing
@@ -63,8 +64,8 @@ class StackTokens:
     """The tokens that a stack (``encoder`` or ``decoder``) embeds, on whichever rank each is.
 
     ``tag`` is the first token of each row, ``row_key`` the key of the row's random numbers. In
-    decoding ``start`` is the number of tokens before these in each row, and ``routing`` the decode
-    state of a shared router.
+    decoding ``slots`` says where all tokens so far are cached, and ``routing`` is the decode state
+    of a shared router.
     """
 
     stack: str
@@ -73,7 +74,7 @@ class StackTokens:
     position: Int[Tensor, "T"]
     tag: Int[Tensor, "B"]
     row_key: Int[Tensor, "B"]
-    start: Int[Tensor, "B"] | None = None
+    slots: DecodeSlots | None = None
     routing: DecodeState | None = None
 
 
@@ -113,8 +114,8 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
         )
-        self.encoder_routing = _shared_router(config, stack=config.encoder, causal=False)
-        self.decoder_routing = _shared_router(config, stack=config.decoder, causal=True)
+        self.encoder_routing = _shared_router(config, side="encoder")
+        self.decoder_routing = _shared_router(config, side="decoder")
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
@@ -156,36 +157,38 @@ class Transformer(nn.Module):
         """Run the encoder on a batch of sources for ``init_cache``; None if there is no encoder."""
         return self._encode(source, row_key=torch.zeros_like(source.lengths))[0]
 
-    def init_cache(self, encoder_output: EncoderOutput | None, rows: Int[Tensor, "R"]) -> KVCache:
-        """Return an empty cache for decoding: hypothesis i reads the source ``rows[i]``."""
+    def init_cache(self, encoder_output: EncoderOutput | None, *, rows: int) -> KVCache:
+        """Return an empty cache for decoding: one hypothesis for each of ``rows`` sources."""
         shared = self.decoder_routing
         like = encoder_output.states if encoder_output else self.embedding.weight
-        count = rows.numel()
-        source = [block.project_source(encoder_output) for block in self._decoder_blocks]
-        mask = encoder_output.packing.key_mask if encoder_output else None
+        zeros = torch.zeros(rows, dtype=torch.long, device=like.device)
         return KVCache(
-            mixers=[block.init_states(count, like=like) for block in self._decoder_blocks],
-            cross_attention=[layer.select(rows) if layer else None for layer in source],
-            mask=None if mask is None else mask.index_select(0, rows),
-            length=torch.zeros_like(rows),
-            tag=torch.zeros_like(rows),
-            routing=shared.init_state(count) if shared else None,
+            mixers=[block.init_states(rows, like=like) for block in self._decoder_blocks],
+            cross_attention=[
+                block.project_source(encoder_output) for block in self._decoder_blocks
+            ],
+            mask=encoder_output.packing.key_mask if encoder_output else None,
+            slots=DecodeSlots.empty(rows, device=like.device),
+            length=zeros,
+            tag=zeros,
+            routing=shared.init_state(rows) if shared else None,
         )
 
     def step(self, tokens: InputRows, cache: KVCache) -> Float[Tensor, "B V"]:
         """Append tokens to each row (at least one) and return its next logits."""
-        ids, packing = tokens.values, packing_of(tokens)
-        position = newest_positions(cache.length, ids.shape[1])
-        cache.reserve(int(position.max()) + 1)
-        cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
+        ids, single = tokens.values, tokens.width == 1
+        packing = Packing.single(cache.rows, device=ids.device) if single else packing_of(tokens)
+        if not cache.slots.used:
+            cache.tag = ids[:, 0]
+        cache.slots.append(cache.length, packing)
         stack_tokens = StackTokens(
             "decoder",
-            ids.flatten()[packing.index],
+            ids[:, 0] if single else ids.flatten()[packing.index],
             packing,
-            position.flatten()[packing.index],
+            cache.length if single else cache.length[packing.row] + packing.position,
             cache.tag,
             torch.zeros_like(cache.tag),
-            start=cache.length,
+            slots=cache.slots,
             routing=cache.routing,
         )
         context = self.forward_context(stack_tokens)
@@ -196,8 +199,9 @@ class Transformer(nn.Module):
             state = block.step(
                 state, context=context, states=states, source=source, mask=cache.mask
             )
-        cache.length = cache.length + tokens.lengths
-        return self.logits(self.decoder_norm(state.x[tokens.lengths.cumsum(0) - 1]))
+        cache.length = cache.length + (1 if single else tokens.lengths)
+        last = state.x if single else state.x[tokens.lengths.cumsum(0) - 1]
+        return self.logits(self.decoder_norm(last))
 
     def encoder_tokens(self, source: InputRows, *, row_key: Int[Tensor, "B"]) -> StackTokens:
         """Return the tokens that the encoder reads."""
@@ -219,13 +223,14 @@ class Transformer(nn.Module):
             row=row,
             position=tokens.position[local],
             token=tokens.ids[local],
-            tag=tokens.tag[row],
-            row_key=tokens.row_key[row],
+            tag=tokens.tag if packing.is_single else tokens.tag[row],
+            row_key=tokens.row_key if packing.is_single else tokens.row_key[row],
             token_embedding=embedded,
             tag_embedding=prompt,
         )
-        gathered, causal = tokens.position[packing.gathered_tokens], tokens.stack == "decoder"
-        mixing = MixerContext(packing, gathered, causal=causal, start=tokens.start)
+        gathered = tokens.position[packing.gathered_tokens]
+        causal = self.config.is_causal(tokens.stack)
+        mixing = MixerContext(packing, gathered, causal=causal, slots=tokens.slots)
         return ForwardContext(mixing, routing_context)
 
     def embed(self, tokens: StackTokens, *, context: ForwardContext) -> BlockState:
@@ -276,8 +281,9 @@ def packing_of(rows: InputRows) -> Packing:
     return Packing.from_lengths(rows.lengths, length=rows.width)
 
 
-def _shared_router(config: ModelConfig, *, stack: Stack, causal: bool) -> SharedRouter | None:
+def _shared_router(config: ModelConfig, *, side: str) -> SharedRouter | None:
     """Build what the MoE layers of a stack share, if their routers are coupled across layers."""
+    stack, causal = config.stack_of(side), config.is_causal(side)
     moe = config.moe_of_stack(stack)
     if not isinstance(moe, MoE) or not stack.moe_layers:
         return None

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -163,13 +162,12 @@ class SelfAttention(SequenceMixerModule, FusedProjections):
         heads, packing = self._project(x, context=context), context.packing
         if not isinstance(state, KVState):
             return self.backend.self_attention(heads, packing=packing, causal=context.causal)
-        position = context.newest_positions
-        new = KeyValue(pad_heads(heads.key, packing), pad_heads(heads.value, packing))
-        state.write(new, position=position)
-        query = pad_heads(heads.query, packing)
-        places = torch.arange(state.keys.key.shape[2], device=x.device)
-        seen = places <= position[:, None, :, None]
-        return packing.pack(attend(query, state.keys, mask=seen, causal=False))
+        slots, sources = context.decode_slots, context.decode_slots.sources
+        query, key, value = (pad_heads(each, packing, sources=sources) for each in heads)
+        keys = state.append(key, value)
+        if slots.is_first:
+            return self.backend.self_attention(heads, packing=packing, causal=context.causal)
+        return packing.pack(attend(query, keys, mask=slots.allowed(), causal=False))
 
     def _project(self, x: Float[Tensor, "T D"], *, context: MixerContext) -> QueryKeyValue:
         heads, groups = self.heads, self.kv_heads

@@ -7,9 +7,8 @@ Letters: B rows, S source length, L target length, T tokens, H heads, G key/valu
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch
 import torch.nn.functional as F
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
@@ -18,7 +17,7 @@ from moesaic.nn.packing import Packing
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """Keys and values, padded into rows; also one layer's KV cache.
+    """Keys and values, padded into rows.
 
     With ``packing`` they are instead [t, G, d], packed, of the tokens of this rank, for a backend
     that does not pad.
@@ -32,23 +31,8 @@ class KeyValue:
         """Take some batch rows, in any order and number."""
         return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
 
-    def grow(self, length: int) -> "KeyValue":
-        """Return a cache with capacity for ``length`` tokens or more (zeros); grows by doubling."""
-        have = self.key.shape[2]
-        if have >= length:
-            return self
-        extra = (0, 0, 0, max(length, 2 * have) - have)
-        return KeyValue(F.pad(self.key, extra), F.pad(self.value, extra))
 
-    def write(self, new: "KeyValue", *, position: Int[Tensor, "B n"]) -> None:
-        """Store new keys and values at each row's positions, in place."""
-        row = torch.arange(position.shape[0], device=position.device)[:, None]
-        self.key.transpose(1, 2)[row, position] = new.key.transpose(1, 2)
-        self.value.transpose(1, 2)[row, position] = new.value.transpose(1, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class QueryKeyValue:
+class QueryKeyValue(NamedTuple):
     """Queries, keys and values of ``packing.gathered_tokens``, packed."""
 
     query: Float[Tensor, "T H d"]
@@ -80,7 +64,10 @@ class AttentionBackend(Protocol):
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T HD"]:
-        """Attention to the prepared source, where ``mask`` is true (None: everywhere)."""
+        """Attention to the prepared source, where ``mask`` is true (None: everywhere).
+
+        Equally many rows of the packing read each row of the source (the beams of a search).
+        """
         ...
 
 
@@ -108,13 +95,18 @@ class LocalAttention:
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T HD"]:
-        return packing.pack(attend(pad_heads(query, packing), source, mask=mask, causal=False))
+        queries = pad_heads(query, packing, sources=source.key.shape[0])
+        return packing.pack(attend(queries, source, mask=mask, causal=False))
 
 
-def pad_heads(heads: Float[Tensor, "T H d"], packing: Packing) -> Float[Tensor, "B H S d"]:
-    """Pad packed heads into rows."""
-    rows = packing.pad(heads.flatten(1))
-    return rows.unflatten(-1, heads.shape[1:]).transpose(1, 2)
+def pad_heads(
+    heads: Float[Tensor, "T H d"], packing: Packing, *, sources: int | None = None
+) -> Float[Tensor, "B H S d"]:
+    """Pad packed heads into rows; with ``sources``, the rows of each are one after the other."""
+    count, length = packing.rows, packing.length
+    if sources:
+        count, length = sources, count // sources * length
+    return packing.pad(heads.flatten(1)).view(count, length, *heads.shape[1:]).transpose(1, 2)
 
 
 def attend(

@@ -97,6 +97,12 @@ class Packing:
         return Packing(rows, length, index, row, index - row * length, None if full else real)
 
     @staticmethod
+    def single(rows: int, *, device: torch.device) -> "Packing":
+        """Return the packing of one token in each row."""
+        index = torch.arange(rows, device=device)
+        return Packing(rows, 1, index, index, torch.zeros_like(index), None)
+
+    @staticmethod
     def from_lengths(lengths: Int[Tensor, "B"], *, length: int) -> "Packing":
         """Return the packing of rows of which the first ``lengths`` of ``length`` are real."""
         return Packing.from_mask(torch.arange(length, device=lengths.device) < lengths[:, None])
@@ -146,6 +152,11 @@ class Packing:
         if not self._is_reshape:
             packed = _ScatterRows.apply(packed, self.index, self.rows * self.length)
         return packed.view(self.rows, self.length, packed.shape[-1])
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each row has one token, and this rank has them all, in order."""
+        return self.length == 1 and self.partition is None and self._is_reshape
 
     @property
     def _is_reshape(self) -> bool:

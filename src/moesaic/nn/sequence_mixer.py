@@ -19,7 +19,8 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.nn.attention_config import AttentionConfig
-from moesaic.nn.decode_state import DecodeState, JointState, newest_positions
+from moesaic.nn.decode_slots import DecodeSlots
+from moesaic.nn.decode_state import DecodeState, JointState
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import ParameterSpec
@@ -54,14 +55,14 @@ class MixerContext:
     """What every mixer of a stack needs of one batch beside the hidden states.
 
     ``position`` are the places in their rows of ``packing.gathered_tokens``. In decoding the
-    packing has the newest tokens only, and ``start`` is the number of tokens that each row has
-    before them; it is None where rows are whole.
+    packing has the newest tokens only, and ``slots`` says where all tokens so far are cached; it
+    is None where rows are whole.
     """
 
     packing: Packing
     position: Int[Tensor, "T"]
     causal: bool
-    start: Int[Tensor, "B"] | None = None
+    slots: DecodeSlots | None = None
     _rotations: dict[Hashable, Rotation] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
@@ -70,10 +71,10 @@ class MixerContext:
         return MixerContext(packing, packing.position[packing.gathered_tokens], causal)
 
     @property
-    def newest_positions(self) -> Int[Tensor, "B n"]:
-        """The positions of the newest tokens, padded as the packing is; in decoding only."""
-        assert self.start is not None, "whole rows have no newest tokens"
-        return newest_positions(self.start, self.packing.length)
+    def decode_slots(self) -> DecodeSlots:
+        """The slots of all tokens so far; in decoding only."""
+        assert self.slots is not None, "whole rows are not decoded"
+        return self.slots
 
     def rotation(self, encoding: PositionalEncoding, *, head_dim: int) -> Rotation:
         """Return the rotation of queries and keys [T, H, d], made once per encoding and width."""
