@@ -19,6 +19,7 @@ from moesaic.data.batch import (
 )
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.head import LanguageModelHead
 from moesaic.model.transformer import Transformer
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
@@ -73,6 +74,7 @@ def model_config() -> ModelConfig:
         feed_forward=FeedForwardConfig(hidden=SHAPE["hidden"], activation=ReLU()),
         norm=LayerNorm(),
         position=Sinusoidal(),
+        head=LanguageModelHead(label_smoothing=SMOOTHING),
         bias=True,
     )
 
@@ -82,7 +84,6 @@ def main(seed: int, threads: int) -> None:
     found = batches(seed)
     run = tiny_run(
         model=model_config(),
-        label_smoothing=SMOOTHING,
         optimizer=AdamW(lr=LR, weight_decay=0.0),
         schedule=Constant(),
         clip_norm=CLIP,

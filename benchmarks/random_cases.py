@@ -12,6 +12,7 @@ from typing import Any
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.head import LanguageModelHead
 from moesaic.moe.auxiliary_losses import Balance, MicroBatchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_projection import DispatchProjection
@@ -83,7 +84,10 @@ def _random_case(draw: random.Random, *, max_ranks: int) -> RandomCase | None:
             optimizer = AdamW(lr=0.01)
         smoothing = draw.choice((0.0, 0.1))
         run = shrink_config(
-            tiny_run(model=model, optimizer=optimizer, label_smoothing=smoothing)
+            tiny_run(
+                model=model.replace(head=LanguageModelHead(label_smoothing=smoothing)),
+                optimizer=optimizer,
+            )
         ).run
         run = run.replace(gradient_accumulation_steps=draw.randint(1, 4))
         ranks = draw.randint(2, max_ranks)

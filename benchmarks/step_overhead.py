@@ -124,7 +124,7 @@ class Raw:
         clock = Clock()
         for batch in ready:
             output = self.model(batch)
-            loss = self.model.loss(output, smoothing=0.1).total / batch.num_predicted
+            loss = self.model.loss(output).total / batch.num_predicted
             for record in output.records:
                 for term in record.losses.values():
                     loss = loss + term

@@ -38,9 +38,7 @@ def model_of(name: str) -> Transformer:
 
 def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Tensor]]:
     """Return one step's loss terms, its gradients, and each router's accumulated stats."""
-    objective = Objective(
-        LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32()
-    )
+    objective = Objective(LossCategories(TASKS, LANGUAGES), precision=Float32())
     seen = objective.forward_backward(
         parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches
     )

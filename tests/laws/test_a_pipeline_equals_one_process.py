@@ -51,7 +51,7 @@ from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
 from moesaic.verify.synthetic_batches import shard_batch
 
-OBJECTIVE = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
+OBJECTIVE = Objective(LossCategories(TASKS, LANGUAGES), precision=Float32())
 BALANCES = (SwitchBalance(weight=0.3), RouterZLoss(weight=0.2))
 RTS = BALANCED_TOP1.replace(
     balance=BALANCES, limit=Capacity(factor=0.7, minimum=0, priority=RandomPriority())
@@ -173,9 +173,7 @@ def _compare(case: Case, expected: Outcome, *, data: int = 1) -> None:
     for schedule in (s for s in schedules if can_split_backward() or not s.splits_backward):
         pipe = _pipeline(config, schedule, mesh=mesh)
         assert pipe.stages.problems(micro_batches=micro_batches, zero=0) is None
-        computed = pipe.forward_backward(
-            batches, loss_settings=LossSettings(predicted, smoothing=0.1)
-        )
+        computed = pipe.forward_backward(batches, loss_settings=LossSettings(predicted))
         pipe.sum_shared_gradients()
         assert _sums(computed) == pytest.approx(expected.terms, abs=1e-5), schedule
         square = 0.0
@@ -219,7 +217,7 @@ def test_forward_only_computes_the_losses_of_any_number_of_batches() -> None:
     config, batches = _of(RTS), _batches(3)
     model = _built(config).eval()
     with torch.no_grad():
-        expected = [model.loss(model(batch)).nll for batch in batches]
+        expected = [model.loss(model(batch)).each for batch in batches]
 
     def compare() -> None:
         mesh = _mesh(1)
@@ -228,7 +226,7 @@ def test_forward_only_computes_the_losses_of_any_number_of_batches() -> None:
             pipe.model.eval()
             found = pipe.forward_only(batches, loss_settings=LossSettings(1))
             if pipe.stages.rank_of_stage[-1] == pipe.rank:
-                torch.testing.assert_close([micro.nll for micro in found], expected)
+                torch.testing.assert_close([micro.each for micro in found], expected)
             else:
                 assert all(micro.nll is None for micro in found)
 

@@ -90,7 +90,7 @@ def _build(case: tuple[str, str]) -> Transformer:
 
 def _pass(model: Transformer, batch: Batch, *, predicted: int) -> Outcome:
     output = model(batch)
-    terms = {"cross_entropy": model.loss(output, smoothing=0.1).total / predicted}
+    terms = {"cross_entropy": model.loss(output).total / predicted}
     edges = {}
     for record in output.records:
         for name, value in record.losses.items():

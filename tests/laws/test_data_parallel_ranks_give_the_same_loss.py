@@ -110,7 +110,7 @@ def _train(world: World, moe: SparseLayer, rows: int) -> Outcome:
     model = Transformer(tiny_model_config(moe=moe))
     parallel_model = parallelize(model, parallel=ParallelConfig(), world=world)
     categories = LossCategories(TASKS, LANGUAGES)
-    objective = Objective(categories, label_smoothing=0.1, precision=Float32())
+    objective = Objective(categories, precision=Float32())
     optimizer = AdamW(eps=1e-5).build(model.named_parameters(), kinds=model.parameter_kinds())
     history = []
     for step in range(STEPS):

@@ -57,7 +57,7 @@ def kept_bytes(config: ModelConfig, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model.loss(model(batch), smoothing=0.1).total
+        loss = model.loss(model(batch)).total
     assert loss.requires_grad
     return sum(s.nbytes() for address, s in kept.items() if address not in weights)
 

@@ -48,7 +48,7 @@ def test_forward_flops_agree_with_torch(encoder):
     model = Transformer(config)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model.logits(model(full_batch(source, target)).hidden)
+        model.predict(model(full_batch(source, target)).hidden)
     heads = config.attention.heads * config.head_dim
     unseen = 4 * heads * config.decoder.layers * sizes.rows * (5 * 5 - 5 * 6 / 2)
     assert count_parameters(config).forward_flops(sizes) == counter.get_total_flops() - unseen

@@ -75,7 +75,7 @@ def test_every_parameter_has_a_kind_that_fits_its_shape(name):
 def test_a_new_model_predicts_a_nearly_uniform_distribution():
     model = Transformer(CONFIG)
     hidden = model.decoder_norm(torch.randn(50, DIM))
-    entropy = torch.distributions.Categorical(logits=model.logits(hidden)).entropy().mean()
+    entropy = torch.distributions.Categorical(logits=model.predict(hidden)).entropy().mean()
     assert entropy > 0.85 * torch.log(torch.tensor(512.0))
 
 

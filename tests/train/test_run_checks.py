@@ -67,5 +67,5 @@ def test_a_run_round_trips_through_yaml() -> None:
 
 
 def test_a_misspelt_key_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"lable_smoothing.*label_smoothing"):
-        Run.from_dict(GOOD.to_dict() | {"lable_smoothing": 0.1})
+    with pytest.raises(ConfigError, match=r"clip_nrom.*clip_norm"):
+        Run.from_dict(GOOD.to_dict() | {"clip_nrom": 0.1})

@@ -24,6 +24,7 @@ from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import Stack
+from moesaic.model.head import LanguageModelHead
 from moesaic.moe.config import NoMoE
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
@@ -200,9 +201,11 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(whole: Path, tmp_path: Pat
 
 
 def test_another_config_is_refused_and_its_keys_are_named(whole: Path) -> None:
-    other = synthetic_run(label_smoothing=0.2, gradient_accumulation_steps=2)
+    head = LanguageModelHead(label_smoothing=0.2)
+    model = synthetic_run().model.replace(head=head)
+    other = synthetic_run(model=model, gradient_accumulation_steps=2)
     with pytest.raises(
-        CheckpointError, match=r"label_smoothing: 0\.1 .*gradient_accumulation_steps: 1 .*2"
+        CheckpointError, match=r"head\.label_smoothing: 0\.1 .*gradient_accumulation_steps: 1 .*2"
     ):
         train(other, whole, resume=ResumeLatest(), progress=no_progress)
     assert Run.from_yaml(RunDir(whole).config.read_text()) == synthetic_run()

@@ -32,7 +32,7 @@ def test_validation_losses_are_unsmoothed_and_in_evaluation_mode() -> None:
     batch = next(trainer.data.held_out_batches("valid", rows=None))
     trainer.model.eval()
     with torch.no_grad():
-        nll = trainer.model.loss(trainer.model(batch)).nll
+        nll = trainer.model.loss(trainer.model(batch)).each
     assert abs(first["valid/loss"] - float(nll.mean())) < 1e-5
     assert {"valid/loss/translation", "valid/loss/deu_Latn"} <= first.keys()
 

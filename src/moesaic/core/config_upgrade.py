@@ -149,9 +149,12 @@ SECTIONS = {
 
 # Keys that are now below another one: the new path, and the kind of each choice on the way.
 MOVED_KEYS = {
-    "Run": {key: ("data", key) for key in ("corpus", "languages", "tokenizer", "mixture", "loader")}
+    "Run": {
+        **{key: ("data", key) for key in ("corpus", "languages", "tokenizer", "mixture", "loader")},
+        "label_smoothing": ("model", "head", "label_smoothing"),
+    }
 }
-KINDS_OF_MOVED_KEYS = {"data": "TextData"}
+KINDS_OF_MOVED_KEYS = {"data": "TextData", "model.head": "LanguageModelHead"}
 
 MAX_SHOWN_RENAMES = 3
 

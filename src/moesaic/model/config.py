@@ -7,12 +7,22 @@ from pydantic import Field, field_validator, model_validator
 
 from moesaic.core.config import Config
 from moesaic.core.errors import did_you_mean
+from moesaic.model import (
+    pooled_heads as pooled_heads,  # registers its members of Head
+)
+from moesaic.model import (
+    value_heads as value_heads,
+)
 from moesaic.model.block_layout import BlockLayout, SequentialResidual
+from moesaic.model.decoder_mask import CausalMask, DecoderMask
+from moesaic.model.head import Head, HeadShape, LanguageModelHead
+from moesaic.model.inputs import InputShape, ModelInput, TokenIds
 from moesaic.model.mixer_pattern import DEFAULT_MIXER, BlockPattern, parse_pattern
 from moesaic.moe import (
     builtin_rules as builtin_rules,
 )  # registers every rule that a config may name
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
+from moesaic.moe.expert_selection import Hash
 from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -106,11 +116,14 @@ class ModelConfig(Config):
 
     ``mixers`` are the sequence mixers that the patterns of the stacks name. The name ``attention``
     is ``Attention()``, self-attention with the heads of ``attention``, unless ``mixers`` has
-    another; cross-attention has those heads too.
+    another; cross-attention has those heads too. ``input`` is what both stacks read (``vocab_size``
+    and ``embedding`` are of ids), ``head`` what is predicted from the decoder's states.
     """
 
-    vocab_size: int = Field(ge=8)
+    vocab_size: int = Field(default=8, ge=8)
     dim: int = Field(ge=1)
+    input: ModelInput = TokenIds()
+    head: Head = LanguageModelHead()
     encoder: Stack
     decoder: Stack
     attention: AttentionConfig
@@ -119,6 +132,7 @@ class ModelConfig(Config):
     norm: Norm = RMSNorm()
     position: PositionalEncoding = Rotary()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    decoder_mask: DecoderMask = CausalMask()
     mixers: dict[str, SequenceMixer] = Field(default_factory=dict)
     block_layout: BlockLayout = SequentialResidual()
     bias: bool = False
@@ -129,13 +143,34 @@ class ModelConfig(Config):
     def head_dim(self) -> int:
         return self.attention.head_width(self.dim)
 
+    def is_causal(self, side: str) -> bool:
+        """Whether a token of a stack reads itself and those before it only."""
+        return side == "decoder" and self.decoder_mask.causal
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether the head scores the table of the input (a tied embedding)."""
+        return self.head.reads_table and self.embedding.tied
+
+    @property
+    def has_output_table(self) -> bool:
+        """Whether the head scores a table of its own."""
+        return self.head.reads_table and not self.embedding.tied
+
+    @property
+    def input_shape(self) -> InputShape:
+        """What the input may read of the model."""
+        tables = self.embedding.replace(tied=not self.has_output_table)
+        return InputShape(self.dim, self.vocab_size, tables)
+
+    @property
+    def head_shape(self) -> HeadShape:
+        """What the head may read of the model."""
+        return HeadShape(self.dim, self.vocab_size)
+
     def stack_of(self, side: str) -> Stack:
         """Return the ``encoder`` or the ``decoder``."""
         return self.encoder if side == "encoder" else self.decoder
-
-    def is_causal(self, side: str) -> bool:
-        """Return whether a token of the stack may read itself and earlier ones only."""
-        return side == "decoder"
 
     def mixer_shape(self, side: str) -> MixerShape:
         """Return what the mixers of a stack may read of the model."""
@@ -210,9 +245,13 @@ class ModelConfig(Config):
                 raise ValueError(f"no experts_per_layer with {name}")
             if isinstance(moe, MoE):
                 _check_cross_layer(moe, experts=stack.experts_per_layer)
+                if stack.moe_layers:
+                    _check_reads_ids(moe, source=self.input)
             for layer in stack.moe_layers:
                 _check_select(self.routed_moe_of_layer(stack, layer=layer))
         moe = self.moe_of_stack(self.decoder)
+        if problems := self.head.problems(self.input):
+            raise ValueError(f"{type(self.head).__name__} expects {problems}")
         if self.decoder.moe_layers and self.is_causal("decoder") and not moe.causal:
             raise ValueError(
                 f"found {_rule_name(moe)} in the decoder, expected a causal rule: decoding does "
@@ -240,6 +279,18 @@ def _check_cross_layer(moe: MoE, *, experts: tuple[int, ...]) -> None:
     problems = moe.cross_layer.problems(experts, moe.router_input)
     if problems:
         raise ValueError(f"{type(moe.cross_layer).__name__} expects {problems}")
+
+
+def _check_reads_ids(moe: MoE, *, source: ModelInput) -> None:
+    """Raise ValueError if routers read token ids, and the model has none."""
+    if isinstance(source, TokenIds):
+        return
+    reading = [moe.select] if isinstance(moe.select, Hash) else []
+    if moe.router_input.embedding_source != "nothing":
+        reading = [moe.router_input]
+    for rule in reading:
+        name, found = type(rule).__name__, type(source).__name__
+        raise ValueError(f"input=TokenIds, whose ids {name} reads, not {found}")
 
 
 def _rule_name(moe: SparseLayer) -> str:

@@ -120,14 +120,14 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def _entries(config: ModelConfig) -> Iterator[ParameterEntry]:
-    tables = 1 if config.embedding.tied else 2
-    yield ParameterEntry("embedding", "embedding", (config.vocab_size, config.dim), tables)
+    yield from _entries_of_specs(config.input.parameter_specs(config.input_shape), part="embedding")
     if isinstance(config.position, LearnedPositions):
         yield ParameterEntry("embedding", "embedding", (config.position.max_length, config.dim), 1)
     norm = config.norm.parameter_specs(config.dim)
     yield from _entries_of_specs(norm, part="norms", copies=num_norms(config))
     for side in ("encoder", "decoder"):
         yield from _stack_entries(config, side=side)
+    yield from _entries_of_specs(config.head.parameter_specs(config.head_shape), part="head")
 
 
 def num_norms(config: ModelConfig) -> int:
@@ -215,7 +215,7 @@ def _entries_of_specs(
 def _matrix_flops(counted: ParameterCount, sizes: BatchDims) -> float:
     source, target = sizes.rows * sizes.source, sizes.rows * sizes.target
     config = counted.config
-    flops = 2.0 * target * config.dim * config.vocab_size
+    flops = 2.0 * target * head_parameters(config)
     for entry in counted.entries:
         if entry.kind not in ("matrix", "expert", "router"):
             continue
@@ -226,6 +226,14 @@ def _matrix_flops(counted: ParameterCount, sizes: BatchDims) -> float:
         2 * config.dim * config.attention.num_kv_heads() * config.head_dim * config.decoder.layers
     )
     return flops + (2 * (source - target) * crossed if config.encoder.layers else 0)
+
+
+def head_parameters(config: ModelConfig) -> int:
+    """Return the values of the matrices that a predicted state is multiplied with."""
+    shape = config.head_shape
+    table = shape.vocab_size * shape.dim if config.head.reads_table else 0
+    specs = config.head.parameter_specs(shape)
+    return table + sum(math.prod(spec.shape) for spec in specs if len(spec.shape) > 1)
 
 
 def _mixing_flops(config: ModelConfig, sizes: BatchDims) -> float:

@@ -158,5 +158,6 @@ def _routed_experts_values(config: ModelConfig, *, moe: MoE) -> float:
 
 
 def _loss_values(config: ModelConfig, *, tokens: int) -> int:
-    """The last norm, and the gradients of states and output table that the loss precomputes."""
-    return tokens * (_norm_values(config) + config.dim) + config.vocab_size * config.dim
+    """The last norm, and what the head saves."""
+    each, once = config.head.saved_activations(config.head_shape)
+    return tokens * (_norm_values(config) + each) + once

@@ -1,8 +1,9 @@
 """Transformer: an encoder-decoder or a decoder-only language model over packed tokens.
 
 A forward pass reads the batch's real tokens as one sequence [T, D] (``nn/packing.py``): encoder
-blocks, decoder blocks, and the states where a token is predicted. ``parallel/parallelize.py``
-splits a model over ranks; ``parallel/partial_forward.py`` passes through some of the blocks.
+blocks, decoder blocks, and the states that the head reads (``head.py``).
+``parallel/parallelize.py`` splits a model over ranks; ``parallel/partial_forward.py`` passes
+through some of the blocks.
 
 Letters: B rows, S source length, T real tokens, t of them on this rank, N predicted tokens, D model
 dim, V vocabulary, n new tokens.
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.data.batch import IGNORE_LABEL, Batch, InputRows
+from moesaic.data.batch import Batch, InputRows
 from moesaic.model.block import (
     BlockState,
     DecoderBlock,
@@ -26,6 +27,7 @@ from moesaic.model.block import (
     Records,
 )
 from moesaic.model.config import ModelConfig
+from moesaic.model.head import HeadLoss, ModelOutput, mean_of_spans
 from moesaic.model.kv_cache import EncoderOutput, KVCache
 from moesaic.model.weights import initialize_weights
 from moesaic.moe.config import MoE
@@ -38,7 +40,6 @@ from moesaic.nn.embedding import Embedding
 from moesaic.nn.initializer import deferred_initialization
 from moesaic.nn.packing import Packing
 from moesaic.nn.sequence_mixer import MixerContext
-from moesaic.ops.cross_entropy import TokenLoss
 from moesaic.optim.optimizer import ParameterKind
 
 SequenceSharding = Callable[[Packing], Packing]
@@ -46,30 +47,16 @@ RunBlock = Callable[..., BlockState]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelOutput:
-    """Decoder states at the predicted positions only, in row-major order.
-
-    Logits are computed from them by ``model.logits(hidden)`` or, in chunks, by ``model.loss``, so
-    that positions without a label cost nothing.
-    """
-
-    hidden: Float[Tensor, "N D"]
-    label: Int[Tensor, "N"]
-    row: Int[Tensor, "N"]
-    records: Records
-
-
-@dataclass(frozen=True, slots=True)
 class StackTokens:
     """The tokens that a stack (``encoder`` or ``decoder``) embeds, on whichever rank each is.
 
-    ``tag`` is the first token of each row, ``row_key`` the key of the row's random numbers. In
-    decoding ``slots`` says where all tokens so far are cached, and ``routing`` is the decode state
-    of a shared router.
+    ``values`` are their ids, or the values of an input that has none. ``tag`` is the first id of
+    each row (0 without ids), ``row_key`` the key of the row's random numbers. In decoding ``slots``
+    says where all tokens so far are cached, and ``routing`` is the decode state of a shared router.
     """
 
     stack: str
-    ids: Int[Tensor, "T"]
+    values: Int[Tensor, "T"] | Float[Tensor, "T C"]
     packing: Packing
     position: Int[Tensor, "T"]
     tag: Int[Tensor, "B"]
@@ -105,7 +92,7 @@ class Transformer(nn.Module):
         initialize_weights(self, config)
 
     def _make_modules(self, config: ModelConfig) -> None:
-        self.embedding = Embedding(config.embedding, vocab_size=config.vocab_size, dim=config.dim)
+        self.embedding = config.input.build(config.input_shape)
         self.position = config.position.build(dim=config.dim, head_dim=config.head_dim)
         self.dropout = Dropout(config.dropout, name="embedding")
         self.encoder = nn.ModuleList(
@@ -119,35 +106,37 @@ class Transformer(nn.Module):
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
+        self.head = config.head.build(config.head_shape)
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """Return decoder states at the predicted positions and the routing records."""
+        """Return the states that the head reads, with their labels, and the routing records."""
         encoder_output, records = self._encode(batch.source, row_key=batch.key)
         tokens = self.decoder_tokens(batch)
         context = self.forward_context(tokens)
         state = self.embed(tokens, context=context)
         for block in self.decoder:
             state = self.run_block(block, state, context=context, encoder_output=encoder_output)
-        return self.head(state, batch=batch, packing=tokens.packing, encoder_records=records)
+        return self.output(state, batch=batch, packing=tokens.packing, encoder_records=records)
 
-    def head(
+    def output(
         self, state: BlockState, *, batch: Batch, packing: Packing, encoder_records: Records
     ) -> ModelOutput:
         """Return the output of a pass, given what the last decoder block returned."""
-        x, local = state.x, packing.local_tokens
-        label, row = batch.labels.flatten()[packing.index[local]], packing.row[local]
-        if batch.num_predicted < packing.num_tokens:
-            predicted = (label != IGNORE_LABEL).nonzero()[:, 0]
-            x, label, row = x.index_select(0, predicted), label[predicted], row[predicted]
-        return ModelOutput(self.decoder_norm(x), label, row, encoder_records + state.records)
+        chosen, x = self.config.head.select(batch, packing=packing), state.x
+        if chosen.index is not None:
+            x = x.index_select(0, chosen.index)
+        hidden, records = self.decoder_norm(x), encoder_records + state.records
+        if chosen.lengths is not None:
+            hidden = mean_of_spans(hidden, chosen.lengths)
+        return ModelOutput(hidden, chosen.label, chosen.row, records)
 
-    def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """Return float32 logits over the vocabulary."""
-        return self.embedding.logits(hidden)
+    def predict(self, hidden: Float[Tensor, "K D"]) -> Float[Tensor, "K *P"]:
+        """Return the head's predictions for these states: logits over the vocabulary, or others."""
+        return self.head(hidden, source=self.embedding)
 
-    def loss(self, output: ModelOutput, *, smoothing: float = 0.0, z: float = 0.0) -> TokenLoss:
-        """Return the summed token loss of an output, in chunks (``ops/cross_entropy.py``)."""
-        return self.embedding.loss(output.hidden, label=output.label, smoothing=smoothing, z=z)
+    def loss(self, output: ModelOutput) -> HeadLoss:
+        """Return the head's summed loss of an output."""
+        return self.head.loss(output, source=self.embedding)
 
     def parameter_kinds(self) -> dict[str, ParameterKind]:
         """Parameter name -> embedding, norm, bias, matrix, expert or router."""
@@ -159,8 +148,9 @@ class Transformer(nn.Module):
 
     def init_cache(self, encoder_output: EncoderOutput | None, *, rows: int) -> KVCache:
         """Return an empty cache for decoding: one hypothesis for each of ``rows`` sources."""
+        assert self.config.is_causal("decoder"), "a decoder that reads later tokens cannot decode"
         shared = self.decoder_routing
-        like = encoder_output.states if encoder_output else self.embedding.weight
+        like = encoder_output.states if encoder_output else next(self.embedding.parameters())
         zeros = torch.zeros(rows, dtype=torch.long, device=like.device)
         return KVCache(
             mixers=[block.init_states(rows, like=like) for block in self._decoder_blocks],
@@ -175,15 +165,18 @@ class Transformer(nn.Module):
         )
 
     def step(self, tokens: InputRows, cache: KVCache) -> Float[Tensor, "B V"]:
-        """Append tokens to each row (at least one) and return its next logits."""
-        ids, single = tokens.values, tokens.width == 1
-        packing = Packing.single(cache.rows, device=ids.device) if single else packing_of(tokens)
+        """Append tokens to each row (at least one) and return its next logits.
+
+        Of another head than a vocabulary's it returns the prediction for the last token.
+        """
+        values, single = tokens.values, tokens.width == 1
+        packing = Packing.single(cache.rows, device=values.device) if single else packing_of(tokens)
         if not cache.slots.used:
-            cache.tag = ids[:, 0]
+            cache.tag = token_ids(values)[:, 0]
         cache.slots.append(cache.length, packing)
         stack_tokens = StackTokens(
             "decoder",
-            ids[:, 0] if single else ids.flatten()[packing.index],
+            values[:, 0] if single else values.flatten(0, 1)[packing.index],
             packing,
             cache.length if single else cache.length[packing.row] + packing.position,
             cache.tag,
@@ -201,7 +194,7 @@ class Transformer(nn.Module):
             )
         cache.length = cache.length + (1 if single else tokens.lengths)
         last = state.x if single else state.x[tokens.lengths.cumsum(0) - 1]
-        return self.logits(self.decoder_norm(last))
+        return self.predict(self.decoder_norm(last))
 
     def encoder_tokens(self, source: InputRows, *, row_key: Int[Tensor, "B"]) -> StackTokens:
         """Return the tokens that the encoder reads."""
@@ -217,12 +210,12 @@ class Transformer(nn.Module):
         row = packing.row[local]
         moe = self.config.moe_of_stack(self.config.stack_of(tokens.stack))
         source = moe.router_input.embedding_source if isinstance(moe, MoE) else "nothing"
-        embedded = self.embedding(tokens.ids, packing=packing) if source == "token" else None
-        prompt = self.embedding.embed_replicated(tokens.tag)[row] if source == "tag" else None
+        embedded = self.embedding(tokens.values, packing=packing) if source == "token" else None
+        prompt = self._embed_tags(tokens.tag)[row] if source == "tag" else None
         routing_context = TokenContext(
             row=row,
             position=tokens.position[local],
-            token=tokens.ids[local],
+            token=token_ids(tokens.values)[local],
             tag=tokens.tag if packing.is_single else tokens.tag[row],
             row_key=tokens.row_key if packing.is_single else tokens.row_key[row],
             token_embedding=embedded,
@@ -238,7 +231,7 @@ class Transformer(nn.Module):
         packing, routing = context.packing, context.routing_context
         embedded = routing.token_embedding
         if embedded is None:
-            embedded = self.embedding(tokens.ids, packing=packing)
+            embedded = self.embedding(tokens.values, packing=packing)
         placed = self.position.add(embedded, routing.position)
         x = self.dropout(placed, context=routing.for_layer(tokens.stack))
         shared = self.shared_router(tokens.stack)
@@ -250,6 +243,10 @@ class Transformer(nn.Module):
     def shared_router(self, stack: str) -> SharedRouter | None:
         """Return the module that the routers of a stack share, if they are coupled."""
         return self.encoder_routing if stack == "encoder" else self.decoder_routing
+
+    def _embed_tags(self, tag: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
+        assert isinstance(self.embedding, Embedding), "routers read tags of token ids"
+        return self.embedding.embed_replicated(tag)
 
     @property
     def _decoder_blocks(self) -> Iterable[DecoderBlock]:
@@ -271,9 +268,21 @@ class Transformer(nn.Module):
         self, stack: str, rows: InputRows, *, row_key: Int[Tensor, "B"]
     ) -> StackTokens:
         packing = self.sequence_sharding(packing_of(rows))
-        packed = rows.values.flatten()[packing.index]
-        tag = torch.where(rows.lengths > 0, rows.values[:, 0], 0)  # padding may be any number
-        return StackTokens(stack, packed, packing, packing.position, tag, row_key)
+        packed = rows.values.flatten(0, 1)[packing.index]
+        return StackTokens(stack, packed, packing, packing.position, first_ids(rows), row_key)
+
+
+def token_ids(values: Int[Tensor, "*N"] | Float[Tensor, "*N C"]) -> Int[Tensor, "*N"]:
+    """Return the ids of an input, zeros where its values are no ids."""
+    if values.is_floating_point():
+        return torch.zeros(values.shape[:-1], dtype=torch.long, device=values.device)
+    return values
+
+
+def first_ids(rows: InputRows) -> Int[Tensor, "B"]:
+    """Return the first id of each row; 0 for a row without."""
+    ids = token_ids(rows.values)  # padding may be any number
+    return torch.where(rows.lengths > 0, ids[:, 0], 0) if rows.width else rows.lengths
 
 
 def packing_of(rows: InputRows) -> Packing:

@@ -67,6 +67,7 @@ def parallelize_on_mesh(
     apply_tensor_parallel(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     apply_context_parallel(model, parallel=parallel, mesh=mesh)
     apply_expert_parallel(model, parallel=parallel, mesh=mesh)
+    model.head.data_ranks = mesh.group("data")
     apply_activation_checkpointing(model, by=parallel.activation_checkpointing)
     sync = {name: GradientSync(each.replicated_axes) for name, each in local_plan.items()}
     if mesh.plan.zero:
@@ -139,6 +140,7 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
         *tensor_parallel_problems(model, ranks=plan.tensor),
         *_context_parallel_problems(model, parallel=parallel, plan=plan),
         *whole_row_problems(model.config, ranks=plan.context * plan.tensor),
+        *_head_problems(model.config, ranks=plan.context * plan.tensor),
     ]
     for layer in moe_layers(model):
         plan.expert_ranks(layer.router.config.experts, layer=layer.name)
@@ -182,6 +184,16 @@ def _expert_tensor_problems(layer: MoELayer, *, ranks: int) -> Iterator[str]:
         )
     elif (hidden := experts.down.shape[1]) % ranks:
         yield f"parallel.expert_tensor={ranks} must divide the {hidden} channels of {name}"
+
+
+def _head_problems(config: ModelConfig, *, ranks: int) -> Iterator[str]:
+    """Yield a sentence if the head reads whole rows and ``ranks`` share them."""
+    if ranks > 1 and config.head.needs_whole_rows:
+        name = type(config.head).__name__
+        yield (
+            f"parallel.plan: {name} reads one vector of each row, but context x tensor = {ranks} "
+            "ranks share each row: set context and tensor to 1 (data, expert and pipe are free)"
+        )
 
 
 def whole_row_problems(config: ModelConfig, *, ranks: int) -> Iterator[str]:

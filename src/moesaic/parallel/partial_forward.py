@@ -18,8 +18,9 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
 from moesaic.model.block import BlockState, ForwardContext, Records
 from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.head import ModelOutput
 from moesaic.model.kv_cache import EncoderOutput
-from moesaic.model.transformer import ModelOutput, StackTokens, Transformer, packing_of
+from moesaic.model.transformer import StackTokens, Transformer, packing_of
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterState
 from moesaic.moe.router_gate import RouterShape, RouterStateWidths
@@ -122,7 +123,7 @@ def output_of(model: Transformer, end: PartialForward, *, batch: Batch) -> Model
     """Return the model's output, given the result of the last stage."""
     if end.state is None or end.context is None:
         raise TypeError("only the last stage, which ends with the decoder, has an output")
-    return model.head(
+    return model.output(
         end.state,
         batch=batch,
         packing=end.context.packing,

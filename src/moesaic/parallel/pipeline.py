@@ -1,7 +1,7 @@
 """Pipeline parallelism: runs a step's micro-batches through the stages, by PyTorch's schedules.
 
 Every rank of a pipeline reads the same micro-batches, so only hidden states are sent
-(``stage_serializer.py``). The last stage computes the cross-entropy. Losses of other stages
+(``stage_serializer.py``). The last stage computes the loss of the head. Losses of other stages
 (balance) are attached to the hidden states they send: an identity whose backward adds 1 to the
 gradient of the loss.
 
@@ -10,7 +10,7 @@ Letters: N predicted tokens.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.world import ProcessGroupWorld, World
+from moesaic.model.head import HeadLoss
 from moesaic.model.transformer import Transformer, packing_of
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import accumulate_routing_stats
@@ -37,10 +38,9 @@ from moesaic.parallel.stage_serializer import (
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """Settings of the cross-entropy; ``num_targets`` is the step's number, on all ranks."""
+    """Settings of the loss; ``num_targets`` counts a step's predictions, on all ranks."""
 
     num_targets: int
-    smoothing: float = 0.0
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -48,15 +48,15 @@ class LossSettings:
 class MicroBatch:
     """A micro-batch, and the results of this rank's stages.
 
-    ``terms`` are this rank's shares of the loss, detached. On the last stage, ``nll`` is each
-    predicted token's negative log-likelihood and ``row`` its row of the batch.
+    ``terms`` are this rank's shares of the loss, detached. On the last stage, ``loss`` is the
+    head's, without its graph, and ``row`` the row of the batch of each prediction.
     """
 
     batch: Batch
     tokens: LocalTokens
     terms: dict[str, Float[Tensor, ""]]
     records: tuple[RoutingRecord, ...] = ()
-    nll: Float[Tensor, "N"] | None = None
+    loss: HeadLoss | None = None
     row: Int[Tensor, "N"] | None = None
 
 
@@ -89,9 +89,10 @@ class StageModule(nn.Module):
             )
             if self.output_serializer is None:
                 output = output_of(self.model, end, batch=micro.batch)
-                loss = self.model.loss(output, smoothing=settings.smoothing)
-                terms["cross_entropy"] = loss.total / max(settings.num_targets, 1)
-                micro.nll, micro.row = loss.nll, output.row
+                loss = self.model.loss(output)
+                name = self.model.config.head.loss_name
+                terms[name] = loss.total / max(settings.num_targets, 1)
+                micro.loss, micro.row = replace(loss, total=loss.total.detach()), output.row
         terms |= loss_terms(end.records, num_micro_batches=len(pipeline.micro_batches))
         objective = torch.stack(list(terms.values())).sum() if terms else torch.zeros(())
         for name, value in {**terms, "objective": objective}.items():
@@ -251,7 +252,8 @@ class Pipeline:
 
 def loss_term_names(stages: PipelineStages) -> tuple[str, ...]:
     """Return the names of all terms of the training loss, of every stage."""
-    config, names = stages.config, {"cross_entropy", "objective"}
+    config = stages.config
+    names = {config.head.loss_name, "objective"}
     for stack in (config.encoder, config.decoder):
         moe = config.moe_of_stack(stack)
         if isinstance(moe, MoE) and stack.moe_layers:

@@ -17,7 +17,7 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_flop_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters, head_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.parallel.partial_forward import BlockRange
@@ -194,9 +194,12 @@ class ModuleOnOtherRank(nn.Module):
 def module_paths(config: ModelConfig, blocks: BlockRange) -> frozenset[str]:
     """Return the paths of the modules and parameters that a stage of these blocks needs."""
     paths = {f"encoder.{i}" for i in blocks.encoder} | {f"decoder.{i}" for i in blocks.decoder}
-    embeds = _has_last_block(config, blocks) and config.embedding.tied
-    if _has_last_block(config, blocks) and not config.embedding.tied:
+    last = _has_last_block(config, blocks)
+    embeds = last and config.shares_table
+    if last and config.has_output_table:
         paths.add("embedding.output")
+    if last and config.head.parameter_specs(config.head_shape):
+        paths.add("head")
     for side, stack, layers in _stacks(config, blocks):
         moe = config.moe_of_stack(stack)
         if isinstance(moe, MoE):
@@ -208,13 +211,13 @@ def module_paths(config: ModelConfig, blocks: BlockRange) -> frozenset[str]:
         if layers.stop == stack.layers:
             paths.add(f"{side}_norm")
     if embeds:
-        paths.add("embedding" if config.embedding.tied else "embedding.weight")
+        paths.add("embedding.weight" if config.has_output_table else "embedding")
     return frozenset(paths)
 
 
 def reused_parameters(config: ModelConfig, blocks: BlockRange) -> str | None:
     """Return which parameters a stage of these blocks uses in several places, or None."""
-    uses = int(_has_last_block(config, blocks) and config.embedding.tied)
+    uses = int(_has_last_block(config, blocks) and config.shares_table)
     for side, stack, layers in _stacks(config, blocks):
         uses += layers.start == 0
         moe, moe_layers = config.moe_of_stack(stack), sum(map(stack.is_moe_layer, layers))
@@ -245,7 +248,7 @@ def block_costs(config: ModelConfig, *, sizes: BatchDims) -> tuple[float, ...]:
         for side, _, layers in _stacks(config, BlockRange.all_blocks(config))
         for layer in layers
     ]
-    costs[-1] += 2.0 * sizes.rows * sizes.target * config.dim * config.vocab_size
+    costs[-1] += 2.0 * sizes.rows * sizes.target * head_parameters(config)
     return tuple(costs)
 
 

@@ -123,7 +123,8 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
         yield model
         return
     for method in ("embed_replicated", "loss", "logits"):
-        register_fsdp_forward_method(model.embedding, method)
+        if isinstance(model.embedding, Embedding):
+            register_fsdp_forward_method(model.embedding, method)
 
 
 def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) -> None:

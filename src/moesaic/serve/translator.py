@@ -278,7 +278,7 @@ class Translator:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return next(self.model.parameters()).device
 
     def _language_code(self, name: str) -> str:
         code = resolve_language(name).code

@@ -132,7 +132,6 @@ class Run(Config):
     data: TrainingData
     model: ModelConfig
     initial_weights: InitialWeights = RandomWeights()
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     optimizer: Optimizer = AdamW()
     schedule: LRSchedule = WSD()
     steps: Positive

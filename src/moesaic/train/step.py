@@ -1,7 +1,7 @@
 """Training step: forward and backward of all micro-batches, gradients summed over ranks.
 
-The loss is the cross-entropy summed over all predicted tokens of the step, divided by their number
-over all micro-batches and ranks, plus each layer's auxiliary losses as the mean over micro-batches.
+The loss is that of the head summed over all predictions of the step, divided by their number over
+all micro-batches and ranks, plus each layer's auxiliary losses as the mean over micro-batches.
 So the weight of a token depends neither on the number of ranks nor on that of micro-batches.
 """
 
@@ -34,17 +34,18 @@ class ForwardBackwardResult:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Training objective: label-smoothed cross-entropy plus the auxiliary losses of layers."""
+    """Training objective: the loss of the head plus the auxiliary losses of layers."""
 
     categories: LossCategories
-    label_smoothing: float
     precision: Precision
 
     def forward_backward(
         self, parallel_model: ParallelModel, *, batches: Sequence[Batch]
     ) -> ForwardBackwardResult:
         """Compute the gradients of the step's loss, summed over ranks. Collective."""
-        num_predicted = torch.tensor(sum(b.num_predicted for b in batches))
+        head = parallel_model.model.config.head
+        batches = [head.training_batch(batch) for batch in batches]
+        num_predicted = torch.tensor(sum(map(head.num_predicted, batches)))
         predicted = int(parallel_model.data_world.all_reduce(num_predicted))
         if parallel_model.pipeline is not None:
             results = self._pipeline_forward_backward(parallel_model, batches, predicted=predicted)
@@ -63,10 +64,11 @@ class Objective:
 
     @torch.no_grad()
     def losses(self, parallel_model: ParallelModel, *, batch: Batch) -> Float[Tensor, "2 C"]:
-        """Return summed negative log-likelihoods and token counts by category, without gradients.
+        """Return summed losses and counts of predictions by category, without gradients.
 
-        They cover the tokens that this rank scores. Collective.
+        They cover the predictions that this rank scores. Collective.
         """
+        batch = parallel_model.model.config.head.training_batch(batch)
         if parallel_model.pipeline is not None:
             settings = self._loss_settings(parallel_model.pipeline, predicted=1)
             (micro,) = parallel_model.pipeline.forward_only([batch], loss_settings=settings)
@@ -75,8 +77,8 @@ class Objective:
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.device):
             output = model(batch)
-            nll = model.loss(output).nll
-        return self.categories.sums(nll, row=output.row, batch=batch)
+            each = model.loss(output).each
+        return self.categories.sums(each, row=output.row, batch=batch)
 
     def _pipeline_forward_backward(
         self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: int
@@ -96,14 +98,14 @@ class Objective:
 
     def _loss_settings(self, pipeline: Pipeline, *, predicted: int) -> LossSettings:
         context = partial(self.precision.autocast, pipeline.device)
-        return LossSettings(predicted, self.label_smoothing, context)
+        return LossSettings(predicted, context)
 
     def _loss_sums(self, micro: MicroBatch) -> Float[Tensor, "2 C"]:
         """Return losses by category; zeros on stages that do not compute the loss."""
-        if micro.nll is None or micro.row is None:
+        if micro.loss is None or micro.row is None:
             empty = micro.batch.key.new_zeros(0)
             return self.categories.sums(empty.double(), row=empty, batch=micro.batch)
-        return self.categories.sums(micro.nll, row=micro.row, batch=micro.batch)
+        return self.categories.sums(micro.loss.each, row=micro.row, batch=micro.batch)
 
     def _micro_batch_forward_backward(
         self, parallel_model: ParallelModel, batch: Batch, *, predicted: int, micro_batches: int
@@ -114,15 +116,15 @@ class Objective:
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.device):
             output = model(batch)
-            token_loss = model.loss(output, smoothing=self.label_smoothing)
-        terms = {"cross_entropy": token_loss.total / max(predicted, 1)}
+            loss = model.loss(output)
+        terms = {model.config.head.loss_name: loss.total / max(predicted, 1)}
         terms |= loss_terms(output.records, num_micro_batches=micro_batches)
         objective = torch.stack(list(terms.values())).sum()
         objective.backward()
         accumulate_routing_stats(model, output.records)
         detached = {name: value.detach().double() for name, value in terms.items()}
         detached["objective"] = objective.detach().double()
-        losses = self.categories.sums(token_loss.nll, row=output.row, batch=batch)
+        losses = self.categories.sums(loss.each, row=output.row, batch=batch)
         return ForwardBackwardResult(StepSums(losses, detached, tokens), output.records, batch)
 
 

@@ -87,7 +87,7 @@ class Trainer:
         if not self.parallel_model.is_replicated:
             self.optimizer.matrix_sharding = ShardedMatrices(self.parallel_model)
         categories = LossCategories(tuple(data.tasks), tuple(data.languages))
-        self.objective = Objective(categories, run.label_smoothing, run.precision)
+        self.objective = Objective(categories, run.precision)
         self.metrics = RunningMetrics(categories, device=world.device)
         self.stateful_components: dict[str, StatefulComponent] = {"metrics": self.metrics}
         self.retry_queue = RetryQueue()
