@@ -19,13 +19,14 @@ from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
 from moesaic.data.document_packing import DocumentPieces, gather_documents
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
 from moesaic.data.mixture import Mixture, SampleDraws
 from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.row_plan import DrawnTexts, RowPlan, first_rows_of_each, plan_rows
 from moesaic.data.tasks import TaskStream
 from moesaic.data.token_shards import TokenShards
-from moesaic.data.tokenizer import EOS, Tokenizer
+from moesaic.data.tokenizer import Tokenizer
 
 # streams of random bits
 _NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24
@@ -268,7 +269,8 @@ class BatchStream:
         rows = rows[np.argsort(labels.task[window.stream[rows]], kind="stable")]
         stream = window.stream[rows]
         task = labels.task[stream]
-        documents = gather_documents(self.shards, window.pieces.of_rows(rows), eos=EOS)
+        vocabulary = self._tokenizer.vocabulary
+        documents = gather_documents(self.shards, window.pieces.of_rows(rows), eos=vocabulary.eos)
         whole = np.ones(len(rows), dtype=np.int64)
         if documents is not None:
             whole[documents.rows] = 0
@@ -276,7 +278,11 @@ class BatchStream:
         edges = np.searchsorted(task, np.arange(len(self.mixture.tasks) + 1))
         source = Ragged.concatenate(
             [
-                task_.corrupt_source(texts.slice(start, stop), key=key[start:stop])
+                task_.corrupt_source(
+                    texts.slice(start, stop),
+                    key=key[start:stop],
+                    vocabulary=vocabulary,
+                )
                 for task_, start, stop in zip(
                     self.mixture.tasks, edges[:-1].tolist(), edges[1:].tolist(), strict=True
                 )
@@ -289,13 +295,12 @@ class BatchStream:
             task=task,
             source_language=labels.source_language[stream],
             target_language=labels.target_language[stream],
-            source_language_token=labels.source_language_token[stream],
-            target_language_token=labels.target_language_token[stream],
+            tokens={name: tokens[stream] for name, tokens in labels.tokens.items()},
             key=key,
             documents=documents,
         )
         empty = RowLengths(window.lengths.source[global_rows], window.lengths.target[global_rows])
-        return self.config.collator.collate(samples, empty=empty)
+        return self.config.collator.collate(samples, vocabulary=vocabulary, empty=empty)
 
     def _gather_whole(self, texts: IntArray, whole: IntArray) -> Ragged:
         """Return the tokens of texts where ``whole`` [B] is 1, and none where it is 0."""
@@ -304,12 +309,15 @@ class BatchStream:
 
     def _labels(self, streams: Sequence[TaskStream], task_of: IntArray) -> "_StreamLabels":
         index = {code: i for i, code in enumerate(self._tokenizer.languages)}
-        token_id = self._tokenizer.language_token_id
         ends = [(s.source_language, s.target_language) for s in streams]
-        columns = np.array(
-            [(index[s], index[t], token_id(s), token_id(t)) for s, t in ends], dtype=np.int64
-        ).reshape(-1, 4)
-        return _StreamLabels(task_of, *columns.T)
+        columns = np.array([(index[s], index[t]) for s, t in ends], dtype=np.int64).reshape(-1, 2)
+        names, tag = self.config.collator.frame.names, self._tokenizer.vocabulary.tag
+        tokens = {
+            name: np.array([tag(pair[side]) for pair in ends], dtype=np.int64)
+            for side, name in enumerate((SOURCE_TAG, TARGET_TAG))
+            if name in names
+        }
+        return _StreamLabels(task_of, columns[:, 0], columns[:, 1], tokens)
 
     def _nothing_fits_message(self, draws: int) -> str:
         return (
@@ -320,13 +328,12 @@ class BatchStream:
 
 @dataclass(frozen=True, slots=True)
 class _StreamLabels:
-    """Task and languages of each stream [M]."""
+    """Task, languages and special tokens of each stream [M]."""
 
     task: IntArray
     source_language: IntArray
     target_language: IntArray
-    source_language_token: IntArray
-    target_language_token: IntArray
+    tokens: dict[str, IntArray]
 
 
 def _largest_packed_stream(mixture: Mixture) -> int | None:
