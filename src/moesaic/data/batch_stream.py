@@ -19,14 +19,14 @@ from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
 from moesaic.data.document_packing import DocumentPieces, gather_documents
-from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG, TASK_TAG
 from moesaic.data.mixture import Mixture, SampleDraws
 from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.row_plan import DrawnTexts, RowPlan, first_rows_of_each, plan_rows
 from moesaic.data.tasks import TaskStream
 from moesaic.data.token_shards import TokenShards
-from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokenizer import TASK_PREFIX, Tokenizer
 
 # streams of random bits
 _NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24
@@ -317,6 +317,9 @@ class BatchStream:
             for side, name in enumerate((SOURCE_TAG, TARGET_TAG))
             if name in names
         }
+        if TASK_TAG in names:
+            of_task = [tag(TASK_PREFIX + name) for name in self.mixture.task_names]
+            tokens[TASK_TAG] = np.array(of_task, dtype=np.int64)[task_of]
         return _StreamLabels(task_of, columns[:, 0], columns[:, 1], tokens)
 
     def _nothing_fits_message(self, draws: int) -> str:

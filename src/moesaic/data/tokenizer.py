@@ -29,6 +29,9 @@ from moesaic.data.vocabulary_file import RecordedVocabulary, read_vocabulary, wr
 SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 
 
+TASK_PREFIX = "task:"  # of the code of a task among the tags
+
+
 def language_token(language: str) -> str:
     """Return the language token of a code: ``'deu_Latn' -> '<deu_Latn>'``."""
     return f"<{language}>"
@@ -74,7 +77,7 @@ class Tokenizer:
         self._hf_tokenizer, self._recorded = hf_tokenizer, recorded
         known = recorded.vocabulary if recorded else _trained_vocabulary(hf_tokenizer)
         self._vocabulary = replace(known, not_text=_not_text(hf_tokenizer, size=known.size))
-        self._languages = recorded.languages if recorded else tuple(known.tags)
+        self._languages = recorded.languages if recorded else _language_codes(known)
         self._copies = _copy_tokens(hf_tokenizer)
 
     @classmethod
@@ -198,6 +201,10 @@ def _trained_vocabulary(hf_tokenizer: HfTokenizer) -> Vocabulary:
         {role: index for index, role in enumerate(SPECIALS)},
         tags={n[1:-1]: i for i, n in names.items() if not n.startswith("<unused_")},
     )
+
+
+def _language_codes(vocabulary: Vocabulary) -> tuple[str, ...]:
+    return tuple(code for code in vocabulary.tags if not code.startswith(TASK_PREFIX))
 
 
 def _not_text(hf_tokenizer: HfTokenizer, *, size: int) -> tuple[int, ...]:

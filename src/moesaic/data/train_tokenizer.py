@@ -22,6 +22,7 @@ from moesaic.corpus.placeholders import without_placeholders
 from moesaic.data.copy_units import MAX_SLOTS, slot_characters
 from moesaic.data.tokenizer import (
     SPECIALS,
+    TASK_PREFIX,
     Tokenizer,
     copy_pieces,
     encode_on_all_cores,
@@ -177,6 +178,9 @@ class TokenizerConfig(Config):
             "and are copied; 0: they are text",
         ),
     ] = 0
+    task_tags: Annotated[
+        tuple[str, ...], Field(description="tasks that get a tag beside the languages (TaskPrompt)")
+    ] = ()
 
 
 def train_tokenizer(
@@ -188,20 +192,21 @@ def train_tokenizer(
     ``vocab_size`` is too small for any piece, DataError when there is no text.
     """
     copies = copy_pieces(config.copy_units)
+    codes = (*languages, *(TASK_PREFIX + name for name in config.task_tags))
     fixed = (
         *SPECIALS.values(),
-        *(language_token(code) for code in languages),
+        *(language_token(code) for code in codes),
         *BYTE_PIECES,
         *copies,
     )
-    if len(set(languages)) != len(languages):
-        raise ConfigError([f"languages: found one twice in {', '.join(languages)}"])
+    if len(set(codes)) != len(codes):
+        raise ConfigError([f"languages: found one twice in {', '.join(codes)}"])
     num_pieces = config.vocab_size - len(fixed)
     if num_pieces < 1:
         raise ConfigError(
             [
                 f"data.tokenizer.vocab_size: found {config.vocab_size}, expected at least "
-                f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(languages)} language "
+                f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(codes)} language "
                 f"tokens, {len(BYTE_PIECES)} bytes, {len(copies)} copy pieces and one piece"
             ]
         )
@@ -220,7 +225,7 @@ def train_tokenizer(
     special = [
         name for name in vocabulary if name in SPECIALS.values() or name.startswith("<unused_")
     ]
-    language_tokens = [language_token(code) for code in languages]
+    language_tokens = [language_token(code) for code in codes]
     hf_tokenizer.add_special_tokens(
         [AddedToken(n, special=True, normalized=False) for n in (*special, *language_tokens)]
     )

@@ -1,16 +1,16 @@
 """DMoERM: a reward model with two layers of experts, and a single reward model as its control.
 
 After DMoERM (2403.01197): an outer layer chooses the task's experts, an inner layer uses all of
-them, each a LoRA over a shared base. Here both are one group-limited router: a group of LoRA experts
-for each task, the best group of the task's tag, all experts of the group. The paper trains in three
-phases, with capability labels and an MLP over the experts' states; here all is trained at once, on
-preferences alone, and the router's softmax weighs the experts.
+them, each a LoRA over a shared base. Here both are one group-limited router: a group of LoRA
+experts for each task, the best group by the task's tag, all experts of that group. The paper trains
+in three phases, with capability labels and an MLP over the experts' states; here all is trained at
+once, on preferences alone, and the router's softmax weighs the experts.
 """
 
 from moesaic.data.batch_stream import LoaderConfig
+from moesaic.data.collators import PairCollator
 from moesaic.data.language_tag import TaskPrompt
 from moesaic.data.mixture import MixtureConfig, WeightedTask
-from moesaic.data.pair_collator import PairCollator
 from moesaic.data.preferences import Preferences
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig, Stack
@@ -29,7 +29,7 @@ from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.text_data import TextData
 
 TASKS, CAPABILITIES, RANK = 4, 4, 4
-DIM, HIDDEN, VOCABULARY = 64, 128, 2048
+DIM, HIDDEN, VOCABULARY = 48, 96, 512
 # the LoRA experts that a token uses, as width of one feed-forward (three matrices with DIM)
 LORA_WIDTH = CAPABILITIES * RANK * (2 * DIM + 3 * HIDDEN) // (3 * DIM)
 
@@ -41,15 +41,15 @@ def dmoerm() -> Run:
         name="dmoerm",
         data=TextData(
             corpus=NamedCorpus(name="catalogues-small"),
-            languages=("eng", "spa"),
+            languages=("eng",),
             tokenizer=TokenizerConfig(
                 vocab_size=VOCABULARY, task_tags=tuple(task.name for task in tasks)
             ),
             mixture=MixtureConfig(tasks=tuple(WeightedTask(task=task) for task in tasks)),
             loader=LoaderConfig(
-                batch_tokens=4096,
-                max_source=32,
-                max_target=32,
+                batch_tokens=3072,
+                max_source=48,
+                max_target=48,
                 collator=PairCollator(tag=TaskPrompt()),
             ),
         ),
@@ -70,11 +70,11 @@ def dmoerm() -> Run:
                         num_groups=TASKS, top_groups=1, experts_per_score=CAPABILITIES
                     ),
                 ),
-                balance=(SwitchBalance(weight=0.01),),
+                balance=(SwitchBalance(weight=0.1),),
                 router_input=TagOnly(),
             ),
         ),
-        optimizer=AdamW(lr=2e-3, weight_decay=0.01),
+        optimizer=AdamW(lr=6e-3, weight_decay=0.01),
         schedule=WSD(warmup=0.05, decay=0.95, shape=LinearDecay()),
         steps=400,
         checkpoint=CheckpointConfig(every=100, keep=1),

@@ -6,8 +6,8 @@ query is an English text, its target the translation.
 """
 
 from moesaic.data.batch_stream import LoaderConfig
+from moesaic.data.collators import PairCollator
 from moesaic.data.mixture import MixtureConfig, WeightedTask
-from moesaic.data.pair_collator import PairCollator
 from moesaic.data.tasks import Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig, Stack
