@@ -18,6 +18,8 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention import Attention
+from moesaic.nn.gated_linear_attention import GatedLinearAttention
+from moesaic.nn.mamba2 import Mamba2
 from moesaic.nn.sequence_mixer import SequenceMixer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
@@ -40,6 +42,8 @@ def _mixer_of_the_guide() -> SequenceMixer:
 MIXERS: dict[str, SequenceMixer] = {
     "own_heads": Attention(heads=2, kv_heads=2, head_dim=6),
     "attention_experts": MixtureOfAttention(experts=2),
+    "gated_linear_attention": GatedLinearAttention(heads=4, gate_rank=4),
+    "mamba2": Mamba2(head_dim=8, state=6, groups=4),
     "of_the_guide": _mixer_of_the_guide(),
 }
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from moesaic.recipes.lookup import warm_start as warm_start
     from moesaic.report.html_report import write_report
     from moesaic.serve.score import score_run
+    from moesaic.serve.text_generator import TextGenerator
     from moesaic.serve.translator import Translator
     from moesaic.train.run import Run
     from moesaic.train.run_training import train as fit
@@ -44,6 +45,7 @@ _LAZY_IMPORTS = {
     "Corpus": ("moesaic.corpus.corpus", "Corpus"),
     "MoE": ("moesaic.moe.moe_module", "MoEModule"),
     "Run": ("moesaic.train.run", "Run"),
+    "TextGenerator": ("moesaic.serve.text_generator", "TextGenerator"),
     "Translator": ("moesaic.serve.translator", "Translator"),
     "aux_loss": ("moesaic.moe.moe_module", "aux_loss"),
     "build_corpus": ("moesaic.corpus.build_corpus", "build_corpus"),
@@ -60,6 +62,7 @@ __all__ = [
     "Corpus",
     "MoE",
     "Run",
+    "TextGenerator",
     "Translator",
     "__version__",
     "aux_loss",

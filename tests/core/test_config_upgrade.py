@@ -53,6 +53,18 @@ def test_an_upgraded_config_has_nothing_to_rename() -> None:
         assert upgrade_config(config) == (config, {})
 
 
+def test_attention_experts_become_the_mixer_called_attention() -> None:
+    plain = {"model": {"dim": 8, "attention_experts": {"kind": "NoAttentionExperts"}}}
+    assert upgrade_config(plain) == (
+        {"model": {"dim": 8}},
+        {"model.attention_experts": "model.mixers"},
+    )
+    mixture = {"kind": "MixtureOfAttention", "keys": "own"}
+    upgraded, _ = upgrade_config({"model": {"attention_experts": mixture}})
+    mixer = {"kind": "MixtureOfAttention", "key_values": "own"}
+    assert upgraded == {"model": {"mixers": {"attention": mixer}}}
+
+
 def test_every_new_name_exists() -> None:
     configs = {c.__name__: c for c in _subclasses(Config) if c.__module__.startswith("moesaic.")}
     assert all(issubclass(configs[name], Choice) for name in RENAMED_KINDS.values())

@@ -8,12 +8,12 @@ from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
-from moesaic.nn.sequence_mixer import MixerContext, MixerShape, Parallel
+from moesaic.nn.sequence_mixer import MixerContext, MixerShape, ParallelMixers
 
 SHAPE = MixerShape(
     16, causal=True, attention=AttentionConfig(heads=4, kv_heads=2), bias=True, position=Rotary()
 )
-MEMBERS = MIXERS | {"all_in_parallel": Parallel(mixers=tuple(MIXERS.values()))}
+MEMBERS = MIXERS | {"all_in_parallel": ParallelMixers(mixers=tuple(MIXERS.values()))}
 LENGTHS = torch.tensor([7, 4, 6])
 STEPS = ((3, 1, 2), (1, 1, 0), (1, 0, 2), (1, 2, 1), (1, 0, 1))  # newest tokens of each row
 # after a step: (which rows continue, of which sources); each row is then one of two of its source

@@ -226,8 +226,8 @@ def test_forward_only_computes_the_losses_of_any_number_of_batches() -> None:
             pipe.model.eval()
             found = pipe.forward_only(batches, loss_settings=LossSettings(1))
             if pipe.stages.rank_of_stage[-1] == pipe.rank:
-                torch.testing.assert_close([micro.each for micro in found], expected)
+                torch.testing.assert_close([micro.loss.each for micro in found], expected)
             else:
-                assert all(micro.nll is None for micro in found)
+                assert all(micro.loss is None for micro in found)
 
     run_on_ranks(2, compare, collective_timeout_s=20)

@@ -24,6 +24,7 @@ from moesaic.nn.embedding import Embedding, EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.initializer import deferred_initialization, normal_parameter
 from moesaic.nn.parameter_spec import FeedForwardShape
+from moesaic.nn.recurrence_backend import ConvolutionWeights
 from moesaic.testing.tiny_models import tiny_model_config
 
 SRC = Path(moesaic.__file__).parent
@@ -57,6 +58,7 @@ def modules():
     for branch in SharedExpertBranch.__subclasses__():
         yield branch().build(SHAPE) or nn.Identity()
     yield from gates()
+    yield ConvolutionWeights(4, width=3)
     yield Embedding(EmbeddingConfig(tied=False), vocab_size=10, dim=8)
 
 
@@ -111,9 +113,10 @@ def test_every_module_class_with_parameters_was_made():
     while stack:
         for kind in stack.pop().__subclasses__():
             stack.append(kind)
-            own = kind.__module__.startswith(("moesaic.moe", "moesaic.nn"))
+            if not kind.__module__.startswith(("moesaic.moe", "moesaic.nn")):
+                continue
             source = SRC / Path(*kind.__module__.split(".")[1:]).with_suffix(".py")
-            if own and kind.__dict__.get("__init__") and "normal_parameter" in _init(source, kind):
+            if kind.__dict__.get("__init__") and "normal_parameter" in _init(source, kind):
                 direct.add(kind)
     assert {kind.__name__ for kind in direct - made} == set()
     assert len(direct) >= 7

@@ -62,3 +62,22 @@ def reference_attend(query, keys, *, mask, causal):
     if mask is not None:
         score = score.masked_fill(~mask, float("-inf"))
     return (score.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def reference_decayed_scan(inputs, *, state, scale=1.0):
+    """``S_t = exp(g_t) S_{t-1} + k_t v_t`` and ``o_t = scale q_t S_t``, one token at a time."""
+    query, key, value, log_decay = inputs
+    shared = value.shape[2] // key.shape[2]
+    query, key = (x.repeat_interleave(shared, 2) for x in (query, key))
+    out = []
+    for t in range(value.shape[1]):
+        added = key[:, t, :, :, None] * value[:, t, :, None]
+        state = log_decay[:, t].exp()[..., None] * state + added
+        out.append(scale * (query[:, t, :, None] @ state)[:, :, 0])
+    return torch.stack(out, 1), state
+
+
+def reference_short_convolution(x, *, earlier, weight, bias):
+    tokens, width = torch.cat([earlier, x], 1), weight.shape[1]
+    sums = [(tokens[:, t : t + width] * weight.t()).sum(1) + bias for t in range(x.shape[1])]
+    return F.silu(torch.stack(sums, 1))

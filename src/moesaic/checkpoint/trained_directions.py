@@ -33,7 +33,7 @@ LanguageDirection = tuple[str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedStream:
-    """Rows of one task in one direction; ``share`` is their expected share of the samples."""
+    """Rows of one task in one direction and domain, and their expected share of the samples."""
 
     task: str
     source: str
@@ -42,6 +42,7 @@ class TrainedStream:
     valid_rows: int
     test_rows: int
     share: float
+    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +67,11 @@ class TrainedDirections:
 
     def with_earlier(self, earlier: "TrainedDirections") -> "TrainedDirections":
         """Return this record with the other streams of an earlier one, as streams of share 0."""
-        own = {(s.task, s.source, s.target) for s in self.streams}
+        own = {(s.task, s.source, s.target, s.domain) for s in self.streams}
         added = (
             replace(s, share=0.0, valid_rows=0, test_rows=0)
             for s in earlier.streams
-            if (s.task, s.source, s.target) not in own
+            if (s.task, s.source, s.target, s.domain) not in own
         )
         return replace(self, streams=(*self.streams, *added))
 
@@ -110,6 +111,7 @@ class _StreamShape(FileShape):
     valid_rows: Count
     test_rows: Count
     share: float = Field(ge=0, le=1.001)  # a sum of shares may be rounded
+    domain: str = ""
 
 
 class _CorpusShape(FileShape):

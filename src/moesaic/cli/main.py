@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train a recipe or a config file; resume a run",
     "launch": "write a job file for many machines: SLURM, Kubernetes, SkyPilot, torchrun",
     "translate": "translate lines with a trained run",
+    "generate": "continue a text with a trained language model",
     "eval": "score a run on held-out strings or on your own test set",
     "curve": "score every kept checkpoint of a run",
     "compare": "compare runs: scores, overlaid curves, config differences",

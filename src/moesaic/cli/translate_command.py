@@ -110,6 +110,7 @@ def translate(
     given = None if file is None else read_lines_to_translate(file, as_text=as_text)
     import_user_files(files)
     translator = Translator.open(run)
+    _require_translation(translator, run)
     source = source or translator.default_source(target)
     notes = translator.direction_warnings(source, target)
     _show_notes(notes)  # before anything is typed or waited for
@@ -154,6 +155,15 @@ def _write_routes(
             target=direction[1],
         ):
             writer.add(found)
+
+
+def _require_translation(translator: Translator, run: Path) -> None:
+    trained = translator.trained
+    if not translator.model.config.encoder.layers and trained and not trained.directions:
+        raise UserError(
+            f"{run} is a language model: it was trained on texts alone, and continues them "
+            f'(`moesaic generate {run} "..."`)'
+        )
 
 
 def _make_search(

@@ -24,6 +24,7 @@ from moesaic.corpus.markup import (
 from moesaic.corpus.placeholders import placeholder_keys, without_placeholders
 
 _REPLACEMENT = 0xFFFD
+_CONTINUED = "x"  # stands for what follows a beginning
 _MAX_PASSES = 8
 # removed: soft hyphen, byte-order mark, word joiner, controls that are not white space
 _REMOVED = dict.fromkeys(
@@ -106,6 +107,10 @@ class TextRules(Choice):
         or text in one language. A text that a corpus holds already is not changed.
         """
 
+    def normalise_beginning(self, text: str) -> str:
+        """Return the beginning of a text, which a model continues, as the corpus would have it."""
+        return self.normalise(text)
+
     @abstractmethod
     def placeholders(self, text: str) -> tuple[str, ...]:
         """Return the keys of the placeholders that both sides of a pair must have, sorted."""
@@ -133,6 +138,10 @@ class DocumentText(TextRules):
 
     def normalise(self, text: str, *, other: str | None = None) -> str:  # noqa: ARG002
         return normalise_document(text)
+
+    def normalise_beginning(self, text: str) -> str:
+        # white space at the end of a text is removed, within it is kept
+        return normalise_document(text + _CONTINUED)[: -len(_CONTINUED)]
 
     def placeholders(self, text: str) -> tuple[str, ...]:  # noqa: ARG002
         return ()

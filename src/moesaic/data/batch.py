@@ -17,6 +17,7 @@ IGNORE_LABEL = -100  # torch's ``ignore_index``: outside of any vocabulary
 TASK = "task"
 SOURCE_LANGUAGE = "source_language"
 TARGET_LANGUAGE = "target_language"
+DOMAIN = "domain"  # of documents; absent where no text of the run has one
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, DataError
+from moesaic.corpus.split import SPLITS
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
 from moesaic.data.document_packing import DocumentPieces, gather_documents
@@ -153,6 +154,7 @@ class BatchStream:
         _check_limits(shards, tokenizer=tokenizer, config=config)
         self.shards, self.mixture, self.config = shards, mixture, config
         self._tokenizer = tokenizer
+        self.domains = _domains(shards, languages=tokenizer.languages)
         self._packed_stream = _largest_packed_stream(mixture)
 
     def initial_position(self) -> LoaderPosition:
@@ -298,6 +300,7 @@ class BatchStream:
             tokens={name: tokens[stream] for name, tokens in labels.tokens.items()},
             key=key,
             documents=documents,
+            domain=labels.domain[stream] if self.domains else None,
         )
         empty = RowLengths(window.lengths.source[global_rows], window.lengths.target[global_rows])
         return self.config.collator.collate(samples, vocabulary=vocabulary, empty=empty)
@@ -311,6 +314,8 @@ class BatchStream:
         index = {code: i for i, code in enumerate(self._tokenizer.languages)}
         ends = [(s.source_language, s.target_language) for s in streams]
         columns = np.array([(index[s], index[t]) for s, t in ends], dtype=np.int64).reshape(-1, 2)
+        number = {domain: i for i, domain in enumerate(self.domains)}
+        domain = np.array([number.get(s.domain, 0) for s in streams], dtype=np.int64)
         names, tag = self.config.collator.frame.names, self._tokenizer.vocabulary.tag
         tokens = {
             name: np.array([tag(pair[side]) for pair in ends], dtype=np.int64)
@@ -320,7 +325,7 @@ class BatchStream:
         if TASK_TAG in names:
             of_task = [tag(TASK_PREFIX + name) for name in self.mixture.task_names]
             tokens[TASK_TAG] = np.array(of_task, dtype=np.int64)[task_of]
-        return _StreamLabels(task_of, columns[:, 0], columns[:, 1], tokens)
+        return _StreamLabels(task_of, domain, *columns.T, tokens)
 
     def _nothing_fits_message(self, draws: int) -> str:
         return (
@@ -331,12 +336,24 @@ class BatchStream:
 
 @dataclass(frozen=True, slots=True)
 class _StreamLabels:
-    """Task, languages and special tokens of each stream [M]."""
+    """Task, domain, languages and special tokens of each stream [M]."""
 
     task: IntArray
+    domain: IntArray
     source_language: IntArray
     target_language: IntArray
     tokens: dict[str, IntArray]
+
+
+def _domains(shards: TokenShards, *, languages: Sequence[str]) -> tuple[str, ...]:
+    """Return the domains of all splits, sorted, with "" for texts without one; or none at all."""
+    known = {
+        domain
+        for code in languages
+        for split in SPLITS
+        for domain in shards.domains(code, split=split)
+    }
+    return tuple(sorted({*known, ""})) if known - {""} else ()
 
 
 def _largest_packed_stream(mixture: Mixture) -> int | None:

@@ -12,6 +12,7 @@ import torch
 
 from moesaic.core.config import Choice
 from moesaic.data.batch import (
+    DOMAIN,
     IGNORE_LABEL,
     SOURCE_LANGUAGE,
     TARGET_LANGUAGE,
@@ -38,7 +39,8 @@ class TokenizedSamples:
     """Rows as text tokens, without special tokens. All arrays are [B] except for the two texts.
 
     ``tokens`` are special tokens that differ by row, by the names that a ``RowFrame`` uses.
-    ``documents`` are the rows of packed documents among them, whose texts are empty here.
+    ``documents`` are the rows of packed documents among them, whose texts are empty here;
+    ``domain`` is None where no text of the run has one.
     """
 
     source: Ragged
@@ -49,6 +51,7 @@ class TokenizedSamples:
     tokens: Mapping[str, IntArray]
     key: UInt64Array
     documents: DocumentRows | None = None
+    domain: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -281,6 +284,8 @@ def _to_batch(
         SOURCE_LANGUAGE: samples.source_language,
         TARGET_LANGUAGE: samples.target_language,
     }
+    if samples.domain is not None:
+        groups[DOMAIN] = samples.domain
     return Batch(
         source=source,
         target=target,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from pydantic import Field
 
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.core.file_reader import MIB, FileKind, FileShape, parse_shape
-from moesaic.data.batch import Batch
+from moesaic.data.batch import DOMAIN, SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK, Batch
 from moesaic.data.batch_stream import (
     BatchStream,
     DataReplica,
@@ -179,6 +179,13 @@ class Loader:
     def frequencies(self) -> list[StreamFrequency]:
         """Return the expected and actual frequency of each stream so far."""
         return self._stream.mixture.frequencies(self._counts)
+
+    @property
+    def labels(self) -> dict[str, Sequence[str]]:
+        """The names of the values of each label in ``Batch.groups``."""
+        found: dict[str, Sequence[str]] = {TASK: self.tasks}
+        found |= dict.fromkeys((SOURCE_LANGUAGE, TARGET_LANGUAGE), self.languages)
+        return found | ({DOMAIN: self._stream.domains} if self._stream.domains else {})
 
     @property
     def num_draws(self) -> int:

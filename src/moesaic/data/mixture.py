@@ -102,6 +102,7 @@ class StreamFrequency:
     expected: float
     drawn: int
     actual: float
+    domain: str = ""
 
 
 class Mixture:
@@ -175,6 +176,7 @@ class Mixture:
                 expected=float(self.weights[m]),
                 drawn=int(counts[m]),
                 actual=int(counts[m]) / total,
+                domain=stream.domain,
             )
             for m, stream in enumerate(self.streams)
         ]

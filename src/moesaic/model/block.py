@@ -88,7 +88,8 @@ class ResidualBranch(nn.Module):
 
     def __init__(self, config: ModelConfig, inner: Any, *, name: str) -> None:
         super().__init__()
-        self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
+        norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
+        self.norm = config.activation_coding.after(norm)
         self.inner = inner
         self.dropout = Dropout(config.dropout, name=name)
 

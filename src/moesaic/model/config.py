@@ -27,9 +27,12 @@ from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.gated_linear_attention import GatedLinearAttention as GatedLinearAttention
+from moesaic.nn.mamba2 import Mamba2 as Mamba2  # registers a member, as the line above
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
-from moesaic.nn.sequence_mixer import MixerShape, Parallel, SequenceMixer
+from moesaic.nn.sequence_mixer import MixerShape, ParallelMixers, SequenceMixer
+from moesaic.nn.spike_coding import ActivationCoding, RealValues
 
 MAX_LAYERS = 4096  # of a stack: each is a module, and is counted by itself
 
@@ -135,6 +138,7 @@ class ModelConfig(Config):
     decoder_mask: DecoderMask = CausalMask()
     mixers: dict[str, SequenceMixer] = Field(default_factory=dict)
     block_layout: BlockLayout = SequentialResidual()
+    activation_coding: ActivationCoding = RealValues()
     bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
     init: InitConfig = InitConfig()
@@ -198,7 +202,7 @@ class ModelConfig(Config):
         return tuple(
             self._mixer(branch[0])
             if len(branch) == 1
-            else Parallel(mixers=tuple(map(self._mixer, branch)))
+            else ParallelMixers(mixers=tuple(map(self._mixer, branch)))
             for branch in stack.block_pattern(layer).branches
         )
 

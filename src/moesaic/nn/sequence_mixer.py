@@ -163,7 +163,7 @@ class SequenceMixer(Choice):
         return self
 
 
-class Parallel(SequenceMixer):
+class ParallelMixers(SequenceMixer):
     """Several mixers on one input, the norms of their outputs summed (SpikingBrain, 2509.05276).
 
     ``a | b`` in a pattern.
@@ -174,7 +174,7 @@ class Parallel(SequenceMixer):
     branch = "parallel_mixers"
 
     def build(self, shape: MixerShape, /) -> SequenceMixerModule:
-        return ParallelMixers([mixer.build(shape) for mixer in self.mixers], shape=shape)
+        return ParallelMixersModule([mixer.build(shape) for mixer in self.mixers], shape=shape)
 
     def problems(self, shape: MixerShape, /) -> str | None:
         if len(self.mixers) < 2:
@@ -210,8 +210,8 @@ class Parallel(SequenceMixer):
         return self.replace(mixers=tuple(mixer.shrink(shape) for mixer in self.mixers))
 
 
-class ParallelMixers(SequenceMixerModule):
-    """The module of ``Parallel``: ``sum_i norm_i(mixer_i(x))``."""
+class ParallelMixersModule(SequenceMixerModule):
+    """The module of ``ParallelMixers``: ``sum_i norm_i(mixer_i(x))``."""
 
     def __init__(self, mixers: Sequence[SequenceMixerModule], *, shape: MixerShape) -> None:
         super().__init__()

@@ -163,12 +163,12 @@ def trained_directions(
     """Return the streams that a mixture draws from."""
     shards, languages = encoded.shards, encoded.tokenizer.languages
     mixed = Mixture(mixture, shards=shards, languages=languages, seed=seed)
-    held_out: dict[tuple[str, str, str, str], int] = {}
+    held_out: dict[tuple[str, ...], int] = {}
     for name, task in zip(mixed.task_names, mixed.tasks, strict=True):
         for split in ("valid", "test"):
             for stream in task.streams(shards, languages=languages, split=split):
-                key = split, name, stream.source_language, stream.target_language
-                held_out[key] = stream.size
+                ends = stream.source_language, stream.target_language
+                held_out[split, name, *ends, stream.domain] = stream.size
     return TrainedDirections(
         corpus=encoded.corpus_name,
         fingerprint=encoded.corpus_fingerprint,
@@ -181,9 +181,10 @@ def trained_directions(
                 valid_rows=held_out.get(("valid", *key), 0),
                 test_rows=held_out.get(("test", *key), 0),
                 share=round(row.expected, 6),
+                domain=row.domain,
             )
             for row in mixed.frequencies(mixed.initial_counts())
-            for key in [(row.task, row.source_language, row.target_language)]
+            for key in [(row.task, row.source_language, row.target_language, row.domain)]
         ),
     )
 
