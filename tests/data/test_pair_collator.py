@@ -17,8 +17,10 @@ from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 
 TASKS = MixtureConfig(tasks=(WeightedTask(task=Translation()), WeightedTask(task=Denoising())))
 
+ALONE = DataReplica()
 
-def loader(collator, *, replica=DataReplica(), mixture=TASKS):
+
+def loader(collator, *, replica=ALONE, mixture=TASKS):
     config = LoaderConfig(batch_tokens=256, max_source=64, max_target=64, collator=collator)
     return Loader(
         cases.shards(),

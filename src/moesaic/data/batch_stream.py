@@ -325,7 +325,7 @@ class BatchStream:
         if TASK_TAG in names:
             of_task = [tag(TASK_PREFIX + name) for name in self.mixture.task_names]
             tokens[TASK_TAG] = np.array(of_task, dtype=np.int64)[task_of]
-        return _StreamLabels(task_of, domain, *columns.T, tokens)
+        return _StreamLabels(task_of, domain, columns[:, 0], columns[:, 1], tokens)
 
     def _nothing_fits_message(self, draws: int) -> str:
         return (

@@ -22,7 +22,7 @@ from moesaic.optim.lr_schedule import WSD, LinearDecay
 from moesaic.optim.optimizer import AdamW
 from moesaic.train.corpus_source import NamedCorpus
 from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
-from moesaic.train.text_data import TextData
+from moesaic.train.text_data import TextData, require_text
 
 VOCABULARY = 2048
 TASKS = (Translation(), Denoising(), CausalLM())
@@ -82,8 +82,9 @@ def jiuzhang_plain_gate() -> Run:
 def jiuzhang_single(task: int) -> Run:
     """The control of ``jiuzhang`` for one task alone, with its share of the rows."""
     run = jiuzhang()
-    mixture = MixtureConfig(tasks=(run.data.mixture.tasks[task],))
+    data = require_text(run.data, what="jiuzhang")
+    mixture = MixtureConfig(tasks=(data.mixture.tasks[task],))
     name = f"jiuzhang-{TASKS[task].name}"
     return run.replace(
-        name=name, data=run.data.replace(mixture=mixture), steps=run.steps // len(TASKS)
+        name=name, data=data.replace(mixture=mixture), steps=run.steps // len(TASKS)
     )
