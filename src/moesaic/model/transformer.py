@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         Of another head than a vocabulary's it returns the prediction for the last token.
         """
         values, single = tokens.values, tokens.width == 1
-        packing = Packing.single(cache.rows, device=values.device) if single else packing_of(tokens)
+        packing = cache.single if single else packing_of(tokens)
         if not cache.slots.used:
             cache.tag = tokens.tags
         cache.slots.append(cache.length, packing)
