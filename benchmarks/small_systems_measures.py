@@ -18,7 +18,7 @@ HORIZONS = (8, 20, 32)
 TIMES = 10  # bins of the time of diffusion
 CANDIDATES = 64
 COUNTS = (1, 4, 16, 64)
-RETRIEVED = 200  # queries of a language
+RETRIEVED = 100  # queries of a language
 
 
 def forecasting(trainer: Trainer) -> dict[str, float]:

@@ -27,7 +27,7 @@ def generator(tmp_path_factory):
 def by_definition(generator, text: Text, *, window: int, stride: int) -> float:
     """A position at a time, each from the tokens of its window before it, by decoding."""
     language = text.language if text.language in generator.tokenizer.languages else "eng_Latn"
-    tag = generator.tokenizer.language_token_id(language)
+    tag = generator.tokenizer.vocabulary.tag(language)
     row = [tag, *generator.tokenizer.encode(text.text.rstrip()), generator.end_token]
     total = 0.0
     for position in range(len(row) - 1):

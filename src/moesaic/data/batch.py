@@ -78,7 +78,7 @@ class InputRows:
         """The tag of each row of ids; 0 of a row without any, and of values that are no ids."""
         if self.tag is not None:
             return self.tag
-        if self.values.is_floating_point() or not self.width:
+        if not self.width or self.values.is_floating_point():
             return torch.zeros_like(self.lengths)
         return torch.where(self.lengths > 0, self.values[:, 0], 0)  # padding may be any number
 

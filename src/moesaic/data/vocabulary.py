@@ -67,7 +67,7 @@ class Vocabulary:
         if code not in self.tags:
             known = ", ".join(list(self.tags)[:12]) + (", ..." if len(self.tags) > 12 else "")
             raise DataError(
-                f'this tokenizer has no tag for the language "{code}"; it has {known or "none"}'
+                f'this tokenizer has no language "{code}" (no tag for it); it has {known or "none"}'
                 f"{did_you_mean(code, self.tags)}"
             )
         return self.tags[code]

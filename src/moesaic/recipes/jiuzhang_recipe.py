@@ -24,7 +24,7 @@ from moesaic.train.corpus_source import NamedCorpus
 from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.text_data import TextData, require_text
 
-VOCABULARY = 2048
+VOCABULARY = 1024
 TASKS = (Translation(), Denoising(), CausalLM())
 
 
@@ -46,7 +46,7 @@ def jiuzhang() -> Run:
             ),
             mixture=MixtureConfig(tasks=tuple(WeightedTask(task=task) for task in TASKS)),
             loader=LoaderConfig(
-                batch_tokens=4096,
+                batch_tokens=3072,
                 max_source=40,
                 max_target=48,
                 collator=EncoderDecoderCollator(tag=TaskPrompt()),
@@ -54,7 +54,7 @@ def jiuzhang() -> Run:
         ),
         model=ModelConfig(
             vocab_size=VOCABULARY,
-            dim=96,
+            dim=64,
             encoder=Stack(layers=2, moe_every=1),
             decoder=Stack(layers=2, moe_every=0),
             attention=AttentionConfig(heads=4),

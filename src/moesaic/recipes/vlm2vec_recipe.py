@@ -24,7 +24,7 @@ from moesaic.train.corpus_source import NamedCorpus
 from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.text_data import TextData
 
-VOCABULARY = 8192
+VOCABULARY = 4096
 
 
 def vlm2vec() -> Run:
@@ -34,15 +34,15 @@ def vlm2vec() -> Run:
         data=TextData(
             corpus=NamedCorpus(name="software-171"),
             languages=("en", *FIFTY),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+            tokenizer=TokenizerConfig(vocab_size=VOCABULARY, sample_lines=40_000),
             mixture=MixtureConfig(tasks=(WeightedTask(task=Translation()),), temperature=3.0),
             loader=LoaderConfig(
-                batch_tokens=8192, max_source=40, max_target=48, collator=PairCollator()
+                batch_tokens=4096, max_source=40, max_target=48, collator=PairCollator()
             ),
         ),
         model=ModelConfig(
             vocab_size=VOCABULARY,
-            dim=96,
+            dim=64,
             head=Contrastive(temperature=0.05),
             encoder=Stack(layers=0),
             decoder=Stack(layers=2, moe_every=2),
