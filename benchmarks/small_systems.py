@@ -19,10 +19,11 @@ from small_systems_page import write_page
 from small_systems_variants import SYSTEMS, System
 from support import stamped
 
-from moesaic.core.errors import ConfigError
 from moesaic.model.parameter_flop_count import count_parameters
+from moesaic.train.corpus_source import CorpusFolder
 from moesaic.train.run import Run
 from moesaic.train.run_training import train
+from moesaic.train.text_data import TextData
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook, no_progress
 
@@ -50,6 +51,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="0: those of the recipe")
     parser.add_argument("--corpus", default="", help="a corpus for the systems that read text")
+    parser.add_argument("--set", nargs="*", default=[], help="changes of every run, e.g. KEY=VALUE")
     parser.add_argument("--runs", type=Path, default=Path("build/small-systems"))
     parser.add_argument("--draw", action="store_true", help="train nothing")
     return parser.parse_args()
@@ -80,12 +82,11 @@ def _measure(system: System, result: dict[str, Any], options: argparse.Namespace
 
 
 def _changed(run: Run, options: argparse.Namespace) -> Run:
-    run = run.replace(steps=options.steps or run.steps)
-    corpus = [f"data.corpus={{kind: CorpusFolder, path: {options.corpus}}}"]
-    try:
-        return run.override(corpus) if options.corpus else run
-    except ConfigError:
-        return run  # no text
+    run = run.replace(steps=options.steps or run.steps).override(options.set)
+    if options.corpus and isinstance(run.data, TextData):
+        corpus = CorpusFolder(path=options.corpus)
+        run = run.replace(data=run.data.replace(corpus=corpus))
+    return run
 
 
 def _one(system: System, run: Run, runs: Path) -> dict[str, Any]:
