@@ -62,9 +62,10 @@ def test_both_rows_of_a_pair_are_on_one_rank(ranks):
 
 
 def test_a_task_prompt_needs_a_tokenizer_with_tags_for_the_tasks():
-    with pytest.raises(DataError, match="task:translation"), loader(
-        EncoderDecoderCollator(tag=TaskPrompt())
-    ) as data:
+    with (
+        pytest.raises(DataError, match="task:translation"),
+        loader(EncoderDecoderCollator(tag=TaskPrompt())) as data,
+    ):
         next(data)
 
 

@@ -85,6 +85,4 @@ def jiuzhang_single(task: int) -> Run:
     data = require_text(run.data, what="jiuzhang")
     mixture = MixtureConfig(tasks=(data.mixture.tasks[task],))
     name = f"jiuzhang-{TASKS[task].name}"
-    return run.replace(
-        name=name, data=data.replace(mixture=mixture), steps=run.steps // len(TASKS)
-    )
+    return run.replace(name=name, data=data.replace(mixture=mixture), steps=run.steps // len(TASKS))
