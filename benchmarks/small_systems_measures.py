@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK, Batch, InputRows
+from moesaic.data.batch import TARGET_LANGUAGE, TASK, Batch, InputRows
 from moesaic.data.preferences import Preferences
 from moesaic.data.ragged import Ragged
 from moesaic.evaluate.forecasting import forecast, seasonal_naive
@@ -111,7 +111,7 @@ def retrieval(trainer: Trainer) -> dict[str, float]:
         pieces = torch.zeros(batch.rows, size).scatter_add_(
             1, batch.target.values, batch.target.real.float()
         )
-        language = torch.maximum(batch.groups[TARGET_LANGUAGE], batch.groups[SOURCE_LANGUAGE])
+        language = batch.groups[TARGET_LANGUAGE]
         vectors = [m.predict(m(batch).hidden) for m in (trainer.model, untrained)]
         for code in language.unique().tolist():
             rows = language == code
@@ -138,7 +138,7 @@ def loss_by_task(trainer: Trainer) -> dict[str, float]:
         for t in task.unique().tolist():
             sums[t] = sums.get(t, 0.0) + float(each[task == t].sum())
             counts[t] = counts.get(t, 0) + int((task == t).sum())
-    names = trainer.data.tasks
+    names = trainer.data.labels["task"]
     found = {names[t]: sums[t] / counts[t] for t in sorted(sums)}
     return found | ({"mean": float(np.mean(list(found.values())))} if len(found) > 1 else {})
 

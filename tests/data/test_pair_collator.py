@@ -12,8 +12,6 @@ from moesaic.data.language_tag import TaskPrompt
 from moesaic.data.loader import Loader
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
-from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 
 TASKS = MixtureConfig(tasks=(WeightedTask(task=Translation()), WeightedTask(task=Denoising())))
 
@@ -67,17 +65,6 @@ def test_a_task_prompt_needs_a_tokenizer_with_tags_for_the_tasks():
         loader(EncoderDecoderCollator(tag=TaskPrompt())) as data,
     ):
         next(data)
-
-
-def test_task_tags_follow_the_languages_and_are_no_languages(tmp_path):
-    config = TokenizerConfig(vocab_size=400, task_tags=("one", "two"))
-    made = train_tokenizer({"eng_Latn": ["some text of words"] * 5}, ["eng_Latn"], config)
-    made.save(tmp_path / "tokenizer.json")
-    for tokenizer in (made, Tokenizer.load(tmp_path / "tokenizer.json")):
-        assert tokenizer.languages == ("eng_Latn",)
-        tags = tokenizer.vocabulary.tags
-        assert [tags[code] for code in ("eng_Latn", "task:one", "task:two")] == [5, 6, 7]
-        assert tokenizer.decode([5, 6, 7, *tokenizer.encode("words")]) == "words"
 
 
 def test_a_prompt_starts_with_the_task_then_the_language():

@@ -20,14 +20,14 @@ from moesaic.corpus.split import SPLITS
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
 from moesaic.data.document_packing import DocumentPieces, gather_documents
-from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG, TASK_TAG
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG, TASK_PREFIX, TASK_TAG
 from moesaic.data.mixture import Mixture, SampleDraws
 from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.row_plan import DrawnTexts, RowPlan, first_rows_of_each, plan_rows
 from moesaic.data.tasks import TaskStream
 from moesaic.data.token_shards import TokenShards
-from moesaic.data.tokenizer import TASK_PREFIX, Tokenizer
+from moesaic.data.tokenizer import Tokenizer
 
 # streams of random bits
 _NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24

@@ -11,6 +11,7 @@ from moesaic.core.config import Choice
 
 SOURCE_TAG, TARGET_TAG = "source", "target"  # the tags of a row's two languages
 TASK_TAG = "task"  # the tag of its task
+TASK_PREFIX = "task:"  # of the code of a task among the tags of a vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class TaskPrompt(LanguageTag):
 
     It is the first token of its row, so a router that reads the tag (``HiddenStateAndTag``,
     ``TagOnly``) reads the task: task-prompt-guided routing as in JiuZhang 2.0 (2306.11027). The
-    tokenizer needs a tag for each task (``data.tokenizer.task_tags``).
+    tokenizer needs a tag for each task (``data.tokenizer.added_tags``, ``task:NAME``).
     """
 
     def frame(self, *, decoder_only: bool) -> RowFrame:

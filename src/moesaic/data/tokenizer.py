@@ -29,9 +29,6 @@ from moesaic.data.vocabulary_file import RecordedVocabulary, read_vocabulary, wr
 SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 
 
-TASK_PREFIX = "task:"  # of the code of a task among the tags
-
-
 def language_token(language: str) -> str:
     """Return the language token of a code: ``'deu_Latn' -> '<deu_Latn>'``."""
     return f"<{language}>"
@@ -77,8 +74,10 @@ class Tokenizer:
         self._hf_tokenizer, self._recorded = hf_tokenizer, recorded
         known = recorded.vocabulary if recorded else _trained_vocabulary(hf_tokenizer)
         self._vocabulary = replace(known, not_text=_not_text(hf_tokenizer, size=known.size))
-        self._languages = recorded.languages if recorded else _language_codes(known)
+        self._languages = recorded.languages if recorded else tuple(known.tags)
         self._copies = _copy_tokens(hf_tokenizer)
+        unknown = {self._vocabulary.unk}
+        self._markers = {*self._vocabulary.suppressed, self._vocabulary.eos} - unknown
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -130,7 +129,7 @@ class Tokenizer:
         """A hash of everything that affects encoding."""
         text = self._hf_tokenizer.to_str()
         if self._recorded is not None:
-            text += repr(self._recorded)
+            text += self._recorded.to_json()
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -145,9 +144,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``: pieces and bytes, never special or language tokens."""
         try:
-            return self._hf_tokenizer.encode(text, add_special_tokens=False).ids
+            ids = self._hf_tokenizer.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_text_error(text, error) from error
+        return self._text_only(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts; see ``encode_on_all_cores`` for multithreading."""
@@ -156,7 +156,14 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             wrong = next((t for t in texts if not _is_text(t)), "")
             raise _not_text_error(wrong, error) from error
-        return [encoding.ids for encoding in found]
+        return [self._text_only(encoding.ids) for encoding in found]
+
+    def _text_only(self, ids: list[int]) -> list[int]:
+        """Return ids without markers that a foreign model found in a text that spells them."""
+        if self._recorded is None or self._markers.isdisjoint(ids):
+            return ids
+        unknown = [self._vocabulary.unk] if self._vocabulary.unk is not None else []
+        return [i for x in ids for i in (unknown if x in self._markers else [x])]
 
     def encode_with_copies(self, texts: Sequence[str]) -> list[EncodedText]:
         """Encode several texts, their placeholders as slots: what a model reads and predicts.
@@ -201,10 +208,6 @@ def _trained_vocabulary(hf_tokenizer: HfTokenizer) -> Vocabulary:
         {role: index for index, role in enumerate(SPECIALS)},
         tags={n[1:-1]: i for i, n in names.items() if not n.startswith("<unused_")},
     )
-
-
-def _language_codes(vocabulary: Vocabulary) -> tuple[str, ...]:
-    return tuple(code for code in vocabulary.tags if not code.startswith(TASK_PREFIX))
 
 
 def _not_text(hf_tokenizer: HfTokenizer, *, size: int) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ once, on preferences alone, and the router's softmax weighs the experts.
 
 from moesaic.data.batch_stream import LoaderConfig
 from moesaic.data.collators import PairCollator
-from moesaic.data.language_tag import TaskPrompt
+from moesaic.data.language_tag import TASK_PREFIX, TaskPrompt
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.preferences import Preferences
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.pooled_heads import Reward
 from moesaic.moe.auxiliary_losses import SwitchBalance
@@ -42,8 +42,8 @@ def dmoerm() -> Run:
         data=TextData(
             corpus=NamedCorpus(name="catalogues-small"),
             languages=("eng",),
-            tokenizer=TokenizerConfig(
-                vocab_size=VOCABULARY, task_tags=tuple(task.name for task in tasks)
+            tokenizer=TrainedTokenizer(
+                vocab_size=VOCABULARY, added_tags=tuple(TASK_PREFIX + task.name for task in tasks)
             ),
             mixture=MixtureConfig(tasks=tuple(WeightedTask(task=task) for task in tasks)),
             loader=LoaderConfig(

@@ -7,10 +7,10 @@ controls: the same model whose routers read the hidden state alone, and one mode
 
 from moesaic.data.batch_stream import LoaderConfig
 from moesaic.data.collators import EncoderDecoderCollator
-from moesaic.data.language_tag import TaskPrompt
+from moesaic.data.language_tag import TASK_PREFIX, TaskPrompt
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Denoising, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
@@ -41,8 +41,8 @@ def jiuzhang() -> Run:
         data=TextData(
             corpus=NamedCorpus(name="catalogues-small"),
             languages=("eng", "spa", "fra", "rus"),
-            tokenizer=TokenizerConfig(
-                vocab_size=VOCABULARY, task_tags=tuple(task.name for task in TASKS)
+            tokenizer=TrainedTokenizer(
+                vocab_size=VOCABULARY, added_tags=tuple(TASK_PREFIX + task.name for task in TASKS)
             ),
             mixture=MixtureConfig(tasks=tuple(WeightedTask(task=task) for task in TASKS)),
             loader=LoaderConfig(

@@ -9,7 +9,7 @@ from moesaic.data.batch_stream import LoaderConfig
 from moesaic.data.collators import PairCollator
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.pooled_heads import Contrastive
 from moesaic.moe.auxiliary_losses import SwitchBalance
@@ -34,7 +34,7 @@ def vlm2vec() -> Run:
         data=TextData(
             corpus=NamedCorpus(name="software-171"),
             languages=("en", *FIFTY),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY, sample_lines=40_000),
+            tokenizer=TrainedTokenizer(vocab_size=VOCABULARY, sample_lines=40_000),
             mixture=MixtureConfig(tasks=(WeightedTask(task=Translation()),), temperature=3.0),
             loader=LoaderConfig(
                 batch_tokens=4096, max_source=40, max_target=48, collator=PairCollator()

@@ -21,10 +21,10 @@ from moesaic.data.collators import (
     EncoderDecoderCollator,
     TokenizedSamples,
 )
-from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG, TASK_TAG
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG, TASK_PREFIX, TASK_TAG
 from moesaic.data.ragged import Ragged
 from moesaic.data.tasks import Translation
-from moesaic.data.tokenizer import TASK_PREFIX, Tokenizer
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.beam_search import Greedy, Hypothesis, Search
 from moesaic.model.copy_constraint import copy_rules
 from moesaic.model.generate import DecodingRules, generate
@@ -284,7 +284,7 @@ class Translator:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.device
 
     def _language_code(self, name: str) -> str:
         code = resolve_language(name).code

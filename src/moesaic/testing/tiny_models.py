@@ -8,7 +8,7 @@ from moesaic.data.batch import IGNORE_LABEL, SOURCE_LANGUAGE, TARGET_LANGUAGE, T
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.distributed.world import SingleProcess, World
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
@@ -79,7 +79,7 @@ def tiny_run(**changes: object) -> Run:
         name="tiny",
         data=TextData(
             corpus=CorpusFolder(path="none"),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+            tokenizer=TrainedTokenizer(vocab_size=VOCABULARY),
             mixture=MixtureConfig(),
             loader=LoaderConfig(),
         ),
@@ -101,7 +101,7 @@ def synthetic_run(**changes: object) -> Run:
         name="synthetic",
         data=TextData(
             corpus=BuiltCorpus(recipe=SMALL_SYNTHETIC_CORPUS),
-            tokenizer=TokenizerConfig(vocab_size=400, sample_lines=2000),
+            tokenizer=TrainedTokenizer(vocab_size=400, sample_lines=2000),
             mixture=MixtureConfig(tasks=both),
             loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, bucket_window=256),
         ),

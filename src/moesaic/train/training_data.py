@@ -61,6 +61,9 @@ class PreparedData(ABC):
     def facts(self) -> dict[str, str]:
         """Return the fingerprints of what every rank must read."""
 
+    def require_fits(self, model: ModelConfig) -> None:  # noqa: B027 - data without ids fits any
+        """Raise ConfigError unless the model has a row for every id, and the like."""
+
     @abstractmethod
     def make_loader(self, replica: DataReplica, *, seed: int) -> BatchLoader:
         """Return the loader of one data-parallel rank. Raises ConfigError or DataError."""
