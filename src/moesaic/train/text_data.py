@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from moesaic.checkpoint.model_card import DataSource
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import DataError, UserError
@@ -9,7 +11,7 @@ from moesaic.corpus.languages import resolve_language
 from moesaic.data.collators import DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.tokenizer_source import TokenizerSource
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.nn.positional_encoding import LearnedPositions
@@ -28,7 +30,7 @@ class TextData(TrainingData):
 
     corpus: CorpusSource
     languages: tuple[str, ...] = ()
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerSource
     mixture: MixtureConfig
     loader: LoaderConfig
 
@@ -61,7 +63,7 @@ class TextData(TrainingData):
             yield from rule(self, model)
 
     def shrink(self, *, vocab_size: int) -> "TextData":
-        return self.replace(tokenizer=self.tokenizer.replace(vocab_size=vocab_size))
+        return self.replace(tokenizer=self.tokenizer.shrink(vocab_size))
 
     def sources(self, run_dir: RunDir) -> list[DataSource]:
         sources = open_run_corpus(self.corpus, run_dir=run_dir).manifest["sources"]
@@ -80,8 +82,8 @@ def require_text(data: TrainingData, *, what: str) -> TextData:
 
 
 def _vocab_sizes_match(data: TextData, model: ModelConfig) -> Iterator[str]:
-    size, tokenizer = model.vocab_size, data.tokenizer.vocab_size
-    if size != tokenizer:
+    size, tokenizer = model.vocab_size, data.tokenizer.size()
+    if tokenizer is not None and size != tokenizer:
         yield (
             f"model.vocab_size={size} and data.tokenizer.vocab_size={tokenizer} must be equal: "
             "every id needs a row of the embedding"
@@ -115,6 +117,18 @@ def _collator_fits_the_model(data: TextData, model: ModelConfig) -> Iterator[str
             f"data.loader.collator=DecoderOnlyCollator leaves model.encoder.layers={layers} "
             "without input: set them to 0, or choose data.loader.collator=EncoderDecoderCollator"
         )
+
+
+def _packing_fits_the_collator(data: TextData, model: ModelConfig) -> Iterator[str]:
+    del model
+    none = np.zeros(0, dtype=np.int64)
+    for index, weighted in enumerate(data.mixture.tasks):
+        packed = weighted.task.pieces(none, stream=none, window=1) is not None
+        if packed and not isinstance(data.loader.collator, DecoderOnlyCollator):
+            yield (
+                f"data.mixture.tasks.{index}.task.packing joins documents for a decoder-only "
+                "model: choose data.loader.collator=DecoderOnlyCollator, or packing=WholeTexts"
+            )
 
 
 def _lengths_fit_the_positions(data: TextData, model: ModelConfig) -> Iterator[str]:
@@ -158,6 +172,7 @@ _RULES: tuple[Callable[[TextData, ModelConfig], Iterator[str]], ...] = (
     _vocab_sizes_match,
     _known_languages,
     _collator_fits_the_model,
+    _packing_fits_the_collator,
     _lengths_fit_the_positions,
     _longest_row_fits_a_batch,
     _batches_can_be_filled,
