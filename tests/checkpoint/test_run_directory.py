@@ -27,6 +27,6 @@ def test_an_unfinished_run_is_an_error_with_the_missing_files_and_the_fix(tmp_pa
     run = make_run(tmp_path)
     run.tokenizer.write_text("{}")
     with pytest.raises(CheckpointError, match=r"model\.safetensors missing.*--resume"):
-        run.require_model()
+        run.require_text_model()
     run.model.write_text("")
-    run.require_model()
+    run.require_text_model()

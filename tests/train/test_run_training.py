@@ -100,7 +100,7 @@ def whole(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_directory_is_a_model_directory(whole: Path) -> None:
     folder = RunDir(whole)
-    folder.require_model()
+    folder.require_text_model()
     assert Run.from_yaml(folder.config.read_text()) == synthetic_run()
     card = folder.card.read_text()
     assert yaml.safe_load(card.split("---")[1])["language"] == ["en", "qaa", "qab", "qac"]

@@ -11,7 +11,8 @@ INSIGHT_FILE = FileKind(name="analysis of routing", max_bytes=64 * MIB, error=Ch
 PERPLEXITY_FILE = FileKind(name="perplexity of texts", max_bytes=16 * MIB, error=CheckpointError)
 SCORE_CURVE_FILE = FileKind(name="learning curve", max_bytes=16 * MIB, error=CheckpointError)
 RUN_FILE = FileKind(name="file of a run", max_bytes=MAX_INT, error=CheckpointError)
-MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
+WEIGHT_FILES = ("config.yaml", "model.safetensors")
+TEXT_MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
 
 
 class _PathIn:
@@ -81,9 +82,16 @@ class RunDir:
         members = (m for m in vars(type(self)).values() if isinstance(m, _PathIn))
         return tuple(self.path / member.name for member in members)
 
-    def require_model(self) -> None:
+    def require_weights(self) -> None:
+        """Raise CheckpointError unless config and weights exist."""
+        self._require(WEIGHT_FILES)
+
+    def require_text_model(self) -> None:
         """Raise CheckpointError unless config, tokenizer and weights exist."""
-        missing = [name for name in MODEL_FILES if not (self.path / name).is_file()]
+        self._require(TEXT_MODEL_FILES)
+
+    def _require(self, names: tuple[str, ...]) -> None:
+        missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise CheckpointError(
                 f"{self.path}: {', '.join(missing)} missing, expected a trained model. "

@@ -140,7 +140,7 @@ def require_plugins(run: RunDir) -> None:
 
 def adopt_files(run: RunDir) -> RunRecord:
     """Record the present files of a run as those that belong together; keep its plug-ins."""
-    run.require_model()
+    run.require_weights()
     read_header(run.model)
     config = read_yaml_file(run.config)
     if not isinstance(config, dict):

@@ -28,15 +28,17 @@ with deferred():
         score_texts,
         show_perplexities,
     )
-    from moesaic.cli.score_output import show_samples, show_scores
+    from moesaic.cli.score_output import show_head_scores, show_samples, show_scores
     from moesaic.cli.score_progress import ScoreProgress
     from moesaic.cli.wanted_tests import WantedTests
     from moesaic.evaluate.evaluation_summary import EvaluationSummary
     from moesaic.evaluate.harness import EvaluationSettings
     from moesaic.evaluate.testset import TestSet
     from moesaic.model.beam_search import Beam, Greedy
+    from moesaic.model.head import LanguageModelHead
     from moesaic.report.html_report import write_report
     from moesaic.serve.score import count_experts, record_routing, score_run
+    from moesaic.train.score_head import score_head
 
 app = command_app()
 
@@ -69,7 +71,8 @@ def evaluate(
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, beside trivial systems.
 
-    A language model is scored by perplexity and bits per byte, by language and domain.
+    Another head than a vocabulary's is scored by its loss and metrics. A language model by
+    perplexity and bits per byte, by language and domain.
 
     The default test set is the held-out part of the run's corpus, in the directions that the run
     was trained on; then summary.json, usage.json, insight.json and report.html of the run are
@@ -80,8 +83,12 @@ def evaluate(
     Example: [cyan]moesaic eval runs/demo --testset udhr[/]
     """
     import_user_files(files)
-    RunDir.open(run).require_model()
+    RunDir.open(run).require_weights()
     evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
+    if not isinstance(evaluated.config.model.head, LanguageModelHead):
+        scores = score_head(evaluated.config, run, split=split, limit=limit, resamples=resamples)
+        print_result(scores.to_dict(), as_json=as_json, show=partial(show_head_scores, scores))
+        return
     if texts is not None or is_language_model(evaluated):
         request = TextRequest(texts, source or "", split, limit, resamples)
         rest = {"--pairs": pairs, "--moses": moses, "--testset": testset, "--to": target}

@@ -8,6 +8,7 @@ from rich.text import Text
 from moesaic.cli.shared_options import print_table
 from moesaic.cli.styled_text import styled
 from moesaic.evaluate.evaluation_summary import EvaluationSummary
+from moesaic.evaluate.head_scores import HeadScores
 
 METRIC_TITLES = {"chrf": "chrF++", "bleu": "BLEU"}
 SYSTEM_TITLES = {"model": "model", "copy": "copying", "memory": "memory"}
@@ -106,3 +107,13 @@ def _experts_used(experts: dict[str, Any] | None) -> str:
     rows = list(layers.values())[-1]
     used = [str(pairs[0][0]) for pairs in rows if pairs]
     return "experts " + " ".join(used)
+
+
+def show_head_scores(found: HeadScores, console: Console) -> None:
+    """Print the loss and the metrics of a head, of all rows and by label."""
+    for name, by_label in found.scores.items():
+        rows = (
+            (label, f"{s.score:.4f}", f"{s.low:.4f} to {s.high:.4f}", f"{s.rows:,}")
+            for label, s in by_label.items()
+        )
+        print_table(console, (name, "mean", "95 %", "rows"), rows, title=f"{name} ({found.split})")

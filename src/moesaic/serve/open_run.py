@@ -18,6 +18,7 @@ from moesaic.corpus.text_rules import TextRules, read_text_rules
 from moesaic.data.collators import Collator
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.config import ModelConfig
+from moesaic.model.head import LanguageModelHead
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import (
@@ -46,8 +47,9 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     Raises CheckpointError naming what is missing, does not fit, or is not finite.
     """
     run = RunDir.open(path)
+    _require_language_model(run)
     if weights is None:
-        run.require_model()
+        run.require_text_model()
         weights = run.model
     require_plugins(run)
     require_unchanged(run)
@@ -71,6 +73,18 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
         trained=read_trained_directions(run.directions),
         collator=_read_collator(config),
     )
+
+
+def _require_language_model(run: RunDir) -> None:
+    """Raise CheckpointError for a run whose head predicts no text."""
+    model = _read_config(run).get("model")
+    head = model.get("head", {}) if isinstance(model, dict) else {}
+    kind = head.get("kind") if isinstance(head, dict) else None
+    if kind not in (None, LanguageModelHead.__name__):
+        raise CheckpointError(
+            f"{run.path}: its head is {kind}, which writes no text, expected LanguageModelHead; "
+            f"its scores: moesaic eval {run.path}"
+        )
 
 
 def _read_config(run: RunDir) -> dict[str, Any]:

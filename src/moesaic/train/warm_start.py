@@ -17,6 +17,7 @@ from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
 from moesaic.data.vocabulary_file import copy_tokenizer
 from moesaic.model.config import ModelConfig
+from moesaic.model.inputs import TokenIds
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import restore_weights
 
@@ -67,6 +68,8 @@ class WeightsOfRun(InitialWeights):
 
     def prepare(self, run_dir: RunDir, *, model: ModelConfig) -> str:
         source = self._open()
+        if isinstance(model.input, TokenIds):
+            source.require_text_model()
         with torch.device("meta"):
             whole = Transformer(model)
         self.load_into(whole)
@@ -89,5 +92,5 @@ class WeightsOfRun(InitialWeights):
 
     def _open(self) -> RunDir:
         source = RunDir.open(Path(self.path))
-        source.require_model()
+        source.require_weights()
         return source
