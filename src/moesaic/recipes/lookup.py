@@ -10,6 +10,7 @@ from moesaic.core.registry import Registry
 from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.model.presets import PRESETS
 from moesaic.recipes.demo_recipe import demo
+from moesaic.recipes.hybrid_recipes import hunyuan_hybrid, spikingbrain_inter, spikingbrain_intra
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
 from moesaic.recipes.tiny_recipes import tiny, tiny_lm
 from moesaic.train.run import Run
@@ -17,7 +18,7 @@ from moesaic.train.text_data import TextData
 from moesaic.train.warm_start import WeightsOfRun
 
 RECIPES: Registry[Run] = Registry("recipe")
-for _recipe in (demo, tiny, tiny_lm, multilingual_50, multilingual_50_laptop):
+for _recipe in (demo, tiny, tiny_lm, multilingual_50, multilingual_50_laptop, hunyuan_hybrid, spikingbrain_inter, spikingbrain_intra):
     RECIPES.register()(_recipe)
 
 
