@@ -126,8 +126,7 @@ def rows(batch) -> list[tuple]:
 
 
 def ragged(rows: Sequence[Sequence[int]]) -> Ragged:
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    return Ragged(np.array([token for row in rows for token in row], dtype=np.int64), lengths)
+    return Ragged.from_lists(rows)
 
 
 def lists(rows: Ragged) -> list[list[int]]:

@@ -150,11 +150,12 @@ def test_from_and_to_choose_among_held_out_strings(defr, capsys):
     assert "deu_Latn-fra_Latn" in refused(["curve", defr, "--from", "fr"], capsys)
 
 
-def test_a_run_without_translation_is_told_so_and_its_hint_is_the_report(folder, capsys):
+def test_a_language_model_is_scored_by_perplexity(folder, capsys):
     corpus = build("texts", [("de", "fr", 200)], capsys)
     run(["train", "tiny-lm", "--out", "lm", *TINY, *corpus])
-    assert "next: moesaic report lm" in capsys.readouterr().out
-    assert "trained on no translation" in refused(["eval", "lm"], capsys)
+    assert "next: moesaic eval lm" in capsys.readouterr().out
+    found = scored(["eval", "lm", "--resamples", 20], capsys)
+    assert [group["name"] for group in found["groups"]] == ["all documents", "German", "French"]
     assert "trained on no translation" in refused(["curve", "lm"], capsys)
     run(["report", "lm"])
 

@@ -26,6 +26,7 @@ from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.routes_file import ROUTES_FILE, RoutesFile
 from moesaic.checkpoint.run_directory import (
     INSIGHT_FILE,
+    PERPLEXITY_FILE,
     RUN_FILE,
     SCORE_CURVE_FILE,
     SUMMARY_FILE,
@@ -44,6 +45,7 @@ from moesaic.data.token_shard_writer import write_shards
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.tokenizer_file import TOKENIZER_FILE
+from moesaic.evaluate.perplexity import DocumentLoss, PerplexitySummary, group_perplexities
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.monitor.expert_usage import USAGE_FILE, read_usage, summarize_load
 from moesaic.monitor.health_record import (
@@ -97,6 +99,10 @@ def make_files(folder: Path) -> Made:
     point = {"step": 5, "tokens": 9.0, "chrf": {"score": 2.0}}
     curve = {"format": 1, "points": [point], "baselines": {"copy": {"score": 1.0}}}
     (run / "curve.json").write_text(json.dumps(curve))
+    losses = [DocumentLoss(9.0, 5, 7, "eng_Latn", domain) for domain in ("a", "b")]
+    PerplexitySummary("run", "test", 8, 4, group_perplexities(losses, resamples=10)).write(
+        run / "perplexity.json"
+    )
     lock = {"host": gethostname(), "boot": "b", "pid": 7, "start": "1", "since": "2026"}
     (folder / "run.lock").write_text(json.dumps(lock))
     finding = HealthFinding("encoder.0", "load", HealthState.SKEWED, "a", "b", "c")
@@ -240,6 +246,7 @@ DOORS = (
          lambda made: load_checkpoint(made.folder / "run" / "checkpoints" / STEP)),
     Door(MANIFEST_KIND, f"sharded/{STEP}/manifest.json", "json",
          lambda made: load_checkpoint(made.folder / "sharded" / STEP)),
+    Door(PERPLEXITY_FILE, "run/perplexity.json", "json", _report),
     Door(METRICS_FILE, "run/metrics.jsonl", "lines",
          lambda made: (list(read_metrics(made.folder / "run" / "metrics.jsonl")), _report(made))),
     Door(PLUGIN_FILE, "plugins/gate.py", "bytes", _read_plugin),

@@ -10,18 +10,21 @@ from moesaic.data.collators import (
     RowLengths,
     TokenizedSamples,
 )
-from moesaic.data.tokenizer import EOS
+from moesaic.data.vocabulary import Vocabulary
 
-DE, EN = 6, 7
+EOS, DE, EN = 2, 6, 7
+ROLES = Vocabulary(40, eos=EOS, pad=4)
 
 
 def samples(source, target) -> TokenizedSamples:
     rows = len(source)
-    full = [np.full(rows, n, dtype=np.int64) for n in (0, 1, 0, EN, DE)]
+    full = [np.full(rows, n, dtype=np.int64) for n in (0, 1, 0)]
+    tokens = {"source": np.full(rows, EN), "target": np.full(rows, DE)}
     return TokenizedSamples(
         cases.ragged(source),
         cases.ragged(target),
         *full,
+        tokens=tokens,
         key=np.arange(rows, dtype=np.uint64),
     )
 
@@ -29,7 +32,7 @@ def samples(source, target) -> TokenizedSamples:
 def both(collator, source, target):
     rows = samples(source, target)
     widths = collator.lengths(rows.source.lengths, target=rows.target.lengths)
-    batch = collator.collate(rows, empty=widths)
+    batch = collator.collate(rows, vocabulary=ROLES, empty=widths)
     return batch, widths
 
 
@@ -53,6 +56,6 @@ def test_decoder_only_rows_predict_only_the_target():
 def test_an_empty_batch_has_the_given_widths():
     width = RowLengths(np.array([9, 4]), np.array([5, 6]))
     for collator, shape in ((EncoderDecoderCollator(), (0, 9)), (DecoderOnlyCollator(), (0, 0))):
-        batch = collator.collate(samples([], []), empty=width)
+        batch = collator.collate(samples([], []), vocabulary=ROLES, empty=width)
         assert batch.source.values.shape == shape
         assert batch.target.values.shape == batch.labels.shape == (0, 6)

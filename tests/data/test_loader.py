@@ -12,7 +12,6 @@ from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.loader import DataReplica, Loader
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
-from moesaic.data.tokenizer import MASK
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 
 
@@ -23,8 +22,8 @@ def test_rows_are_pairs_of_the_corpus_with_their_labels():
         for i in range(batch.rows):
             target = tokenizer.decode(batch.labels[i, : batch.target.lengths[i]].tolist())
             code = stream.languages[batch.groups[TARGET_LANGUAGE][i]]
-            assert batch.target.values[i, 0] == tokenizer.language_token_id(code)
-            assert batch.source.values[i, 0] == tokenizer.language_token_id(code)
+            assert batch.target.values[i, 0] == tokenizer.vocabulary.tag(code)
+            assert batch.source.values[i, 0] == tokenizer.vocabulary.tag(code)
             number = int(target.removesuffix(" δ").split()[-1])
             assert target.removesuffix(" δ") == cases.sentence(code, number)
             if stream.tasks[batch.groups[TASK][i]] == "translation":
@@ -39,14 +38,14 @@ def test_rows_are_pairs_of_the_corpus_with_their_labels():
 
 def test_denoising_sources_are_corrupted_and_translation_sources_are_not():
     stream = cases.loader()
-    masked = dict.fromkeys(stream.tasks, 0)
+    masked, mask = dict.fromkeys(stream.tasks, 0), cases.tokenizer().vocabulary.mask
     for _ in range(20):
         batch = next(stream)
         for i in range(batch.rows):
             masked[stream.tasks[batch.groups[TASK][i]]] += int(
-                (batch.source.values[i] == MASK).any()
+                (batch.source.values[i] == mask).any()
             )
-        assert not (batch.labels == MASK).any()
+        assert not (batch.labels == mask).any()
     assert masked["translation"] == 0
     assert masked["denoising"] > 20
 

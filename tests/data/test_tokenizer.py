@@ -9,12 +9,7 @@ from tokenizers import Tokenizer as HfTokenizer
 import pipeline_cases as cases
 from moesaic.core.errors import DataError
 from moesaic.data.tokenizer import (
-    BOS,
-    EOS,
-    MASK,
-    PAD,
     SPECIALS,
-    UNK,
     Tokenizer,
     encode_on_all_cores,
 )
@@ -22,8 +17,9 @@ from moesaic.data.tokenizer import (
 
 def test_ids_are_ordered_specials_languages_bytes_pieces():
     tokenizer = cases.tokenizer()
-    assert [tokenizer.id_to_token(i) for i in (PAD, BOS, EOS, UNK, MASK)] == list(SPECIALS)
-    assert [tokenizer.language_token_id(code) for code in cases.LANGUAGES] == [5, 6, 7, 8]
+    assert [tokenizer.id_to_token(i) for i in range(5)] == list(SPECIALS.values())
+    assert tokenizer.vocabulary.roles == dict(zip(SPECIALS, range(5), strict=True))
+    assert tokenizer.vocabulary.tags == dict(zip(cases.LANGUAGES, [5, 6, 7, 8], strict=True))
     assert [tokenizer.id_to_token(9), tokenizer.id_to_token(9 + 255)] == ["<0x00>", "<0xFF>"]
     assert tokenizer.languages == cases.LANGUAGES
 
@@ -42,7 +38,7 @@ def test_the_file_is_read_by_hugging_face_tokenizers(tmp_path):
     inner = HfTokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = "aei oua 7"
     assert inner.encode(text).ids == cases.tokenizer().encode(text)
-    assert inner.decode([5, *inner.encode(text).ids, EOS]) == text
+    assert inner.decode([5, *inner.encode(text).ids, cases.tokenizer().vocabulary.eos]) == text
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2]", '{"model": '])
@@ -70,7 +66,7 @@ def test_a_foreign_tokenizer_is_refused(tmp_path):
 
 def test_an_unknown_language_names_the_nearest():
     with pytest.raises(DataError, match='did you mean "deu_Latn"'):
-        cases.tokenizer().language_token_id("deu_latn")
+        cases.tokenizer().vocabulary.tag("deu_latn")
 
 
 def test_text_that_utf8_cannot_encode_is_an_error():

@@ -1,12 +1,14 @@
 """Law: the output of a source does not depend on the other sources of the batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from model.samples import BASE, VARIANTS, ids
+from model.samples import BASE, RULES, VARIANTS, ids, question
 from moesaic.data.batch import InputRows
 from moesaic.model.beam_search import Beam, Greedy
-from moesaic.model.generate import DecodingRules, generate
+from moesaic.model.generate import generate
 from moesaic.model.sampling import Sample
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
@@ -29,18 +31,14 @@ def test_batched_decoding_equals_one_by_one(name, search):
     model = Transformer((VARIANTS | {"capped-in-training": CAPPED})[name])
     source = ids(5, LENGTHS, width=9)
     tag = torch.tensor([5, 6, 7, 5, 8])
-    settings = {"search": SEARCHES[search]}
-    together = generate(model, source, tag=tag, max_tokens=LIMITS, **settings)
+    settings = {"search": SEARCHES[search], "rules": RULES}
+    together = generate(model, **question(model, source, tag=tag), max_tokens=LIMITS, **settings)
     for row, length in enumerate(LENGTHS):
         one = slice(row, row + 1)
-        (alone,) = generate(
-            model,
-            InputRows.full(source.values[one, :length]),
-            tag=tag[one],
-            max_tokens=LIMITS[one],
-            rules=DecodingRules(row_key=torch.tensor([row])),
-            **settings,
-        )
+        words = InputRows.full(source.values[one, :length])
+        asked = question(model, words, tag=tag[one])
+        rules = replace(RULES, row_key=torch.tensor([row]))
+        (alone,) = generate(model, **asked, max_tokens=LIMITS[one], **settings | {"rules": rules})
         assert [h.ids for h in alone] == [h.ids for h in together[row]]
         for here, there in zip(alone, together[row], strict=True):
             assert here.score == pytest.approx(there.score, abs=1e-4)

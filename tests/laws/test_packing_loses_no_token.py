@@ -8,9 +8,9 @@ import pytest
 import pipeline_cases as cases
 from moesaic.data.batch import IGNORE_LABEL
 from moesaic.data.document_packing import Concatenated, Separated
-from moesaic.data.tokenizer import EOS
 
 GREEK = "ell_Grek"
+EOS = cases.tokenizer().vocabulary.eos
 
 
 def documents() -> list[list[int]]:
@@ -38,7 +38,7 @@ def test_every_token_is_predicted_once_in_an_epoch(packing, window):
 def test_a_row_of_concatenated_documents_has_the_begin_token_after_each_end():
     mixture = cases.packed(Concatenated(), languages=(GREEK,))
     batch = next(cases.loader(config=cases.PACKED, mixture=mixture))
-    tag = cases.tokenizer().language_token_id(GREEK)
+    tag = cases.tokenizer().vocabulary.tag(GREEK)
     inputs, labels = batch.target.values[:, 1:], batch.labels[:, :-1]
     real = batch.labels[:, 1:] != IGNORE_LABEL
     assert (inputs[real & (labels == EOS)] == tag).all()

@@ -42,8 +42,6 @@ def test_no_text_encodes_to_a_tag_or_special_token(tokenizer, text):
 
 def test_specials_and_tags_are_left_out_of_decoded_text(tokenizer):
     body = tokenizer.encode("aei 12")
-    ids = [0, 1, tokenizer.language_token_id("deu_Latn"), *body, 2, 3, 4, 0]
+    ids = [0, 1, tokenizer.vocabulary.tag("deu_Latn"), *body, 2, 3, 4, 0]
     assert tokenizer.decode(ids) == "aei 12"
-    assert tokenizer.id_to_token(tokenizer.language_token_id("deu_Latn")) == language_token(
-        "deu_Latn"
-    )
+    assert tokenizer.id_to_token(tokenizer.vocabulary.tag("deu_Latn")) == language_token("deu_Latn")

@@ -13,8 +13,11 @@ from moesaic.data.batch import (
     Batch,
     InputRows,
 )
+from moesaic.data.vocabulary import Vocabulary
 from moesaic.model.block_layout import ParallelResidual
 from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.generate import DecodingRules
+from moesaic.model.transformer import Transformer
 from moesaic.moe.adaptive_auxiliary_losses import NullBalance
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.auxiliary_losses import (
@@ -173,13 +176,25 @@ VARIANTS["mixers-parallel-residual"] = hybrid(BASE).replace(
 
 
 PADDING = 10**9  # no id of any vocabulary: padding is never read
+# roles in no order, and an ordinary token with id 0
+ROLES = Vocabulary(VOCABULARY, eos=2, pad=4, bos=3, unk=1, mask=5)
+RULES = DecodingRules(ROLES)
 
 
 def ids(rows: int, lengths: list[int], *, width: int) -> InputRows:
     """Random tokens, right-padded."""
-    tokens = torch.randint(5, VOCABULARY, (rows, width))
+    tokens = torch.randint(VOCABULARY, (rows, width))
     found = InputRows(tokens, torch.tensor(lengths))
     return InputRows(tokens.where(found.real, PADDING), found.lengths)
+
+
+def question(model: Transformer, source: InputRows, *, tag: torch.Tensor) -> dict[str, InputRows]:
+    """What a model is asked: its source and prompt, as ``generate`` takes them."""
+    if model.config.encoder.layers:
+        return {"source": source, "prompt": InputRows.full(tag[:, None])}
+    rows = zip(source.values.tolist(), source.lengths.tolist(), tag.tolist(), strict=True)
+    prompt = InputRows.from_lists([[*ids[:length], last] for ids, length, last in rows])
+    return {"source": InputRows.empty(source.rows), "prompt": prompt}
 
 
 def batch_of(source: InputRows, target: InputRows, labels: torch.Tensor) -> Batch:
@@ -198,7 +213,7 @@ def batch_for(config: ModelConfig, *, padding: int = 0) -> Batch:
     """Four rows of different lengths; ``padding`` adds empty columns on both sides."""
     lengths = [5, 1, 3, 6]
     target = ids(4, lengths, width=6)
-    labels = torch.randint(5, VOCABULARY, target.values.shape).where(target.real, IGNORE_LABEL)
+    labels = torch.randint(VOCABULARY, target.values.shape).where(target.real, IGNORE_LABEL)
     source = ids(4, [2, 7, 4, 4], width=7)
     if not config.encoder.layers:
         source = InputRows.empty(4)

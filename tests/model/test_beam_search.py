@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.data.tokenizer import EOS
 from moesaic.model.beam_search import Beam, Greedy, NonFiniteLogitsError, SearchInputs
 
-V, ROOM = 6, 4
+V, ROOM, EOS = 6, 4, 2
 
 
 class Table:

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from moesaic.data.copy_units import CopyUnit, insert_slots
-from moesaic.data.tokenizer import EOS, CopyTokens
+from moesaic.data.tokenizer import CopyTokens
 from moesaic.model.beam_search import Beam, Greedy, Search, SearchInputs
 from moesaic.model.copy_constraint import CopyConstraint
 
-V = 12
+V, EOS = 12, 2
 TOKENS = CopyTokens(ids=(6, 7, 8, 9), slot_of=(0, 0, 1, 1))
 
 
 def constraint(*units: tuple[CopyUnit, ...], limit: int = 20) -> CopyConstraint:
     limits = torch.full((len(units),), limit)
-    return CopyConstraint(TOKENS, units=units, max_tokens=limits)
+    return CopyConstraint(TOKENS, units=units, max_tokens=limits, eos=EOS)
 
 
 def reference_constraint(
@@ -80,7 +80,7 @@ def test_every_answer_holds_its_units_exactly(search: Search, limit: int) -> Non
         max_tokens=limits,
         suppressed=torch.zeros(0, dtype=torch.long),
         eos=EOS,
-        processors=(CopyConstraint(TOKENS, units=units, max_tokens=limits),),
+        processors=(CopyConstraint(TOKENS, units=units, max_tokens=limits, eos=EOS),),
     )
     slot = dict(zip(TOKENS.ids, TOKENS.slot_of, strict=True))
     first, second, third = (

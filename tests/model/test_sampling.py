@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.test_beam_search import ROOM, Table
-from moesaic.data.tokenizer import EOS
+from model.test_beam_search import EOS, ROOM, Table
 from moesaic.model.beam_search import Greedy, NonFiniteLogitsError
 from moesaic.model.sampling import Sample
 

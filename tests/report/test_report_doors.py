@@ -8,12 +8,13 @@ from fake_run import write_fake_run
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from moesaic.evaluate.perplexity import DocumentLoss, PerplexitySummary, group_perplexities
 from moesaic.report.comparison_page import write_comparison
 from moesaic.report.html import tag
 from moesaic.report.html_report import write_report
 from moesaic.report.run_comparison import RunComparison
 
-FILES = ("summary.json", "usage.json", "insight.json", "curve.json")
+FILES = ("summary.json", "usage.json", "insight.json", "curve.json", "perplexity.json")
 ODD = st.sampled_from(
     [
         None,
@@ -42,6 +43,9 @@ def run(tmp_path_factory):
         "baselines": {"copy": {"score": 1.0}},
     }  # fmt: skip
     (path / "curve.json").write_text(json.dumps(curve))
+    losses = [DocumentLoss(9.0, 5, 7, "eng_Latn", domain) for domain in ("a", "b")]
+    groups = group_perplexities(losses, resamples=10)
+    PerplexitySummary("run", "test", 8, 4, groups).write(path / "perplexity.json")
     return path
 
 

@@ -10,12 +10,12 @@ from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.checkpoint.trained_directions import TrainedDirections, TrainedStream
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.corpus.text_rules import SoftwareStrings
-from moesaic.data.tokenizer import EOS, Tokenizer
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage, record_routes
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules
+from moesaic.model.generate import DecodingRules
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
@@ -161,8 +161,8 @@ def test_no_row_is_longer_than_any_in_training(translator, monkeypatch):
     monkeypatch.setattr(model, "step", step)
     monkeypatch.setattr(model, "encode", lambda s: encoded.append(s.width) or original_encode(s))
     wide = _with_limits(translator, max_length_ratio=100.0)
-    never_ends = Greedy()
-    monkeypatch.setattr(wide, "_rules", DecodingRules((*SUPPRESSED_TOKENS, EOS)))
+    never_ends, vocabulary = Greedy(), translator.tokenizer.vocabulary
+    monkeypatch.setattr(wide, "_rules", DecodingRules(vocabulary, (vocabulary.eos,)))
     texts = ["file " * 60, "Open the file " * 3, "Yes"]
     results = wide.translate(texts, source="en", target="de", search=never_ends)
     assert not any(t.finished for t in results)
@@ -306,7 +306,7 @@ def test_several_trained_sources_must_be_chosen_from(tokenizer):
 def test_an_answer_that_is_cut_or_loops_is_marked(translator, monkeypatch):
     pieces = [i for i in range(300, 400) if translator.tokenizer.id_to_token(i).isalpha()]
     rest = tuple(i for i in range(translator.model.config.vocab_size) if i != pieces[0])
-    monkeypatch.setattr(translator, "_rules", DecodingRules(rest))
+    monkeypatch.setattr(translator, "_rules", DecodingRules(translator.tokenizer.vocabulary, rest))
     monkeypatch.setattr(translator, "limits", replace(translator.limits, max_target=30))
     found = translator.translate("Yes", source="en", target="de")
     assert (found.finished, found.repeats) == (False, True)
@@ -377,7 +377,7 @@ def test_a_batch_predicts_the_target_and_its_end(translator):
     if translator.model.config.encoder.layers:
         rooms = [limit] * len(TEXTS)
     else:  # source and target are one row
-        most = translator.limits.source_tokens(decoder_only=True)
+        most = translator.limits.source_tokens(specials=2, decoder_only=True)
         rooms = [limit - min(len(ids), most) - 2 for ids in encoded]
     count = sum(min(len(ids), room) + 1 for ids, room in zip(encoded, rooms, strict=True))
     assert batch.num_predicted == count

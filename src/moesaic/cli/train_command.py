@@ -24,6 +24,8 @@ with deferred():
     from moesaic.checkpoint.manifest import MANIFEST_FILE
     from moesaic.checkpoint.run_directory import RunDir
     from moesaic.checkpoint.trained_directions import read_trained_directions
+    from moesaic.cli.evaluated_run import EvaluatedRun
+    from moesaic.cli.evaluated_texts import is_language_model
     from moesaic.core.errors import UserError
     from moesaic.core.units import show_count, show_seconds
     from moesaic.recipes.lookup import find_recipe, warm_start
@@ -104,6 +106,9 @@ def _find_run(
 def _next_command(out: Path) -> str:
     """Return the command that scores a run: what it was trained on decides."""
     record = read_trained_directions(RunDir(out).directions)
+    has_test_rows = record is not None and any(s.test_rows for s in record.streams)
+    if has_test_rows and is_language_model(EvaluatedRun.open(out)):
+        return f"eval {shlex.quote(str(out))}"
     return (record.next_command if record else "eval {run}").format(run=shlex.quote(str(out)))
 
 

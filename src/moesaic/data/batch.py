@@ -24,11 +24,13 @@ DOMAIN = "domain"  # of documents; absent where no text of the run has one
 class InputRows:
     """Right-padded rows: token ids [B S], or values [B S C] of a modality that has none.
 
-    ``lengths`` [B] counts the real entries of each row; those behind them may be anything.
+    ``lengths`` [B] counts the real entries of each row; those behind them may be anything. ``tag``
+    is the token by which routers know the language of a row; None: its first one.
     """
 
     values: Int[Tensor, "B S"] | Float[Tensor, "B S C"]
     lengths: Int[Tensor, "B"]
+    tag: Int[Tensor, "B"] | None = None
 
     @staticmethod
     def full(values: Tensor) -> "InputRows":
@@ -71,13 +73,24 @@ class InputRows:
         """Which entries are no padding."""
         return torch.arange(self.width, device=self.device) < self.lengths[:, None]
 
+    @property
+    def tags(self) -> Int[Tensor, "B"]:
+        """The tag of each row of ids; 0 of a row without any, and of values that are no ids."""
+        if self.tag is not None:
+            return self.tag
+        if not self.width or self.values.is_floating_point():
+            return torch.zeros_like(self.lengths)
+        return torch.where(self.lengths > 0, self.values[:, 0], 0)  # padding may be any number
+
     def select(self, rows: slice | Tensor) -> "InputRows":
         """Return some of the rows, padded as they were."""
-        return InputRows(self.values[rows], self.lengths[rows])
+        tag = None if self.tag is None else self.tag[rows]
+        return InputRows(self.values[rows], self.lengths[rows], tag)
 
     def to(self, device: torch.device | str) -> "InputRows":
         """Return the same rows on ``device``."""
-        return InputRows(self.values.to(device), self.lengths.to(device))
+        tag = None if self.tag is None else self.tag.to(device)
+        return InputRows(self.values.to(device), self.lengths.to(device), tag)
 
 
 @dataclass(frozen=True, slots=True)

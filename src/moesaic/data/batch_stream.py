@@ -20,13 +20,14 @@ from moesaic.corpus.split import SPLITS
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
 from moesaic.data.document_packing import DocumentPieces, gather_documents
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
 from moesaic.data.mixture import Mixture, SampleDraws
 from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.row_plan import DrawnTexts, RowPlan, first_rows_of_each, plan_rows
 from moesaic.data.tasks import TaskStream
 from moesaic.data.token_shards import TokenShards
-from moesaic.data.tokenizer import EOS, Tokenizer
+from moesaic.data.tokenizer import Tokenizer
 
 # streams of random bits
 _NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24
@@ -270,7 +271,8 @@ class BatchStream:
         rows = rows[np.argsort(labels.task[window.stream[rows]], kind="stable")]
         stream = window.stream[rows]
         task = labels.task[stream]
-        documents = gather_documents(self.shards, window.pieces.of_rows(rows), eos=EOS)
+        vocabulary = self._tokenizer.vocabulary
+        documents = gather_documents(self.shards, window.pieces.of_rows(rows), eos=vocabulary.eos)
         whole = np.ones(len(rows), dtype=np.int64)
         if documents is not None:
             whole[documents.rows] = 0
@@ -278,7 +280,11 @@ class BatchStream:
         edges = np.searchsorted(task, np.arange(len(self.mixture.tasks) + 1))
         source = Ragged.concatenate(
             [
-                task_.corrupt_source(texts.slice(start, stop), key=key[start:stop])
+                task_.corrupt_source(
+                    texts.slice(start, stop),
+                    key=key[start:stop],
+                    vocabulary=vocabulary,
+                )
                 for task_, start, stop in zip(
                     self.mixture.tasks, edges[:-1].tolist(), edges[1:].tolist(), strict=True
                 )
@@ -291,14 +297,13 @@ class BatchStream:
             task=task,
             source_language=labels.source_language[stream],
             target_language=labels.target_language[stream],
-            source_language_token=labels.source_language_token[stream],
-            target_language_token=labels.target_language_token[stream],
+            tokens={name: tokens[stream] for name, tokens in labels.tokens.items()},
             key=key,
             documents=documents,
             domain=labels.domain[stream] if self.domains else None,
         )
         empty = RowLengths(window.lengths.source[global_rows], window.lengths.target[global_rows])
-        return self.config.collator.collate(samples, empty=empty)
+        return self.config.collator.collate(samples, vocabulary=vocabulary, empty=empty)
 
     def _gather_whole(self, texts: IntArray, whole: IntArray) -> Ragged:
         """Return the tokens of texts where ``whole`` [B] is 1, and none where it is 0."""
@@ -307,14 +312,17 @@ class BatchStream:
 
     def _labels(self, streams: Sequence[TaskStream], task_of: IntArray) -> "_StreamLabels":
         index = {code: i for i, code in enumerate(self._tokenizer.languages)}
-        token_id = self._tokenizer.language_token_id
         ends = [(s.source_language, s.target_language) for s in streams]
-        columns = np.array(
-            [(index[s], index[t], token_id(s), token_id(t)) for s, t in ends], dtype=np.int64
-        ).reshape(-1, 4)
+        columns = np.array([(index[s], index[t]) for s, t in ends], dtype=np.int64).reshape(-1, 2)
+        names, tag = self.config.collator.frame.names, self._tokenizer.vocabulary.tag
+        tokens = {
+            name: np.array([tag(pair[side]) for pair in ends], dtype=np.int64)
+            for side, name in enumerate((SOURCE_TAG, TARGET_TAG))
+            if name in names
+        }
         number = {domain: i for i, domain in enumerate(self.domains)}
         domain = np.array([number.get(s.domain, 0) for s in streams], dtype=np.int64)
-        return _StreamLabels(task_of, domain, *columns.T)
+        return _StreamLabels(task_of, domain, columns[:, 0], columns[:, 1], tokens)
 
     def _nothing_fits_message(self, draws: int) -> str:
         return (
@@ -325,14 +333,13 @@ class BatchStream:
 
 @dataclass(frozen=True, slots=True)
 class _StreamLabels:
-    """Task, domain and languages of each stream [M]."""
+    """Task, domain, languages and special tokens of each stream [M]."""
 
     task: IntArray
     domain: IntArray
     source_language: IntArray
     target_language: IntArray
-    source_language_token: IntArray
-    target_language_token: IntArray
+    tokens: dict[str, IntArray]
 
 
 def _domains(shards: TokenShards, *, languages: Sequence[str]) -> tuple[str, ...]:

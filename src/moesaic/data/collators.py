@@ -1,9 +1,10 @@
-"""Collators: from source and target texts to padded batches with language tokens and EOS.
+"""Collators: from source and target texts to padded batches with special tokens.
 
 Letters: B rows, S source length, L target length.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +21,10 @@ from moesaic.data.batch import (
     InputRows,
 )
 from moesaic.data.document_packing import BEGIN, DocumentRows
+from moesaic.data.language_tag import TARGET_TAG, FirstSourceToken, LanguageTag, RowFrame
 from moesaic.data.numpy_counter_rng import UInt64Array
 from moesaic.data.ragged import IntArray, Ragged
-from moesaic.data.tokenizer import EOS
+from moesaic.data.vocabulary import Vocabulary
 
 
 class RowLengths(NamedTuple):
@@ -36,6 +38,7 @@ class RowLengths(NamedTuple):
 class TokenizedSamples:
     """Rows as text tokens, without special tokens. All arrays are [B] except for the two texts.
 
+    ``tokens`` are special tokens that differ by row, by the names that a ``RowFrame`` uses.
     ``documents`` are the rows of packed documents among them, whose texts are empty here;
     ``domain`` is None where no text of the run has one.
     """
@@ -45,8 +48,7 @@ class TokenizedSamples:
     task: IntArray
     source_language: IntArray
     target_language: IntArray
-    source_language_token: IntArray
-    target_language_token: IntArray
+    tokens: Mapping[str, IntArray]
     key: UInt64Array
     documents: DocumentRows | None = None
     domain: IntArray | None = None
@@ -58,81 +60,167 @@ class TokenizedSamples:
 class Collator(Choice):
     """Adds special tokens to rows, and pads them to a batch."""
 
+    tag: LanguageTag = FirstSourceToken()
+
+    @property
+    def frame(self) -> RowFrame:
+        """The special tokens of a row."""
+        raise NotImplementedError
+
     def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
         """Return the final lengths [B] for text lengths [B]."""
         raise NotImplementedError
 
-    def collate(self, samples: TokenizedSamples, *, empty: RowLengths) -> Batch:
-        """Return padded tensors; ``empty`` gives the widths when there are no rows."""
+    def collate(
+        self, samples: TokenizedSamples, *, vocabulary: Vocabulary, empty: RowLengths | None = None
+    ) -> Batch:
+        """Return padded tensors; ``empty`` gives the widths when there are no rows.
+
+        Raises DataError for a special token that the vocabulary does not have.
+        """
         raise NotImplementedError
+
+    def prompts(self, samples: TokenizedSamples, *, vocabulary: Vocabulary) -> Batch:
+        """Return what a model reads before it answers: rows without a target text."""
+        empty = Ragged.empty(len(samples))
+        return self.collate(replace(samples, target=empty), vocabulary=vocabulary)
 
 
 class EncoderDecoderCollator(Collator):
-    """Source ``[target language] text [EOS]``; the decoder starts with the target language token.
+    """The source is the encoder's input, the target the decoder's; each ends with ``eos``."""
 
-    The language token before the source is from Johnson et al. 2017 (arXiv:1611.04558).
-    """
+    @property
+    def frame(self) -> RowFrame:
+        return self.tag.frame(decoder_only=False)
 
     def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
-        return RowLengths(source + 2, target + 1)
+        frame = self.frame
+        return RowLengths(source + frame.source_specials, target + len(frame.prompt))
 
-    def collate(self, samples: TokenizedSamples, *, empty: RowLengths) -> Batch:
-        rows = np.arange(len(samples))
-        widths = self.lengths(samples.source.lengths, target=samples.target.lengths)
-        source = _grid(widths.source, empty.source)
-        source[:, :1] = samples.target_language_token[:, None]
-        _write_rows(source, samples.source, shift=1)
-        source[rows, samples.source.lengths + 1] = EOS
-        target = _grid(widths.target, empty.target)
-        labels = np.full_like(target, IGNORE_LABEL)
-        target[:, :1] = samples.target_language_token[:, None]
-        _write_rows(target, samples.target, shift=1)
-        _write_rows(labels, samples.target, shift=0)
-        labels[rows, samples.target.lengths] = EOS
-        return _to_batch(samples, widths, source=source, target=target, labels=labels)
+    def collate(
+        self, samples: TokenizedSamples, *, vocabulary: Vocabulary, empty: RowLengths | None = None
+    ) -> Batch:
+        frame = self.frame
+        special = _special_tokens(frame, samples, vocabulary)
+        lengths = self.lengths(samples.source.lengths, target=samples.target.lengths)
+        width = _width(lengths.source, empty.source if empty else None)
+        source = np.zeros((len(samples), width), dtype=np.int64)
+        _write_source(source, samples.source, frame=frame, special=special)
+        begin = np.zeros(len(samples), dtype=np.int64)
+        width = empty.target if empty else None
+        target, labels = _target_side(samples, begin, width, frame=frame, special=special)
+        inputs = InputRows(torch.from_numpy(source), torch.from_numpy(lengths.source))
+        return _to_batch(samples, source=inputs, target=target, labels=labels)
 
 
 class DecoderOnlyCollator(Collator):
-    """One row ``[source language] source [EOS] [target language] target [EOS]``.
+    """One row: source, ``eos``, target, ``eos``, each text behind its special tokens.
 
-    Only the target is predicted. Without a source text (causal LM) the row is
-    ``[target language] target [EOS]``; in packed rows each document begins so.
+    Only the target is predicted. Without a source text (causal LM) the row is the target alone. In
+    packed rows each document begins with the last special token before a target.
     """
 
+    @property
+    def frame(self) -> RowFrame:
+        return self.tag.frame(decoder_only=True)
+
     def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
-        return RowLengths(source * 0, np.where(source > 0, source + 2, 0) + target + 1)
+        frame = self.frame
+        begin = np.where(source > 0, source + frame.source_specials, 0)
+        return RowLengths(source * 0, begin + target + len(frame.prompt))
 
-    def collate(self, samples: TokenizedSamples, *, empty: RowLengths) -> Batch:
-        rows = np.arange(len(samples))
-        lengths = samples.source.lengths
-        begin = np.where(lengths > 0, lengths + 2, 0)  # index of the target language token
-        widths = self.lengths(lengths, target=samples.target.lengths)
-        documents = samples.documents
-        if documents is not None:
-            widths.target[documents.rows] = documents.labels.lengths
-        target = _grid(widths.target, empty.target)
-        labels = np.full_like(target, IGNORE_LABEL)
-        sourced = np.flatnonzero(lengths)
-        target[sourced, 0] = samples.source_language_token[sourced]
-        _write_rows(target, samples.source, shift=1)
-        target[sourced, lengths[sourced] + 1] = EOS
-        target[rows, begin] = samples.target_language_token
-        _write_rows(target, samples.target, shift=begin + 1)
-        _write_rows(labels, samples.target, shift=begin)
-        labels[rows, begin + samples.target.lengths] = EOS
-        if documents is not None:
-            tag = samples.target_language_token[documents.rows][documents.inputs.row_index]
-            inputs = np.where(documents.inputs.tokens == BEGIN, tag, documents.inputs.tokens)
-            filled = Ragged(inputs, documents.inputs.lengths)
-            _write_rows(target, filled, shift=0, rows=documents.rows)
-            _write_rows(labels, documents.labels, shift=0, rows=documents.rows)
-        source = np.zeros((len(samples), 0), dtype=np.int64)
-        return _to_batch(samples, widths, source=source, target=target, labels=labels)
+    def collate(
+        self, samples: TokenizedSamples, *, vocabulary: Vocabulary, empty: RowLengths | None = None
+    ) -> Batch:
+        frame = self.frame
+        special = _special_tokens(frame, samples, vocabulary)
+        source = samples.source.lengths
+        begin = np.where(source > 0, source + frame.source_specials, 0)
+        width = empty.target if empty else None
+        target, labels = _target_side(samples, begin, width, frame=frame, special=special)
+        rows = np.flatnonzero(source)
+        grid = target.values.numpy()
+        sourced = grid[rows]
+        texts = Ragged(samples.source.tokens, source[rows])
+        named = {name: ids[rows] for name, ids in special.items()}
+        _write_source(sourced, texts, frame=frame, special=named)
+        grid[rows] = sourced
+        if samples.documents is not None:
+            begin_token = special[frame.prompt[-1]]
+            _write_documents(target, labels, samples.documents, begin_token=begin_token)
+        return _to_batch(
+            samples, source=InputRows.empty(len(samples)), target=target, labels=labels
+        )
 
 
-def _grid(lengths: IntArray, empty: IntArray) -> IntArray:
-    width = int((lengths if lengths.size else empty).max(initial=1))
-    return np.zeros((lengths.size, width), dtype=np.int64)
+def _special_tokens(
+    frame: RowFrame, samples: TokenizedSamples, vocabulary: Vocabulary
+) -> dict[str, IntArray]:
+    """Return the ids [B] of every name of a frame: of the row, or of a role."""
+    rows = len(samples)
+    return {
+        name: samples.tokens[name]
+        if name in samples.tokens
+        else np.full(rows, vocabulary.role(name, needed_by="the rows of a batch"), dtype=np.int64)
+        for name in frame.names
+    }
+
+
+def _write_source(
+    grid: IntArray, texts: Ragged, *, frame: RowFrame, special: Mapping[str, IntArray]
+) -> None:
+    """Write the special tokens and the text of sources from the first column on."""
+    rows, first = np.arange(len(texts)), len(frame.source_start)
+    for column, name in enumerate(frame.source_start):
+        grid[:, column] = special[name]
+    _write_rows(grid, texts, shift=first)
+    grid[rows, texts.lengths + first] = special["eos"]
+
+
+def _target_side(
+    samples: TokenizedSamples,
+    begin: IntArray,
+    width: IntArray | None,
+    *,
+    frame: RowFrame,
+    special: Mapping[str, IntArray],
+) -> tuple[InputRows, IntArray]:
+    """Return the decoder's rows, whose prompts start at ``begin`` [B], and their labels."""
+    rows, texts, prompt = np.arange(len(samples)), samples.target, len(frame.prompt)
+    lengths = begin + prompt + texts.lengths
+    longest = lengths
+    if samples.documents is not None:
+        longest = np.concatenate([lengths, samples.documents.labels.lengths])
+    target = np.zeros((len(rows), _width(longest, width)), dtype=np.int64)
+    labels = np.full_like(target, IGNORE_LABEL)
+    for place, name in enumerate(frame.prompt):
+        target[rows, begin + place] = special[name]
+        if place >= prompt - frame.predicted:
+            labels[rows, begin + place - 1] = special[name]
+    _write_rows(target, texts, shift=begin + prompt)
+    _write_rows(labels, texts, shift=begin + prompt - 1)
+    labels[rows, begin + prompt - 1 + texts.lengths] = special["eos"]
+    # routers that ask for the tag get the row's first token, unless that is no tag
+    tagged = TARGET_TAG in frame.prompt[1:]
+    tag = torch.from_numpy(special[TARGET_TAG].astype(np.int64)) if tagged else None
+    return InputRows(torch.from_numpy(target), torch.from_numpy(lengths), tag), labels
+
+
+def _write_documents(
+    target: InputRows, labels: IntArray, documents: DocumentRows, *, begin_token: IntArray
+) -> None:
+    """Write packed documents over their rows; ``begin_token`` [B] is the first of each document."""
+    grid, rows, inputs = target.values.numpy(), documents.rows, documents.inputs
+    grid[rows], labels[rows] = 0, IGNORE_LABEL
+    tokens = np.where(inputs.tokens == BEGIN, begin_token[rows][inputs.row_index], inputs.tokens)
+    _write_rows(grid, Ragged(tokens, inputs.lengths), shift=0, rows=rows)
+    _write_rows(labels, documents.labels, shift=0, rows=rows)
+    target.lengths.numpy()[rows] = inputs.lengths
+
+
+def _width(lengths: IntArray, empty: IntArray | None) -> int:
+    given = lengths if lengths.size or empty is None else empty
+    return int(given.max(initial=1))
 
 
 def _write_rows(
@@ -149,12 +237,7 @@ def _write_rows(
 
 
 def _to_batch(
-    samples: TokenizedSamples,
-    lengths: RowLengths,
-    *,
-    source: IntArray,
-    target: IntArray,
-    labels: IntArray,
+    samples: TokenizedSamples, *, source: InputRows, target: InputRows, labels: IntArray
 ) -> Batch:
     groups = {
         TASK: samples.task,
@@ -164,8 +247,8 @@ def _to_batch(
     if samples.domain is not None:
         groups[DOMAIN] = samples.domain
     return Batch(
-        source=InputRows(torch.from_numpy(source), torch.from_numpy(lengths.source)),
-        target=InputRows(torch.from_numpy(target), torch.from_numpy(lengths.target)),
+        source=source,
+        target=target,
         labels=torch.from_numpy(labels),
         groups={name: torch.from_numpy(label) for name, label in groups.items()},
         key=torch.from_numpy(samples.key.view(np.int64)),

@@ -183,7 +183,8 @@ class Loader:
     @property
     def labels(self) -> dict[str, Sequence[str]]:
         """The names of the values of each label in ``Batch.groups``."""
-        found = {TASK: self.tasks, SOURCE_LANGUAGE: self.languages, TARGET_LANGUAGE: self.languages}
+        found: dict[str, Sequence[str]] = {TASK: self.tasks}
+        found |= dict.fromkeys((SOURCE_LANGUAGE, TARGET_LANGUAGE), self.languages)
         return found | ({DOMAIN: self._stream.domains} if self._stream.domains else {})
 
     @property

@@ -27,6 +27,12 @@ class Ragged:
         return cls(tokens[offset + np.arange(offset.size)].astype(np.int64), lengths)
 
     @classmethod
+    def from_lists(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
+        """Return rows given one by one."""
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        return cls(np.array([x for row in rows for x in row], dtype=np.int64), lengths)
+
+    @classmethod
     def empty(cls, rows: int) -> "Ragged":
         return cls(np.zeros(0, dtype=np.int64), np.zeros(rows, dtype=np.int64))
 

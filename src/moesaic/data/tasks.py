@@ -18,6 +18,7 @@ from moesaic.data.numpy_counter_rng import UInt64Array, random_bits
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.text_noise import DeleteTokens, InfillSpans, MaskTokens, ShuffleTokens, TextNoise
 from moesaic.data.token_shards import IndexedRows, PairRows, TokenShards
+from moesaic.data.vocabulary import Vocabulary
 
 LanguagePair = tuple[str, str]
 
@@ -165,8 +166,9 @@ class Task(Choice):
         """Return an upper bound [B] of the source lengths after ``corrupt_source``."""
         return source
 
-    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:  # noqa: ARG002
+    def corrupt_source(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         """Return the model's input for source ``rows``; ``key[B]`` are random bits of each row."""
+        del key, vocabulary
         return rows
 
 
@@ -212,9 +214,9 @@ class Denoising(Task):
     ) -> list[TaskStream]:
         return _text_streams(shards, self.languages or languages, languages=languages, split=split)
 
-    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+    def corrupt_source(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         for step, noise in enumerate(self.noise):
-            rows = noise(rows, key=random_bits(key, step))
+            rows = noise(rows, key=random_bits(key, step), vocabulary=vocabulary)
         return rows
 
 
@@ -239,7 +241,8 @@ class CausalLM(Task):
     def max_source_lengths(self, source: IntArray) -> IntArray:
         return source * 0
 
-    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:  # noqa: ARG002
+    def corrupt_source(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
+        del key, vocabulary
         return Ragged.empty(len(rows))
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from moesaic.core.config import Choice
 from moesaic.data.numpy_counter_rng import UInt64Array, random_uniform
 from moesaic.data.ragged import IntArray, Ragged
-from moesaic.data.tokenizer import MASK
+from moesaic.data.vocabulary import Vocabulary
 
 # one random stream per purpose, so that noises are independent
 _SPAN_LENGTH, _SPAN_PLACE, _DELETE, _MASK, _SHUFFLE = 1, 2, 3, 4, 5
@@ -23,8 +23,11 @@ _SPAN_LENGTH, _SPAN_PLACE, _DELETE, _MASK, _SHUFFLE = 1, 2, 3, 4, 5
 class TextNoise(Choice):
     """A corruption of rows. Several are applied in the order in which they are listed."""
 
-    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
-        """Return corrupted ``rows``; ``key[B]`` are the random bits of each row."""
+    def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
+        """Return corrupted ``rows``; ``key[B]`` are the random bits of each row.
+
+        Raises DataError for a role that the vocabulary does not have.
+        """
         raise NotImplementedError
 
 
@@ -44,7 +47,7 @@ class InfillSpans(TextNoise):
         3.5
     )
 
-    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+    def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         lengths = rows.lengths
         masked = np.ceil(lengths * self.ratio).astype(np.int64)
         spans = self._spans(masked, key=key)
@@ -57,7 +60,7 @@ class InfillSpans(TextNoise):
         step = np.ones(grid.tokens.size, dtype=np.int64)
         step[is_span] = spans.tokens  # in slot order, as the spans are in row order
         index = np.cumsum(step) - step  # rows are in the same order in both arrays
-        out = np.full(grid.tokens.size, MASK, dtype=np.int64)
+        out = np.full(grid.tokens.size, _mask(vocabulary), dtype=np.int64)
         out[~is_span] = rows.tokens[index[~is_span]]
         return Ragged(out, slots)
 
@@ -83,7 +86,8 @@ class DeleteTokens(TextNoise):
         float, Field(ge=0, lt=1, description="probability that a token is deleted")
     ] = 0.1
 
-    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+    def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
+        del vocabulary
         numbers = random_uniform(key[rows.row_index], _DELETE, rows.position_in_row)
         # the token with the largest number is kept, so that no row becomes empty
         return rows.select_tokens((numbers >= self.ratio) | (_rank_in_row(rows, -numbers) == 0))
@@ -96,9 +100,9 @@ class MaskTokens(TextNoise):
         0.1
     )
 
-    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+    def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         hit = random_uniform(key[rows.row_index], _MASK, rows.position_in_row) < self.ratio
-        return Ragged(np.where(hit, MASK, rows.tokens), rows.lengths)
+        return Ragged(np.where(hit, _mask(vocabulary), rows.tokens), rows.lengths)
 
 
 class ShuffleTokens(TextNoise):
@@ -109,12 +113,17 @@ class ShuffleTokens(TextNoise):
 
     distance: Annotated[int, Field(ge=0, description="furthest that a token may move")] = 3
 
-    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+    def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
+        del vocabulary
         shift = random_uniform(key[rows.row_index], _SHUFFLE, rows.position_in_row) * (
             self.distance + 1
         )
         order = np.lexsort((rows.position_in_row + shift, rows.row_index))
         return Ragged(rows.tokens[order], rows.lengths)
+
+
+def _mask(vocabulary: Vocabulary) -> int:
+    return vocabulary.role("mask", needed_by="the noise of the denoising task")
 
 
 def _rank_in_row(rows: Ragged, numbers: np.ndarray) -> IntArray:

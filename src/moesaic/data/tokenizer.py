@@ -13,32 +13,20 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
 
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError
 from moesaic.core.files import atomic_write
 from moesaic.data.copy_units import MAX_SLOTS, SlottedText, insert_slots, slot_characters
-from moesaic.data.tokenizer_file import read_tokenizer_file
+from moesaic.data.tokenizer_file import read_imported_tokenizer_file, read_tokenizer_file
+from moesaic.data.vocabulary import Vocabulary
+from moesaic.data.vocabulary_file import RecordedVocabulary, read_vocabulary, write_vocabulary
 
-__all__ = [
-    "BOS",
-    "EOS",
-    "MASK",
-    "PAD",
-    "SPECIALS",
-    "UNK",
-    "CopyTokens",
-    "EncodedText",
-    "Tokenizer",
-    "copy_pieces",
-    "language_token",
-]
-
-PAD, BOS, EOS, UNK, MASK = 0, 1, 2, 3, 4
-SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
+# the tokens of the roles of a trained vocabulary, in order of their ids from 0 on
+SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 
 
 def language_token(language: str) -> str:
@@ -73,63 +61,79 @@ class EncodedText:
 
 
 class Tokenizer:
-    """A trained vocabulary, frozen: tokenizers with the same ``fingerprint`` are equal."""
+    """A frozen vocabulary: tokenizers with the same ``fingerprint`` are equal.
 
-    def __init__(self, hf_tokenizer: HfTokenizer) -> None:
+    ``recorded`` has the roles of one that moesaic did not train; it needs no tokens of ours.
+    """
+
+    def __init__(
+        self, hf_tokenizer: HfTokenizer, *, recorded: RecordedVocabulary | None = None
+    ) -> None:
         # a special token typed by a user is text
         hf_tokenizer.encode_special_tokens = True
-        self._hf_tokenizer = hf_tokenizer
-        self._languages = _tagged_languages(hf_tokenizer)
-        self._language_token_ids = {
-            code: len(SPECIALS) + i for i, code in enumerate(self._languages)
-        }
+        self._hf_tokenizer, self._recorded = hf_tokenizer, recorded
+        known = recorded.vocabulary if recorded else _trained_vocabulary(hf_tokenizer)
+        self._vocabulary = replace(known, not_text=_not_text(hf_tokenizer, size=known.size))
+        self._languages = recorded.languages if recorded else tuple(known.tags)
         self._copies = _copy_tokens(hf_tokenizer)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read ``tokenizer.json``. Raises DataError if missing, damaged or not by moesaic."""
+        """Read ``tokenizer.json``, and the record of its roles if there is one beside it.
+
+        Raises DataError if missing, damaged, or not by moesaic and without a record.
+        """
         path = Path(path)
         if not path.is_file():
             raise DataError(f"{path}: no such tokenizer file; expected a tokenizer.json")
+        recorded = read_vocabulary(path)
+        if recorded is not None:
+            hf_tokenizer = read_imported_tokenizer_file(path)
+            _require_size(hf_tokenizer, recorded.vocabulary, path=path)
+            return cls(hf_tokenizer, recorded=recorded)
         hf_tokenizer = read_tokenizer_file(path)
-        found = tuple(hf_tokenizer.id_to_token(i) for i in range(len(SPECIALS)))
-        if found != SPECIALS:
+        specials = tuple(SPECIALS.values())
+        found = tuple(hf_tokenizer.id_to_token(i) for i in range(len(specials)))
+        if found != specials:
             raise DataError(
-                f"{path}: ids 0 to 4 are {found}, expected {SPECIALS}; "
-                "it was not written by moesaic"
+                f"{path}: ids 0 to 4 are {found}, expected {specials}; it was not written by "
+                "moesaic: train with it by data.tokenizer=FromFile(path=...)"
             )
         return cls(hf_tokenizer)
 
     def save(self, path: Path | str) -> None:
         """Write the file that ``load`` and Hugging Face ``tokenizers`` read."""
-        atomic_write(Path(path), self._hf_tokenizer.to_str(pretty=True))
+        path = Path(path)
+        atomic_write(path, self._hf_tokenizer.to_str(pretty=True))
+        if self._recorded is not None:
+            write_vocabulary(self._recorded, tokenizer=path)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The number of ids, and which of them are no text."""
+        return self._vocabulary
 
     @property
     def vocab_size(self) -> int:
-        return self._hf_tokenizer.get_vocab_size()
+        return self._vocabulary.size
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """The codes of languages with a token, in order of their ids."""
+        """The codes of the languages, in order of their ids where each has a tag."""
         return self._languages
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything that affects encoding."""
-        return hashlib.sha256(self._hf_tokenizer.to_str().encode()).hexdigest()
+        text = self._hf_tokenizer.to_str()
+        if self._recorded is not None:
+            text += repr(self._recorded)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def copies(self) -> CopyTokens:
         """The tokens of copy slots."""
         return self._copies
-
-    def language_token_id(self, language: str) -> int:
-        """Return the id of a language token. Raises DataError naming the nearest language."""
-        if language not in self._language_token_ids:
-            known = ", ".join(self._languages[:12]) + (", ..." if len(self._languages) > 12 else "")
-            hint = did_you_mean(language, self._languages)
-            raise DataError(f'this tokenizer has no language "{language}"; it has {known}{hint}')
-        return self._language_token_ids[language]
 
     def id_to_token(self, index: int) -> str:
         """Return the string of an id, for display."""
@@ -185,10 +189,31 @@ def encode_on_all_cores() -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
-def _tagged_languages(hf_tokenizer: HfTokenizer) -> tuple[str, ...]:
+def _trained_vocabulary(hf_tokenizer: HfTokenizer) -> Vocabulary:
+    """Return the roles of a tokenizer that moesaic trained, by the names of its tokens."""
     added = sorted(hf_tokenizer.get_added_tokens_decoder().items())
-    names = [token.content for index, token in added if index >= len(SPECIALS)]
-    return tuple(n[1:-1] for n in names if not n.startswith("<unused_"))
+    names = {i: token.content for i, token in added if i >= len(SPECIALS)}
+    return Vocabulary.of_roles(
+        hf_tokenizer.get_vocab_size(),
+        {role: index for index, role in enumerate(SPECIALS)},
+        tags={n[1:-1]: i for i, n in names.items() if not n.startswith("<unused_")},
+    )
+
+
+def _not_text(hf_tokenizer: HfTokenizer, *, size: int) -> tuple[int, ...]:
+    """Return the ids of special tokens, and those without a token."""
+    added = hf_tokenizer.get_added_tokens_decoder().items()
+    without = set(range(size)) - set(hf_tokenizer.get_vocab().values())
+    return tuple(sorted({i for i, token in added if token.special} | without))
+
+
+def _require_size(hf_tokenizer: HfTokenizer, vocabulary: Vocabulary, *, path: Path) -> None:
+    largest = max(hf_tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocabulary.size:
+        raise DataError(
+            f"{path}: it has ids up to {largest}, but the record beside it {vocabulary.size} ids; "
+            "copy both files from one run"
+        )
 
 
 def _copy_tokens(hf_tokenizer: HfTokenizer) -> CopyTokens:

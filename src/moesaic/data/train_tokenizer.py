@@ -22,7 +22,6 @@ from moesaic.corpus.placeholders import without_placeholders
 from moesaic.data.copy_units import MAX_SLOTS, slot_characters
 from moesaic.data.tokenizer import (
     SPECIALS,
-    UNK,
     Tokenizer,
     copy_pieces,
     encode_on_all_cores,
@@ -104,7 +103,7 @@ class BPE(TokenizerAlgorithm):
     def build_model(self, vocabulary: Sequence[str], *, pieces: LearnedPieces) -> models.Model:
         ids = {name: i for i, name in enumerate(vocabulary)}
         return models.BPE(
-            vocab=ids, merges=list(pieces.merges), unk_token=SPECIALS[UNK], byte_fallback=True
+            vocab=ids, merges=list(pieces.merges), unk_token=SPECIALS["unk"], byte_fallback=True
         )
 
 
@@ -119,8 +118,8 @@ class Unigram(TokenizerAlgorithm):
             vocab_size=size + len(SPECIALS),
             max_piece_length=self.max_piece_length,
             initial_alphabet=list(alphabet),
-            unk_token=SPECIALS[UNK],
-            special_tokens=[SPECIALS[UNK]],
+            unk_token=SPECIALS["unk"],
+            special_tokens=[SPECIALS["unk"]],
             show_progress=False,
         )
         keep = frozenset(alphabet)
@@ -141,7 +140,9 @@ class Unigram(TokenizerAlgorithm):
         # special, byte and unused tokens never match a word, so their score is never used
         floor = min(pieces.scores, default=0.0) - 1.0
         scored = [(name, known.get(name, floor)) for name in vocabulary]
-        return models.Unigram(vocab=scored, unk_id=UNK, byte_fallback=True)
+        return models.Unigram(
+            vocab=scored, unk_id=vocabulary.index(SPECIALS["unk"]), byte_fallback=True
+        )
 
 
 class TokenizerConfig(Config):
@@ -187,7 +188,12 @@ def train_tokenizer(
     ``vocab_size`` is too small for any piece, DataError when there is no text.
     """
     copies = copy_pieces(config.copy_units)
-    fixed = (*SPECIALS, *(language_token(code) for code in languages), *BYTE_PIECES, *copies)
+    fixed = (
+        *SPECIALS.values(),
+        *(language_token(code) for code in languages),
+        *BYTE_PIECES,
+        *copies,
+    )
     if len(set(languages)) != len(languages):
         raise ConfigError([f"languages: found one twice in {', '.join(languages)}"])
     num_pieces = config.vocab_size - len(fixed)
@@ -211,7 +217,9 @@ def train_tokenizer(
     vocabulary = (*fixed, *pieces.names, *unused)
     model = config.algorithm.build_model(vocabulary, pieces=pieces.with_copies(config.copy_units))
     hf_tokenizer = _with_word_splitter(model, slots=config.copy_units)
-    special = [name for name in vocabulary if name in SPECIALS or name.startswith("<unused_")]
+    special = [
+        name for name in vocabulary if name in SPECIALS.values() or name.startswith("<unused_")
+    ]
     language_tokens = [language_token(code) for code in languages]
     hf_tokenizer.add_special_tokens(
         [AddedToken(n, special=True, normalized=False) for n in (*special, *language_tokens)]

@@ -8,12 +8,19 @@ Letters: R resamples, N sentences, C statistics per sentence.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from moesaic.evaluate.translation_metrics import CorpusMetric
-
 _MAX_DRAW_CELLS = 2**24  # of the draws matrix held at once: 128 MiB as float64
+
+
+class SumScore(Protocol):
+    """A score that is a function of summed statistics."""
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        """Return the score of summed statistics: [..., C] -> [...]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ class BootstrapScores:
 
 
 def bootstrap_resample(
-    metric: CorpusMetric, *, statistics: np.ndarray, resamples: int = 1000, seed: int = 0
+    metric: SumScore, *, statistics: np.ndarray, resamples: int = 1000, seed: int = 0
 ) -> BootstrapScores:
     """Score the corpus and ``resamples`` corpora of N sentences drawn with replacement from it.
 

@@ -203,9 +203,8 @@ class _BeamState:
         found = total.topk(min(count, total.shape[1]), dim=1)
         token = column.gather(1, found.indices)
         of_row = top.columns.shape[1]
-        log_prob, place, token, check = (
-            tensor.cpu().numpy() for tensor in (*found, token, logits.sum())
-        )
+        on_host = (_to_host(tensor) for tensor in (*found, token, logits.sum()))
+        log_prob, place, token, check = on_host
         if not np.isfinite(check) and not bool(logits.isfinite().all()):
             raise nonfinite_logits(self.ids.shape[2] + 1)
         return _Candidates(log_prob, place // of_row, token)
@@ -254,7 +253,12 @@ class _BeamState:
         return not done and length < limit
 
     def _on_device(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.inputs.logits.device)
+        tensor, device = torch.from_numpy(array), self.inputs.logits.device
+        return tensor if device.type == "cpu" else tensor.to(device)
+
+
+def _to_host(tensor: Tensor) -> Array:
+    return (tensor if tensor.device.type == "cpu" else tensor.cpu()).numpy()
 
 
 class _Candidates(NamedTuple):

@@ -210,8 +210,8 @@ class ModelConfig(Config):
         known = {DEFAULT_MIXER: Attention()} | self.mixers
         if name not in known:
             raise ValueError(
-                f"a key of model.mixers in a pattern, one of {', '.join(known)}, not {name}"
-                f"{did_you_mean(name, list(known))}"
+                f"found the mixer {name!r} in a pattern, expected one of {', '.join(known)} "
+                f"(the keys of mixers){did_you_mean(name, list(known))}"
             )
         return known[name]
 

@@ -14,7 +14,7 @@ import torch
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.copy_units import CopyUnit
-from moesaic.data.tokenizer import EOS, CopyTokens
+from moesaic.data.tokenizer import CopyTokens
 from moesaic.model.generate import DecodingRules
 
 
@@ -27,11 +27,12 @@ class CopyConstraint:
         *,
         units: Sequence[Sequence[CopyUnit]],
         max_tokens: Int[Tensor, "B"],
+        eos: int,
     ) -> None:
         device, slots = max_tokens.device, tokens.slots
         self._ids = torch.tensor(tokens.ids, device=device)  # [C]
         self._slots = torch.tensor(tokens.slot_of, device=device)  # [C]
-        self._max_tokens = max_tokens
+        self._max_tokens, self._eos = max_tokens, eos
         self._needed = torch.zeros(len(units), slots, dtype=torch.long)  # [B, S]
         self._after = torch.zeros(len(units), slots, slots)  # [B, slot, slot before it]
         for row, found in enumerate(units):
@@ -51,7 +52,7 @@ class CopyConstraint:
         in_order = (after.sum(2) == 0) | (written_before > used)
         allowed = (missing > 0) & in_order  # [R, S]
         copies = log_prob[:, self._ids].masked_fill(~allowed[:, self._slots], float("-inf"))
-        mass, end = copies.logsumexp(1), log_prob[:, EOS]
+        mass, end = copies.logsumexp(1), log_prob[:, self._eos]
         wanted = (missing > 0).any(1) & mass.isfinite()
         # mass of the copies becomes their own and that of the end
         gain = torch.where(wanted, torch.logaddexp(mass, end) - mass, 0.0)
@@ -59,7 +60,7 @@ class CopyConstraint:
         forced = wanted & (left <= missing.clamp(min=0).sum(1))
         result = log_prob.masked_fill(forced[:, None], float("-inf"))
         result[:, self._ids] = copies + gain[:, None]
-        result[:, EOS] = torch.where(wanted, float("-inf"), end)
+        result[:, self._eos] = torch.where(wanted, float("-inf"), end)
         return result
 
     def _used(self, ids: Int[Tensor, "R L"]) -> Int[Tensor, "R S"]:
@@ -79,5 +80,7 @@ def copy_rules(
     """Add the constraint to the rules of a batch; without copy units they stay as they are."""
     if not tokens.ids:
         return rules
-    constraint = CopyConstraint(tokens, units=units, max_tokens=max_tokens)
+    constraint = CopyConstraint(
+        tokens, units=units, max_tokens=max_tokens, eos=rules.vocabulary.eos
+    )
     return replace(rules, processors=(*rules.processors, constraint))

@@ -10,7 +10,7 @@ import torch
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.data.batch import InputRows
-from moesaic.data.tokenizer import BOS, EOS, MASK, PAD, UNK
+from moesaic.data.vocabulary import Vocabulary
 from moesaic.model.beam_search import (
     Greedy,
     Hypothesis,
@@ -23,20 +23,25 @@ from moesaic.model.beam_search import (
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import describe_nonfinite
 
-SUPPRESSED_TOKENS = (PAD, BOS, UNK, MASK)
-
 
 @dataclass(frozen=True, slots=True)
 class DecodingRules:
-    """Tokens that are never generated, and changes to log-probabilities before each selection.
+    """What ends an answer and what is never in it, and changes to log-probabilities.
 
+    ``vocabulary`` has the end and the ids that are no text, ``suppress_tokens`` are further ones.
     ``row_key`` and ``observer`` are those of ``SearchInputs``.
     """
 
-    suppress_tokens: tuple[int, ...] = SUPPRESSED_TOKENS
+    vocabulary: Vocabulary
+    suppress_tokens: tuple[int, ...] = ()
     processors: tuple[LogitsProcessor, ...] = ()
     row_key: Int[Tensor, "B"] | None = None
     observer: Observer | None = None
+
+    def suppressed(self, rows: int) -> tuple[int, ...]:
+        """Return the ids that are never generated, of a model with so many rows of embeddings."""
+        without_token = range(self.vocabulary.size, rows)
+        return (*self.vocabulary.suppressed, *self.suppress_tokens, *without_token)
 
 
 @torch.inference_mode()
@@ -44,29 +49,26 @@ def generate(
     model: Transformer,
     source: InputRows,
     *,
-    tag: Int[Tensor, "B"],
+    prompt: InputRows,
+    rules: DecodingRules,
     search: Search | None = None,
     max_tokens: int | Int[Tensor, "B"] = 128,
-    rules: DecodingRules | None = None,
 ) -> list[list[Hypothesis]]:
-    """Decode each source, the first token forced to be ``tag``.
+    """Decode each source, from a prompt of at least one token in the decoder.
 
-    A decoder-only model reads ``source`` and ``tag`` as its prompt. ``max_tokens`` is per source or
-    for all, ``EOS`` included; it is lowered to the positions that the model has. Default search:
-    ``Greedy``. The answer to a source does not depend on the others in the batch (if the model
-    drops no tokens in evaluation).
+    A decoder-only model reads the prompt alone; its sources are empty rows. ``max_tokens`` is per
+    source or for all, the end included; it is lowered to the positions that the model has. Default
+    search: ``Greedy``. The answer to a source does not depend on the others in the batch (if the
+    model drops no tokens in evaluation).
 
     Raises DataError if a source has no room for an answer in the model's positions, and
     CheckpointError if weights or logits are NaN or infinite.
     """
     if not source.rows:
         return []
-    rules = rules or DecodingRules()
     training = model.training
     model.eval()
     try:
-        has_encoder = bool(model.config.encoder.layers)
-        prompt = InputRows.full(tag[:, None]) if has_encoder else append_tag(source, tag=tag)
         limit = torch.as_tensor(max_tokens, device=source.device).expand(source.rows)
         limit = _within_positions(limit, model=model, source=source, prompt=prompt)
         cache = model.init_cache(model.encode(source), rows=source.rows)
@@ -76,8 +78,10 @@ def generate(
             step=lambda ids: model.step(InputRows.full(ids[:, None]), cache),
             reorder_cache=cache.reorder,
             max_tokens=limit,
-            suppressed=torch.tensor(rules.suppress_tokens, dtype=torch.long, device=source.device),
-            eos=EOS,
+            suppressed=torch.tensor(
+                rules.suppressed(logits.shape[-1]), dtype=torch.long, device=source.device
+            ),
+            eos=rules.vocabulary.eos,
             processors=rules.processors,
             row_key=rules.row_key,
             observer=rules.observer,
@@ -107,10 +111,3 @@ def _within_positions(
             "shorter text"
         )
     return max_tokens.minimum(most + 1 - prompt.lengths)
-
-
-def append_tag(source: InputRows, *, tag: Int[Tensor, "B"]) -> InputRows:
-    """Append the tag to the real tokens of each row."""
-    longer = torch.nn.functional.pad(source.values, (0, 1))
-    values = longer.scatter(1, source.lengths[:, None], tag[:, None])
-    return InputRows(values, source.lengths + 1)

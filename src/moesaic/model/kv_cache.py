@@ -38,10 +38,18 @@ class KVCache:
     length: Int[Tensor, "R"]
     tag: Int[Tensor, "R"]
     routing: DecodeState | None = None
+    _single: Packing | None = None
 
     @property
     def rows(self) -> int:
         return self.length.numel()
+
+    @property
+    def single(self) -> Packing:
+        """The packing of one newest token in each row, made once for a number of rows."""
+        if self._single is None or self._single.rows != self.rows:
+            self._single = Packing.single(self.rows, device=self.length.device)
+        return self._single
 
     def reorder(self, rows: Int[Tensor, "R2"], sources: Int[Tensor, "B2"] | None = None) -> None:
         """Select the rows ``rows``, in that order; a row may occur twice or not at all.

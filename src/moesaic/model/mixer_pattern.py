@@ -44,7 +44,7 @@ class BlockPattern:
 def parse_pattern(text: str) -> tuple[BlockPattern, ...]:
     """Return the blocks of a pattern. Raises ValueError with what is expected."""
     if len(text) > MAX_PATTERN_LENGTH:
-        raise ValueError(f"a pattern of at most {MAX_PATTERN_LENGTH} characters")
+        raise ValueError(f"found {len(text)} characters, expected {MAX_PATTERN_LENGTH} at most")
     return tuple(map(_parse_block, text.split(",")))
 
 
@@ -58,7 +58,7 @@ def _parse_block(entry: str) -> BlockPattern:
     block = BlockPattern(branches, feed_forward)
     if not all(map(NAME.fullmatch, block.names)):
         raise ValueError(
-            "names of mixers separated by commas, each block such as a, a > b, a | b or a-, "
-            f"not {entry.strip()!r}"
+            f"found {entry.strip()!r}, expected names of mixers separated by commas, each block "
+            "such as a, a > b, a | b or a-"
         )
     return block

@@ -170,9 +170,9 @@ class Transformer(nn.Module):
         Of another head than a vocabulary's it returns the prediction for the last token.
         """
         values, single = tokens.values, tokens.width == 1
-        packing = Packing.single(cache.rows, device=values.device) if single else packing_of(tokens)
+        packing = cache.single if single else packing_of(tokens)
         if not cache.slots.used:
-            cache.tag = token_ids(values)[:, 0]
+            cache.tag = tokens.tags
         cache.slots.append(cache.length, packing)
         stack_tokens = StackTokens(
             "decoder",
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
     ) -> StackTokens:
         packing = self.sequence_sharding(packing_of(rows))
         packed = rows.values.flatten(0, 1)[packing.index]
-        return StackTokens(stack, packed, packing, packing.position, first_ids(rows), row_key)
+        return StackTokens(stack, packed, packing, packing.position, rows.tags, row_key)
 
 
 def token_ids(values: Int[Tensor, "*N"] | Float[Tensor, "*N C"]) -> Int[Tensor, "*N"]:
@@ -277,12 +277,6 @@ def token_ids(values: Int[Tensor, "*N"] | Float[Tensor, "*N C"]) -> Int[Tensor, 
     if values.is_floating_point():
         return torch.zeros(values.shape[:-1], dtype=torch.long, device=values.device)
     return values
-
-
-def first_ids(rows: InputRows) -> Int[Tensor, "B"]:
-    """Return the first id of each row; 0 for a row without."""
-    ids = token_ids(rows.values)  # padding may be any number
-    return torch.where(rows.lengths > 0, ids[:, 0], 0) if rows.width else rows.lengths
 
 
 def packing_of(rows: InputRows) -> Packing:

@@ -106,6 +106,8 @@ def pad_heads(
     count, length = packing.rows, packing.length
     if sources:
         count, length = sources, count // sources * length
+    if packing.is_reshape:
+        return heads.unflatten(0, (count, length)).transpose(1, 2)
     return packing.pad(heads.flatten(1)).view(count, length, *heads.shape[1:]).transpose(1, 2)
 
 

@@ -9,11 +9,17 @@ Letters: B sources, k rows of each, R = B k rows, n newest tokens, S slots of a 
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.nn.packing import Packing
+
+
+class _OwnSlots(NamedTuple):
+    shape: tuple[int, int, int]
+    mask: Bool[Tensor, "R kn"]
 
 
 @dataclass(slots=True)
@@ -28,6 +34,7 @@ class DecodeSlots:
     own: Bool[Tensor, "R S"] | None = None
     newest: Int[Tensor, "R n"] | None = None
     _allowed: list[Tensor | None] = field(default_factory=list, repr=False)
+    _last_own: _OwnSlots | None = None
 
     @staticmethod
     def empty(sources: int, *, device: torch.device) -> "DecodeSlots":
@@ -52,8 +59,9 @@ class DecodeSlots:
         """Add slots for the tokens of ``packing``, after the ``start`` that each row has."""
         rows, count, sources = packing.rows, packing.length, self.sources
         beams, before = rows // sources, self.used
-        offset = torch.arange(count, device=start.device)
-        self.newest = start[:, None] if count == 1 else start[:, None] + offset
+        self.newest = start[:, None]
+        if count > 1:
+            self.newest = self.newest + torch.arange(count, device=start.device)
         self.position = torch.cat([self.position, self.newest.reshape(sources, -1)], 1)
         self._allowed.clear()
         if self.own is None and beams == 1 and packing.mask is None:
@@ -61,12 +69,22 @@ class DecodeSlots:
         earlier = self.own if before else start.new_zeros(rows, 0, dtype=torch.bool)
         if earlier is None:
             earlier = start.new_ones(rows, before, dtype=torch.bool)
-        of_row = torch.arange(beams, device=start.device)
-        itself = (of_row[:, None] == of_row)[None, :, :, None]  # of a source: [1, k, k, n]
+        self.own = torch.cat([earlier, self._newest_own(packing)], 1)
+
+    def _newest_own(self, packing: Packing) -> Bool[Tensor, "R kn"]:
+        """Return which of the newest slots of its source each row reads: those of its tokens."""
+        count, sources, beams = packing.length, self.sources, packing.rows // self.sources
+        shape = (sources, beams, count)
+        if packing.mask is None and self._last_own and self._last_own.shape == shape:
+            return self._last_own.mask
+        of_row = torch.arange(beams, device=self.position.device)
+        itself = (of_row[:, None] == of_row)[None, :, :, None]  # [1, k, k, n]
         if packing.mask is not None:
             itself = itself & packing.mask.view(sources, beams, 1, count)
-        newest = itself.expand(sources, beams, beams, count).reshape(rows, beams * count)
-        self.own = torch.cat([earlier, newest], 1)
+        mask = itself.expand(sources, beams, beams, count).reshape(packing.rows, beams * count)
+        if packing.mask is None:
+            self._last_own = _OwnSlots(shape, mask)
+        return mask
 
     def select(self, rows: Int[Tensor, "R2"], sources: Int[Tensor, "B2"] | None) -> None:
         """Continue the rows ``rows``, equally many of each of ``sources`` (None: of all)."""

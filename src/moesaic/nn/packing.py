@@ -145,21 +145,22 @@ class Packing:
     def pack(self, padded: Float[Tensor, "B S C"]) -> Float[Tensor, "T C"]:
         """Return the real tokens of a padded tensor."""
         flat = padded.reshape(self.rows * self.length, padded.shape[-1])
-        return flat if self._is_reshape else _GatherRows.apply(flat, self.index)
+        return flat if self.is_reshape else _GatherRows.apply(flat, self.index)
 
     def pad(self, packed: Float[Tensor, "T C"]) -> Float[Tensor, "B S C"]:
         """Return packed tokens in rows; padding is zero."""
-        if not self._is_reshape:
+        if not self.is_reshape:
             packed = _ScatterRows.apply(packed, self.index, self.rows * self.length)
         return packed.view(self.rows, self.length, packed.shape[-1])
 
     @property
     def is_single(self) -> bool:
         """Whether each row has one token, and this rank has them all, in order."""
-        return self.length == 1 and self.partition is None and self._is_reshape
+        return self.length == 1 and self.partition is None and self.is_reshape
 
     @property
-    def _is_reshape(self) -> bool:
+    def is_reshape(self) -> bool:
+        """Whether packing is a reshape: nothing is padded, tokens are ordered row by row."""
         return self.mask is None and self.ordered
 
 

@@ -45,6 +45,20 @@ def check_score_curve(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_perplexity(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of perplexity.json. Raises ValueError naming a value of another kind."""
+    _check(found, {"groups": list, "window": _NUMBER, "stride": _NUMBER, "texts": str}, "")
+    for number, group in enumerate(found.get("groups") or []):
+        where = f"groups.{number}"
+        _check({where: group}, {where: dict}, "")
+        kinds = {"name": str, "documents": _NUMBER, "tokens": _NUMBER}
+        _require(group, kinds | {"perplexity": dict, "bits_per_byte": dict}, f"{where}.")
+        for name in ("perplexity", "bits_per_byte"):
+            ends = dict.fromkeys(("score", "low", "high"), _NUMBER)
+            _require(group[name], ends, f"{where}.{name}.")
+    return found
+
+
 def _scores(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every score with its path: of each language and system, and of the means."""
     systems = [name for name in found.get("systems") or [] if isinstance(name, str)]

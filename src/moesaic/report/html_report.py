@@ -10,19 +10,18 @@ from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count, show_seconds
 from moesaic.report.html import Html, tag
 from moesaic.report.html_page import html_page, page_logo
+from moesaic.report.perplexity_section import quality_section, quality_sentences
 from moesaic.report.report_inputs import ReportInputs, lookup, read_report_inputs
 from moesaic.report.routing_sections import atlas_section, health_section, insight_section
 from moesaic.report.score_sections import (
     METRIC_NAMES,
     format_signed,
     samples_section,
-    scores_section,
-    verdict_sentences,
 )
 from moesaic.report.training_sections import latest_value, run_section, training_section
 
 _SECTIONS = (
-    ("scores", "Scores", scores_section),
+    ("scores", "Scores", quality_section),
     ("samples", "Sample translations", samples_section),
     ("training", "Training", training_section),
     ("routing", "Routing atlas", atlas_section),
@@ -71,7 +70,7 @@ _WRONG_KINDS = (
 def _header(inputs: ReportInputs) -> Html:
     summary = inputs.summary
     made = str(summary.get("created") or "").replace("T", " ")[:16]
-    words = verdict_sentences(summary)
+    words = quality_sentences(inputs)
     lead = " ".join(words) or "This run has not been evaluated yet."
     known = str(inputs.config.get("name") or "")
     recipe = tag("small", f" recipe {known}") if known not in ("", inputs.name) else None

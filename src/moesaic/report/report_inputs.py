@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from moesaic.checkpoint.routes_file import RoutesFile
 from moesaic.checkpoint.run_directory import (
     INSIGHT_FILE,
+    PERPLEXITY_FILE,
     SCORE_CURVE_FILE,
     SUMMARY_FILE,
     RunDir,
@@ -23,7 +24,7 @@ from moesaic.monitor.expert_usage import RecordedUsage, read_usage
 from moesaic.monitor.health_record import RecordedFinding, read_findings
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.report.charts import ChartSeries
-from moesaic.report.check_inputs import check_score_curve, check_summary
+from moesaic.report.check_inputs import check_perplexity, check_score_curve, check_summary
 
 T = TypeVar("T")
 QUALITY_TITLE = "chrF++ at each checkpoint, mean over languages"
@@ -48,6 +49,7 @@ class ReportInputs:
     insight: dict[str, Any] = field(default_factory=dict)
     agreement_by_step: tuple[tuple[int, RoutingAgreement], ...] = ()
     quality_curve: dict[str, Any] = field(default_factory=dict)
+    perplexity: dict[str, Any] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
 
     def curve(
@@ -98,6 +100,12 @@ def read_training_and_scores(run: RunDir) -> ReportInputs:
         metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
         summary=_read_or_gap(
             run.summary, lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)), {}, gaps
+        ),
+        perplexity=_read_or_gap(
+            run.perplexity,
+            lambda path: check_perplexity(read_json_mapping(path, PERPLEXITY_FILE)),
+            {},
+            gaps if run.perplexity.exists() else {},
         ),
         quality_curve=_read_or_gap(
             run.score_curve,

@@ -15,6 +15,7 @@ from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.corpus.text_rules import TextRules, read_text_rules
+from moesaic.data.collators import Collator
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import count_parameters
@@ -36,6 +37,7 @@ class OpenedRun:
     limits: TranslationLimits
     text_rules: TextRules
     trained: TrainedDirections | None
+    collator: Collator | None
 
 
 def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") -> OpenedRun:
@@ -67,6 +69,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
         limits=_read_limits(config, where=run.config),
         text_rules=read_text_rules(run.text_rules),
         trained=read_trained_directions(run.directions),
+        collator=_read_collator(config),
     )
 
 
@@ -79,10 +82,20 @@ def _read_config(run: RunDir) -> dict[str, Any]:
     return upgraded
 
 
-def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
+def _loader_config(config: dict[str, Any]) -> dict[str, Any]:
     data = config.get("data")
     loader = data.get("loader") if isinstance(data, dict) else None
-    loader = loader if isinstance(loader, dict) else {}
+    return loader if isinstance(loader, dict) else {}
+
+
+def _read_collator(config: dict[str, Any]) -> Collator | None:
+    """Return how rows were made in training; None for a run that does not say."""
+    found = _loader_config(config).get("collator")
+    return None if found is None else Collator.from_dict(found)
+
+
+def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
+    loader = _loader_config(config)
     limits = {name: loader[name] for name in ("max_source", "max_target") if name in loader}
     for name, value in limits.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 2:

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field, replace
 from moesaic.core.errors import DataError
 from moesaic.corpus.text_rules import GeneralText, TextRules
 from moesaic.data.copy_units import SlottedText, insert_slots
-from moesaic.data.tokenizer import EOS, Tokenizer
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.serve.long_text import LongText, SplitSentences, TextPart, Truncate
-
-_SPECIAL = 2  # special tokens of a source: a language token and EOS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +40,23 @@ class TranslationLimits:
             max_target=min(self.max_target, positions),
         )
 
-    def source_tokens(self, *, decoder_only: bool) -> int:
-        """Return how many tokens of text a source may have, without special tokens."""
+    def source_tokens(self, *, specials: int, decoder_only: bool) -> int:
+        """Return how many tokens of text a source may have beside its special ones."""
         most = (self.max_target + 1) // 2 if decoder_only else self.max_source
-        return max(1, most - _SPECIAL)
+        return max(1, most - specials)
 
-    def new_tokens(self, source_length: int, *, decoder_only: bool) -> int:
-        """Return the limit of an output, ``EOS`` included, for a source of so many tokens."""
-        room = self.max_target - (source_length if decoder_only else 0)
+    def new_tokens(self, source_length: int, *, prompt: int) -> int:
+        """Return the limit of an output, its end included.
+
+        It is for a source of so many tokens, and a decoder that has read a prompt of so many.
+        """
+        room = self.max_target + 1 - prompt
         return max(1, min(room, round(self.max_length_ratio * source_length) + 16))
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPart:
-    """A part of a text with its tokens, language token and ``EOS`` included.
+    """A part of a text with its tokens, without special ones.
 
     With copy units the part has slots, and ``slotted`` the placeholders that they stand for.
     """
@@ -86,7 +87,7 @@ class SourceReader:
         return self._rules.normalise(text)
 
     def read(
-        self, texts: Iterable[object], *, tag: int, long_text: LongText | None = None
+        self, texts: Iterable[object], *, long_text: LongText | None = None
     ) -> list[SourceText]:
         """Return the texts with their encoded parts. Raises DataError: one that is not a string."""
         normalised = [self.normalise(text) for text in require_texts(texts)]
@@ -101,7 +102,7 @@ class SourceReader:
         ]
         ids = iter(self._tokenizer.encode_batch([p.text for found in parts for p in found]))
         return [
-            SourceText(text, tuple(self._encoded(part, next(ids), tag, whole) for part in found))
+            SourceText(text, tuple(self._encoded(part, next(ids), whole) for part in found))
             for text, whole, found in zip(normalised, slotted, parts, strict=True)
         ]
 
@@ -111,12 +112,10 @@ class SourceReader:
     def _count(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._tokenizer.encode_batch(texts)]
 
-    def _encoded(
-        self, part: TextPart, ids: Sequence[int], tag: int, whole: SlottedText
-    ) -> EncodedPart:
+    def _encoded(self, part: TextPart, ids: Sequence[int], whole: SlottedText) -> EncodedPart:
         return EncodedPart(
             part,
-            (tag, *ids[: self._limit], EOS),
+            tuple(ids[: self._limit]),
             truncated=len(ids) > self._limit,
             slotted=whole.restrict(part.text),
         )

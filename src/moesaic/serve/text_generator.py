@@ -15,9 +15,11 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.languages import ENGLISH, UNDETERMINED, resolve_language
 from moesaic.corpus.text_rules import GeneralText, TextRules
 from moesaic.data.batch import InputRows
+from moesaic.data.collators import Collator, DecoderOnlyCollator
+from moesaic.data.language_tag import TARGET_TAG
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.beam_search import Array, Hypothesis
-from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
+from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.sampling import Sample
 from moesaic.model.transformer import Transformer
 from moesaic.serve.open_run import open_run
@@ -59,9 +61,18 @@ class TextGenerator:
     """A decoder-only model with its tokenizer; ``open`` loads one from a run directory."""
 
     def __init__(
-        self, model: Transformer, *, tokenizer: Tokenizer, text_rules: TextRules | None = None
+        self,
+        model: Transformer,
+        *,
+        tokenizer: Tokenizer,
+        text_rules: TextRules | None = None,
+        collator: Collator | None = None,
+        window: int = 512,
     ) -> None:
-        """Raises DataError for a model with an encoder."""
+        """``window`` is the length of the rows that the model was trained on.
+
+        Raises DataError for a model with an encoder.
+        """
         if model.config.encoder.layers:
             raise DataError(
                 "this model has an encoder: it translates, and does not continue texts "
@@ -69,14 +80,9 @@ class TextGenerator:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.window = window
         self._text_rules = text_rules or GeneralText()
-        tags = [tokenizer.language_token_id(code) for code in tokenizer.languages]
-        unused = [
-            i
-            for i in range(tokenizer.vocab_size)
-            if tokenizer.id_to_token(i).startswith("<unused_")
-        ]
-        self._suppressed = (*SUPPRESSED_TOKENS, *tags, *unused, *tokenizer.copies.ids)
+        self._frame = (collator or DecoderOnlyCollator()).frame
 
     @classmethod
     def open(
@@ -88,7 +94,13 @@ class TextGenerator:
         no language model.
         """
         run = open_run(Path(path), weights=weights, device=device)
-        return cls(run.model, tokenizer=run.tokenizer, text_rules=run.text_rules)
+        return cls(
+            run.model,
+            tokenizer=run.tokenizer,
+            text_rules=run.text_rules,
+            collator=run.collator,
+            window=run.limits.max_target,
+        )
 
     @overload  # a string is a sequence of strings too: the first overload takes it
     def generate(  # pyright: ignore[reportOverlappingOverload]
@@ -143,18 +155,36 @@ class TextGenerator:
             for answer in self._continue(numbered[start : start + _ROWS], request)
         ]
 
+    def normalise(self, text: str) -> str:
+        """Return a text as the corpus of the run has it; empty if nothing in it is visible."""
+        return self._text_rules.normalise(text)
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.vocabulary.eos
+
     def begin_tokens(self, language: str | None) -> tuple[int, ...]:
-        """Return the tokens that a text begins with. Raises DataError: which language is unclear."""
+        """Return the tokens that a text begins with. Raises DataError: the language is unclear."""
+        vocabulary, names = self.tokenizer.vocabulary, self._frame.prompt
+        return tuple(
+            vocabulary.tag(self._language_code(language))
+            if name == TARGET_TAG
+            else vocabulary.role(name, needed_by="the beginning of a text")
+            for name in names
+        )
+
+    def _language_code(self, language: str | None) -> str:
         known = self.tokenizer.languages
         if language is not None:
-            return (self.tokenizer.language_token_id(resolve_language(language).code),)
+            return resolve_language(language).code
         usual = known if len(known) == 1 else [c for c in (UNDETERMINED, ENGLISH) if c in known]
         if not usual:
             raise DataError(
                 f"which language is the text in? The model has {', '.join(known[:12])}"
                 f"{', ...' if len(known) > 12 else ''} (--in LANGUAGE)"
             )
-        return (self.tokenizer.language_token_id(usual[0]),)
+        return usual[0]
 
     def _encode(
         self, prompts: Sequence[str], *, limits: TextLimits, language: str | None
@@ -181,12 +211,13 @@ class TextGenerator:
         rows = [prompt.ids for _, prompt in prompts]
         found = generate(
             self.model,
-            InputRows.from_lists([row[:-1] for row in rows], device=device),
-            tag=torch.tensor([row[-1] for row in rows], device=device),
+            InputRows.empty(len(rows), device=device),
+            prompt=InputRows.from_lists(rows, device=device),
             search=request.search,
             max_tokens=request.limits.max_tokens,
             rules=DecodingRules(
-                self._suppressed,
+                self.tokenizer.vocabulary,
+                self.tokenizer.copies.ids,
                 row_key=torch.tensor([number for number, _ in prompts], device=device),
                 observer=answers.observe,
             ),

@@ -7,24 +7,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 
 from moesaic.checkpoint.trained_directions import TrainedDirections
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import ENGLISH, resolve_language
 from moesaic.corpus.text_rules import TextRules, normalise_text
-from moesaic.data.batch import (
-    IGNORE_LABEL,
-    SOURCE_LANGUAGE,
-    TARGET_LANGUAGE,
-    TASK,
-    Batch,
-    InputRows,
+from moesaic.data.batch import Batch
+from moesaic.data.collators import (
+    Collator,
+    DecoderOnlyCollator,
+    EncoderDecoderCollator,
+    TokenizedSamples,
 )
-from moesaic.data.tokenizer import EOS, Tokenizer
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
+from moesaic.data.ragged import Ragged
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.beam_search import Greedy, Hypothesis, Search
 from moesaic.model.copy_constraint import copy_rules
-from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
+from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.repetition import is_loop
 from moesaic.model.transformer import Transformer
 from moesaic.moe.routing import Routing
@@ -65,21 +67,19 @@ class Translator:
         limits: TranslationLimits | None = None,
         text_rules: TextRules | None = None,
         trained: TrainedDirections | None = None,
+        collator: Collator | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.limits = (limits or TranslationLimits()).within(model.position.max_positions)
         self.trained = trained
-        self._decoder_only = not model.config.encoder.layers
-        limit = self.limits.source_tokens(decoder_only=self._decoder_only)
+        decoder_only = not model.config.encoder.layers
+        usual = DecoderOnlyCollator() if decoder_only else EncoderDecoderCollator()
+        self._collator = collator or usual
+        self._specials = self._collator.frame.source_specials
+        limit = self.limits.source_tokens(specials=self._specials, decoder_only=decoder_only)
         self._reader = SourceReader(tokenizer, limit=limit, rules=text_rules)
-        tags = [tokenizer.language_token_id(code) for code in tokenizer.languages]
-        unused = [
-            i
-            for i in range(tokenizer.vocab_size)
-            if tokenizer.id_to_token(i).startswith("<unused_")
-        ]
-        self._rules = DecodingRules((*SUPPRESSED_TOKENS, *tags, *unused))
+        self._rules = DecodingRules(tokenizer.vocabulary)
 
     @classmethod
     def open(
@@ -96,6 +96,7 @@ class Translator:
             limits=run.limits,
             text_rules=run.text_rules,
             trained=run.trained,
+            collator=run.collator,
         )
 
     @property
@@ -128,14 +129,12 @@ class Translator:
         if isinstance(texts, str):
             return self.translate([texts], source=source, target=target, search=search)[0]
         codes = self._language_code(source), self._language_code(target)
-        read = self._reader.read(
-            texts, tag=self._source_tag(codes), long_text=self.limits.long_text
-        )
+        read = self._reader.read(texts, long_text=self.limits.long_text)
         rows = [part for text in read for part in text.parts]
         answers: list[list[Hypothesis]] = [[] for _ in rows]
         for batch in self._batches(rows):
             generated = self._translate_batch(
-                [rows[i] for i in batch], target=codes[1], search=search or Greedy()
+                [rows[i] for i in batch], codes=codes, search=search or Greedy()
             )
             for i, hypotheses in zip(batch, generated, strict=True):
                 answers[i] = hypotheses
@@ -210,42 +209,47 @@ class Translator:
         Languages index ``languages``. Both sides are truncated to what the model was trained with.
         """
         codes = self._language_code(source), self._language_code(target)
-        tag = self.tokenizer.language_token_id(codes[1])
-        inputs = [
-            text.parts[0].ids if text.parts else (self._source_tag(codes), EOS)
-            for text in self._reader.read(sources, tag=self._source_tag(codes))
-        ]
+        inputs = [text.parts[0].ids if text.parts else () for text in self._reader.read(sources)]
         encoded = self.tokenizer.encode_with_copies(
             [normalise_text(text) for text in require_texts(targets)]
         )
+        prompts = self._prompt_lengths(inputs)
         outputs = [
-            found.ids[: self.limits.max_target - (len(row) if self._decoder_only else 0) - 1]
-            for row, found in zip(inputs, encoded, strict=True)
+            found.ids[: self.limits.max_target - prompt]
+            for prompt, found in zip(prompts, encoded, strict=True)
         ]
-        if not self._decoder_only:
-            fed = [[tag, *ids] for ids in outputs]
-            says = [[*ids, EOS] for ids in outputs]
-        else:
-            pairs = list(zip(inputs, outputs, strict=True))
-            fed = [[*ids, tag, *out] for ids, out in pairs]
-            says = [[*[IGNORE_LABEL] * len(ids), *out, EOS] for ids, out in pairs]
-            inputs = [()] * len(inputs)
-        source_rows, target_rows, labels = (
-            InputRows.from_lists(rows, device=self._device) for rows in (inputs, fed, says)
-        )
-        zeros = torch.zeros(len(sources), dtype=torch.long, device=self._device)
-        index = {code: zeros + self.languages.index(code) for code in codes}
-        return Batch(
-            source=source_rows,
-            target=target_rows,
-            labels=labels.values.where(labels.real, IGNORE_LABEL),
-            groups={
-                TASK: zeros,
-                SOURCE_LANGUAGE: index[codes[0]],
-                TARGET_LANGUAGE: index[codes[1]],
+        samples = self._samples(inputs, outputs, codes=codes)
+        vocabulary = self.tokenizer.vocabulary
+        return self._collator.collate(samples, vocabulary=vocabulary).to(self._device)
+
+    def _samples(
+        self,
+        inputs: Sequence[Sequence[int]],
+        outputs: Sequence[Sequence[int]],
+        *,
+        codes: tuple[str, str],
+    ) -> TokenizedSamples:
+        """Return texts as the rows of a loader are, of one direction."""
+        zeros, vocabulary = np.zeros(len(inputs), dtype=np.int64), self.tokenizer.vocabulary
+        tags = dict(zip((SOURCE_TAG, TARGET_TAG), codes, strict=True))
+        return TokenizedSamples(
+            Ragged.from_lists(inputs),
+            Ragged.from_lists(outputs),
+            task=zeros,
+            source_language=zeros + self.languages.index(codes[0]),
+            target_language=zeros + self.languages.index(codes[1]),
+            tokens={
+                name: zeros + vocabulary.tag(code)
+                for name, code in tags.items()
+                if name in self._collator.frame.names
             },
-            key=zeros,
+            key=zeros.astype(np.uint64),
         )
+
+    def _prompt_lengths(self, inputs: Sequence[Sequence[int]]) -> list[int]:
+        """Return what the decoder reads before it answers, in tokens."""
+        lengths = np.array([len(ids) for ids in inputs], dtype=np.int64)
+        return self._collator.lengths(lengths, target=lengths * 0).target.tolist()
 
     @torch.inference_mode()
     def trace_experts(
@@ -289,35 +293,37 @@ class Translator:
             )
         return code
 
-    def _source_tag(self, codes: tuple[str, str]) -> int:
-        """Return the language token of a source: in an encoder the target's (arXiv:1611.04558)."""
-        return self.tokenizer.language_token_id(codes[0 if self._decoder_only else 1])
-
     def _batches(self, rows: Sequence[EncodedPart]) -> Iterator[list[int]]:
         """Group rows, longest first, so that memory peaks at the start."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
         while order:
-            count = max(1, self.limits.batch_tokens // len(rows[order[0]].ids))
+            longest = len(rows[order[0]].ids) + self._specials
+            count = max(1, self.limits.batch_tokens // longest)
             yield order[:count]
             order = order[count:]
 
     def _translate_batch(
-        self, rows: Sequence[EncodedPart], *, target: str, search: Search
+        self, rows: Sequence[EncodedPart], *, codes: tuple[str, str], search: Search
     ) -> list[list[Hypothesis]]:
-        tag = torch.full((len(rows),), self.tokenizer.language_token_id(target))
+        inputs = [row.ids for row in rows]
+        samples = self._samples(inputs, [()] * len(rows), codes=codes)
+        batch = self._collator.prompts(samples, vocabulary=self.tokenizer.vocabulary)
         limits = [
-            self.limits.new_tokens(len(row.ids), decoder_only=self._decoder_only) for row in rows
+            self.limits.new_tokens(len(ids) + self._specials, prompt=prompt)
+            for ids, prompt in zip(inputs, self._prompt_lengths(inputs), strict=True)
         ]
         max_tokens = torch.tensor(limits, device=self._device)
-        units = [row.slotted.units for row in rows]
         return generate(
             self.model,
-            InputRows.from_lists([row.ids for row in rows], device=self._device),
-            tag=tag.to(self._device),
+            batch.source.to(self._device),
+            prompt=batch.target.to(self._device),
             search=search,
             max_tokens=max_tokens,
             rules=copy_rules(
-                self._rules, self.tokenizer.copies, units=units, max_tokens=max_tokens
+                self._rules,
+                self.tokenizer.copies,
+                units=[row.slotted.units for row in rows],
+                max_tokens=max_tokens,
             ),
         )
 

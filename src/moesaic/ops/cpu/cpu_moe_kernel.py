@@ -105,9 +105,10 @@ class CPUMoEKernel:
     ) -> Float[Tensor, "T D"]:
         if not supports(x, weights=weights, activation=activation):
             return self.fallback(x, edges=edges, weights=weights, activation=activation)
-        live_rows = int(edges.groups.offsets[-1])
         inputs = (x, edges.weight, weights.up, weights.down)
         save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        # without a backward pass a larger buffer costs less than reading the number
+        live_rows = int(edges.groups.offsets[-1]) if save else edges.token.numel()
         options = _CallOptions(
             self.library, activation.kernel_name, edges.per_token, live_rows, save
         )
@@ -141,7 +142,7 @@ class _SortedEdges(NamedTuple):
 
 
 class _CallOptions(NamedTuple):
-    """Arguments that are no tensors; ``live_rows`` is the number of edges that are not dropped."""
+    """Arguments that are no tensors; ``live_rows`` is the number of edges that are not dropped, or more."""
 
     library: CPULibrary
     activation: str
