@@ -22,6 +22,7 @@ from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.attention_parts import SlidingWindow
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.gated_linear_attention import GatedLinearAttention
 from moesaic.nn.mamba2 import Mamba2
@@ -101,7 +102,7 @@ def _with_head_dim(model: ModelConfig, width: int) -> ModelConfig:
 def _spiking_mixers() -> dict[str, SequenceMixer]:
     return {
         "linear": GatedLinearAttention(heads=4),
-        "window": Attention(),
+        "window": Attention(window=SlidingWindow(size=WINDOW)),
     }
 
 
