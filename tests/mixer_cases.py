@@ -18,8 +18,13 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention import Attention
+from moesaic.nn.attention_parts import Chunks, LearnedSinks, SlidingWindow
 from moesaic.nn.gated_linear_attention import GatedLinearAttention
+from moesaic.nn.latent_attention import LatentAttention
 from moesaic.nn.mamba2 import Mamba2
+from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.qk_norm import L2QKNorm, PerHeadQKNorm
+from moesaic.nn.rotary_scaling import Llama3Scaling, YaRN
 from moesaic.nn.sequence_mixer import SequenceMixer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
@@ -39,9 +44,24 @@ def _mixer_of_the_guide() -> SequenceMixer:
     return module.GuideTokenShift()
 
 
+MSCALED = Rotary(scaling=YaRN(factor=4, original_length=8, mscale=1.0, mscale_all_dim=0.7))
 MIXERS: dict[str, SequenceMixer] = {
     "own_heads": Attention(heads=2, kv_heads=2, head_dim=6),
     "attention_experts": MixtureOfAttention(experts=2),
+    "window": Attention(
+        window=SlidingWindow(size=3),
+        sinks=LearnedSinks(),
+        qk_norm=PerHeadQKNorm(),
+        bias=("query", "value"),
+        scale=0.4,
+        position=Rotary(
+            pairing="halves", fraction=0.5, scaling=Llama3Scaling(factor=4, original_length=8)
+        ),
+    ),
+    "chunks": Attention(window=Chunks(size=3), qk_norm=L2QKNorm(), clip=2.0, softcap=3.0),
+    "latent": LatentAttention(
+        kv_rank=6, query_rank=5, nope_dim=4, rope_dim=2, value_dim=3, position=MSCALED
+    ),
     "gated_linear_attention": GatedLinearAttention(heads=4, gate_rank=4),
     "mamba2": Mamba2(head_dim=8, state=6, groups=4),
     "of_the_guide": _mixer_of_the_guide(),

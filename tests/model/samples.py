@@ -50,7 +50,13 @@ from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.positional_encoding import LearnedPositions, NoPositionalEncoding, Sinusoidal
+from moesaic.nn.positional_encoding import (
+    LearnedPositions,
+    NoPositionalEncoding,
+    RelativeBias,
+    Sinusoidal,
+)
+from moesaic.nn.qk_norm import AcrossHeadsQKNorm
 
 VOCABULARY = 40
 BASE = ModelConfig(
@@ -172,6 +178,11 @@ VARIANTS |= {f"mixer-{name}": alone(BASE, name) for name in MIXERS}
 VARIANTS["mixers-of-all-kinds"] = hybrid(BASE)
 VARIANTS["mixers-parallel-residual"] = hybrid(BASE).replace(
     encoder=NONE, block_layout=ParallelResidual(), bias=True
+)
+
+VARIANTS["relative-bias"] = BASE.replace(
+    attention=AttentionConfig(heads=4, qk_norm=AcrossHeadsQKNorm(), clip=0.7, scale=1.0),
+    position=RelativeBias(buckets=8, max_distance=6),
 )
 
 

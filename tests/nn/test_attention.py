@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from moesaic.nn.attention import Attention, CrossAttention
+from moesaic.nn.attention import Attention
 from moesaic.nn.attention_backend import KeyValue, attend
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.attention_scores import AttentionMask, AttentionScores
+from moesaic.nn.cross_attention import CrossAttention
 from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
@@ -34,8 +36,11 @@ def test_attention_equals_its_definition_with_gradients(groups, masking):
     keys = KeyValue(*(torch.randn(2, groups, 5, 4, requires_grad=True) for _ in range(2)))
     mask = REAL[:, None, None] if masking == "masked" else None
     results = []
-    for function in (attend, reference_attend):
-        out = function(query, keys, mask=mask, causal=masking == "causal")
+    scores = AttentionScores(AttentionMask(causal=masking == "causal"))
+    for out in (
+        attend(query, keys, mask=mask, scores=scores),
+        reference_attend(query, keys, mask=mask, causal=masking == "causal"),
+    ):
         results.append([out, *torch.autograd.grad(out.square().sum(), (query, keys.key))])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -64,6 +64,33 @@ def reference_attend(query, keys, *, mask, causal):
     return (score.softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
+def reference_attend_rows(query, key, value, *, scores, key_mask):
+    """Softmax of every allowed score, one matrix of scores for each head."""
+    mask, share = scores.mask, query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(share, 1) for t in (key, value))
+    score = query @ key.transpose(-1, -2) * scores.scale_of(query.shape[-1])
+    if scores.softcap:
+        score = scores.softcap * (score / scores.softcap).tanh()
+    i, j = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
+    allowed = torch.ones(len(i), len(j), dtype=torch.bool)
+    if mask.causal:
+        allowed &= j <= i
+    if mask.window:
+        allowed &= (i - j).abs() < mask.window
+    if mask.chunk:
+        allowed &= i // mask.chunk == j // mask.chunk
+    if scores.bias:
+        bucket = scores.bias.buckets.of(j - i)
+        score = score + F.embedding(bucket, scores.bias.table).permute(2, 0, 1)
+    if key_mask is not None:  # a padded query may attend to itself: its output is not read
+        allowed = (allowed & key_mask) | (i == j)
+    power = score.masked_fill(~allowed, float("-inf")).exp()
+    total = power.sum(-1, keepdim=True)
+    if scores.sinks is not None:
+        total = total + scores.sinks.exp()[:, None, None]
+    return power / total @ value
+
+
 def reference_decayed_scan(inputs, *, state, scale=1.0):
     """``S_t = exp(g_t) S_{t-1} + k_t v_t`` and ``o_t = scale q_t S_t``, one token at a time."""
     query, key, value, log_decay = inputs

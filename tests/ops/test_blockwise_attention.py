@@ -9,6 +9,7 @@ from moesaic.core.shapes import Tensor
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.ops.blockwise_attention import (
     AttentionBackward,
+    BlockScores,
     PartialAttention,
     attend_block,
     attend_block_backward,
@@ -17,6 +18,7 @@ from moesaic.ops.blockwise_attention import (
 from ops.references import reference_attend
 
 GROUPS, SHARED, QUERIES, WIDTH = 2, 3, 5, 4
+ALL = BlockScores(WIDTH**-0.5)
 
 
 def _inputs(keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,29 +47,30 @@ def test_blocks_in_any_order_add_up_to_attention(order: tuple[int, ...]) -> None
     with torch.no_grad():
         for number in order:
             span = blocks[number]
-            merge_block(found, attend_block(query, key[:, span], value[:, span], diagonal=None))
+            merge_block(found, attend_block(query, key[:, span], value[:, span], score=ALL))
         torch.testing.assert_close(found.out, expected)
         back = AttentionBackward(grad, (grad * found.out).sum(-1), found.lse)
         for span in blocks:
             part = attend_block_backward(
-                query, key[:, span], value[:, span], backward=back, diagonal=None
+                query, key[:, span], value[:, span], backward=back, score=ALL
             )
             got[0] += part.query
             got[1][:, span] += part.key
             got[2][:, span] += part.value
-    for one, other in zip(got, wanted, strict=True):
+    for one, other in zip(got[:3], wanted, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_a_diagonal_hides_what_comes_later() -> None:
+def test_a_mask_hides_what_comes_later() -> None:
     query, key, value = (x.requires_grad_() for x in _inputs(QUERIES))
     expected = _plain(query, key, value, causal=True)
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, [query, key, value], grad)
     with torch.no_grad():
-        found = attend_block(query, key, value, diagonal=0)
+        score = BlockScores(WIDTH**-0.5, torch.ones(QUERIES, QUERIES, dtype=torch.bool).tril())
+        found = attend_block(query, key, value, score=score)
         back = AttentionBackward(grad, (grad * found.out).sum(-1), found.lse)
-        got = attend_block_backward(query, key, value, backward=back, diagonal=0)
+        got = attend_block_backward(query, key, value, backward=back, score=score)
     torch.testing.assert_close(found.out, expected)
-    for one, other in zip(got, wanted, strict=True):
+    for one, other in zip(got[:3], wanted, strict=True):
         torch.testing.assert_close(one, other)

@@ -6,6 +6,7 @@ import torch.distributed as distributed
 
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.attention_scores import AttentionMask, AttentionScores
 from moesaic.parallel import context_parallel
 from moesaic.parallel.context_parallel import (
     SequenceSharder,
@@ -24,7 +25,12 @@ from parallel.attention_cases import (
 )
 
 SPLITS = {"in order": contiguous_split, "zigzag": zigzag_split}
-TILED = {"tiled": Case((17, 3)), "tiled cross": Case((5, 9), source=(11, 2))}
+TILED = {
+    "tiled": Case((17, 3)),
+    "tiled window": Case((17, 3), mask={"window": 5}, parts=("bias", "sinks")),
+    "tiled chunks": Case((17, 3), causal=False, mask={"chunk": 4}),
+    "tiled cross": Case((5, 9), source=(11, 2)),
+}
 
 
 def _all_cases(ranks: int) -> dict[str, Outcome]:
@@ -65,34 +71,63 @@ def test_sums_are_float32_under_autocast() -> None:
         torch.testing.assert_close(sum(parts), expected, rtol=1e-5, atol=1e-5)
 
 
-def _pairs(token_split: TokenSplit, rank: int) -> int:
+def _tiles(mask: AttentionMask, token_split: TokenSplit, rank: int) -> list[AttentionTile]:
     packing = SequenceSharder(rank, 4, token_split=token_split)(packing_of([64]))
     assert packing.partition is not None
     spans = packing.partition.spans
-    tiles = [
-        AttentionTile.of(query, key, causal=True)
+    found = [
+        AttentionTile.of(query, key, mask=mask)
         for query in spans[rank]
         for part in spans
         for key in part
     ]
-    return sum(_count(tile) for tile in tiles if tile is not None)
+    return [tile for tile in found if tile is not None]
 
 
-def _count(tile: AttentionTile) -> int:
-    shape = tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
-    results = torch.ones(shape, dtype=torch.bool)
-    return int((results if tile.diagonal is None else results.tril(tile.diagonal)).sum())
+def _pairs(mask: AttentionMask, token_split: TokenSplit, rank: int) -> int:
+    pairs = 0
+    for tile in _tiles(mask, token_split, rank):
+        visible = mask.visible(*tile.positions(torch.device("cpu")))
+        assert visible.any(1).all()
+        assert tile.masked == (not visible.all())
+        pairs += int(visible.sum())
+    return pairs
 
 
-def test_tiles_cover_each_causal_pair_once_and_zigzag_balances_them() -> None:
-    pairs = 64 * 65 // 2
-    assert sum(_pairs(contiguous_split, rank) for rank in range(4)) == pairs
-    assert [_pairs(zigzag_split, rank) for rank in range(4)] == [pairs / 4] * 4
+MASKS = {
+    "causal": AttentionMask(causal=True),
+    "window": AttentionMask(causal=True, window=7),
+    "window on both sides": AttentionMask(causal=False, window=7),
+    "chunks": AttentionMask(causal=True, chunk=12),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_tiles_cover_each_pair_once_and_each_query_sees_a_key_of_its_tile(mask: str) -> None:
+    for split in SPLITS.values():
+        pairs = sum(_pairs(MASKS[mask], split, rank) for rank in range(4))
+        assert pairs == MASKS[mask].num_pairs(64)
+
+
+def test_zigzag_balances_causal_pairs() -> None:
+    pairs = [_pairs(MASKS["causal"], zigzag_split, rank) for rank in range(4)]
+    assert pairs == [64 * 65 / 8] * 4
+
+
+def test_a_window_skips_the_tiles_that_no_query_reaches() -> None:
+    windowed, full = (
+        len(_tiles(MASKS[mask], contiguous_split, rank=3)) for mask in ("window", "causal")
+    )
+    assert (windowed, full) == (2, 4)
 
 
 def test_a_source_of_another_backend_is_refused() -> None:
     zeros = torch.zeros(1, 1, 1, 4)
     with pytest.raises(TypeError, match="needs a source from its own project_source"):
         RingAttention(None).cross_attention(
-            zeros[0], packing=packing_of([1]), source=KeyValue(zeros, zeros), mask=None
+            zeros[0],
+            packing=packing_of([1]),
+            source=KeyValue(zeros, zeros),
+            mask=None,
+            scores=AttentionScores(AttentionMask(causal=False)),
         )

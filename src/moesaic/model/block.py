@@ -18,8 +18,8 @@ from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing_record import RoutingRecord
-from moesaic.nn.attention import CrossAttention
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.cross_attention import CrossAttention
 from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.packing import Packing

@@ -16,8 +16,9 @@ from moesaic.model.config import ModelConfig
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.router_gate import LayerIndex, RouterShape
-from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec, linear_specs
-from moesaic.nn.positional_encoding import LearnedPositions
+from moesaic.nn.cross_attention import CrossAttentionCount
+from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
+from moesaic.nn.positional_encoding import LearnedPositions, RelativeBias
 
 MAX_TENSOR_VALUES = 2**59  # 2^63 bytes hold them with room for 16 bytes a value
 
@@ -155,10 +156,11 @@ def _stack_entries(config: ModelConfig, *, side: str) -> Iterator[ParameterEntry
         part = f"{side} {mixer.branch.replace('_', '-')}"
         yield from _entries_of_specs(mixer.parameter_specs(shape), part=part)
     if side == "decoder" and config.encoder.layers:
-        query, keys = config.attention.widths(dim)
-        for fan in ((dim, query), (dim, 2 * keys), (query, dim)):
-            specs = linear_specs(*fan, bias=config.bias)
-            yield from _entries_of_specs(specs, part=f"{side} {CROSS}", copies=stack.layers)
+        specs = CrossAttentionCount(config.attention, dim, config.bias).parameter_specs()
+        yield from _entries_of_specs(specs, part=f"{side} {CROSS}", copies=stack.layers)
+    if stack.layers and isinstance(config.position, RelativeBias):
+        shape_of_table = (config.position.buckets, config.attention.heads)
+        yield ParameterEntry(f"{side} positions", "embedding", shape_of_table, 1)
     with_feed_forward = [i for i in layers if stack.block_pattern(i).feed_forward]
     sparse = [config.moe_of_layer(stack, layer=layer) for layer in with_feed_forward]
     routed = [moe for moe in sparse if isinstance(moe, MoE)]

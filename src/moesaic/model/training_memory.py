@@ -20,6 +20,7 @@ from moesaic.model.parameter_flop_count import BatchDims, count_parameters, num_
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.router_gate import LayerIndex, RouterShape
+from moesaic.nn.cross_attention import CrossAttentionCount
 from moesaic.nn.parameter_spec import FeedForwardShape
 from moesaic.optim.optimizer import AdamW, Optimizer
 
@@ -65,11 +66,21 @@ def activation_bytes(config: ModelConfig, *, sizes: BatchDims) -> int:
         # the last norm's output is what cross-attention reads
         values += source * (_dropout_mask_values(config) + _norm_values(config))
         values += source * _stack_values(config, side="encoder")
+        values += sizes.rows * _row_values(config, side="encoder", tokens=sizes.source)
     values += target * _stack_values(config, side="decoder")
+    values += sizes.rows * _row_values(config, side="decoder", tokens=sizes.target)
     if config.encoder.layers:
-        each = target * _cross_attention_values(config) + source * 2 * _key_width(config)
-        values += config.decoder.layers * each
+        cross = CrossAttentionCount(config.attention, config.dim, config.bias)
+        each = target * (cross.saved_per_target() + _dropout_mask_values(config))
+        values += config.decoder.layers * (each + source * cross.saved_per_source())
     return 4 * values
+
+
+def _row_values(config: ModelConfig, *, side: str, tokens: int) -> int:
+    """Values that a stack's mixers save for a row of ``tokens`` tokens, beside those of each."""
+    stack, shape = config.stack_of(side), config.mixer_shape(side)
+    mixers = (m for i in range(stack.layers) for m in config.mixers_of_layer(stack, layer=i))
+    return sum(mixer.saved_per_row(shape, tokens=tokens) for mixer in mixers)
 
 
 def _dropout_mask_values(config: ModelConfig) -> int:
@@ -80,10 +91,6 @@ def _dropout_mask_values(config: ModelConfig) -> int:
 def _norm_values(config: ModelConfig) -> int:
     """The input, one or two statistics, and the output, which the next linear map saves."""
     return 2 * config.dim + config.norm.saved_statistics()
-
-
-def _key_width(config: ModelConfig) -> int:
-    return config.attention.widths(config.dim)[1]
 
 
 def _stack_values(config: ModelConfig, *, side: str) -> int:
@@ -122,12 +129,6 @@ def _shared_router_values(config: ModelConfig, *, stack: Stack) -> int:
                 values += moe.cross_layer.shared_saved_activations()
                 values += moe.router_input.shared_saved_activations(config.dim)
     return values
-
-
-def _cross_attention_values(config: ModelConfig) -> int:
-    """Values per target token; the norm of the branch is counted with those of its block."""
-    query, _ = config.attention.widths(config.dim)
-    return 2 * query + config.attention.heads + _dropout_mask_values(config)
 
 
 def _feed_forward_values(config: ModelConfig) -> int:

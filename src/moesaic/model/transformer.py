@@ -39,6 +39,7 @@ from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.initializer import deferred_initialization
 from moesaic.nn.packing import Packing
+from moesaic.nn.relative_bias import RelativeBiasModule
 from moesaic.nn.sequence_mixer import MixerContext
 from moesaic.optim.optimizer import ParameterKind
 
@@ -101,6 +102,8 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
         )
+        self.encoder_score_bias = _score_bias(config, side="encoder")
+        self.decoder_score_bias = _score_bias(config, side="decoder")
         self.encoder_routing = _shared_router(config, side="encoder")
         self.decoder_routing = _shared_router(config, side="decoder")
         if config.encoder.layers:
@@ -222,8 +225,14 @@ class Transformer(nn.Module):
             tag_embedding=prompt,
         )
         gathered = tokens.position[packing.gathered_tokens]
-        causal = self.config.is_causal(tokens.stack)
-        mixing = MixerContext(packing, gathered, causal=causal, slots=tokens.slots)
+        table = self.encoder_score_bias if tokens.stack == "encoder" else self.decoder_score_bias
+        mixing = MixerContext(
+            packing,
+            gathered,
+            causal=self.config.is_causal(tokens.stack),
+            slots=tokens.slots,
+            score_bias=None if table is None else table(),
+        )
         return ForwardContext(mixing, routing_context)
 
     def embed(self, tokens: StackTokens, *, context: ForwardContext) -> BlockState:
@@ -282,6 +291,14 @@ def token_ids(values: Int[Tensor, "*N"] | Float[Tensor, "*N C"]) -> Int[Tensor, 
 def packing_of(rows: InputRows) -> Packing:
     """Return where the real entries of the rows are."""
     return Packing.from_lengths(rows.lengths, length=rows.width)
+
+
+def _score_bias(config: ModelConfig, *, side: str) -> RelativeBiasModule | None:
+    """Build the bias of the attention scores of a stack, if its positions have one."""
+    if not config.stack_of(side).layers:
+        return None
+    heads = config.attention.heads
+    return config.position.build_score_bias(heads, causal=config.is_causal(side))
 
 
 def _shared_router(config: ModelConfig, *, side: str) -> SharedRouter | None:

@@ -48,6 +48,8 @@ class MixtureOfAttention(SequenceMixer):
         return AttentionMixture(self, shape)
 
     def problems(self, shape: MixerShape, /) -> str | None:
+        if shape.position.biases_scores:
+            return "no RelativeBias, whose table has the heads of one attention"
         return Attention().problems(shape)
 
     def parameter_specs(self, shape: MixerShape, /) -> Sequence[ParameterSpec]:
@@ -57,6 +59,9 @@ class MixtureOfAttention(SequenceMixer):
     def saved_activations(self, shape: MixerShape, /) -> int:
         query, _ = self.combined_attention(shape).widths(shape.dim)
         return Attention().saved_activations(self._combined(shape)) + query + self.experts
+
+    def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
+        return Attention().saved_per_row(self._combined(shape), tokens=tokens)
 
     def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
         return Attention().shared_activations(shape)

@@ -1,38 +1,41 @@
-"""Multi-head self-attention, a sequence mixer, and cross-attention.
+"""Multi-head self-attention, a sequence mixer.
 
 ``backend`` computes attention (context parallelism replaces it), ``tensor_parallel`` is the group
 of ranks that share the matrices.
 
-Letters: B rows, S source length, T tokens, D model dim, H heads, G key/value heads, d head dim.
+Letters: B rows, T tokens, D model dim, H heads, G key/value heads, d head dim.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
+import torch
 from pydantic import Field
 from torch import nn
 
-from moesaic.core.shapes import Bool, Float, Tensor
+from moesaic.core.shapes import Float, Tensor
+from moesaic.nn.attention_activations import AttentionActivations
 from moesaic.nn.attention_backend import (
     AttentionBackend,
-    KeyValue,
     LocalAttention,
     QueryKeyValue,
-    attend,
-    pad_heads,
 )
-from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.attention_config import AttentionConfig, Projection
+from moesaic.nn.attention_parts import Sinks, Window
+from moesaic.nn.attention_scores import AttentionScores
 from moesaic.nn.decode_state import DecodeState, KVState
-from moesaic.nn.fused_projections import FusedProjections
-from moesaic.nn.packing import Packing
+from moesaic.nn.fused_projections import FusedProjections, fused_linear
+from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.newest_tokens import AttentionState, attend_newest, attention_state
 from moesaic.nn.parameter_spec import ParameterSpec, linear_specs
 from moesaic.nn.positional_encoding import PositionalEncoding
+from moesaic.nn.qk_norm import QKNorm
 from moesaic.nn.sequence_mixer import MixerContext, MixerShape, SequenceMixer, SequenceMixerModule
 from moesaic.nn.shardable_module import (
     ContextScope,
     ContextSharding,
-    ShardableModule,
+    ShardedTensor,
     TensorSharding,
     column_parallel,
     row_parallel,
@@ -50,6 +53,13 @@ class Attention(SequenceMixer):
     kv_heads: int | None = Field(default=None, ge=1)
     head_dim: int | None = Field(default=None, ge=1)
     position: PositionalEncoding | None = None
+    bias: tuple[Projection, ...] | None = None
+    qk_norm: QKNorm | None = None
+    window: Window | None = None
+    sinks: Sinks | None = None
+    clip: float | None = Field(default=None, gt=0)
+    scale: float | None = Field(default=None, gt=0)
+    softcap: float | None = Field(default=None, gt=0)
 
     branch = "self_attention"
 
@@ -68,30 +78,47 @@ class Attention(SequenceMixer):
         return SelfAttention(own)
 
     def problems(self, shape: MixerShape, /) -> str | None:
-        return self.config(shape).problems(shape.dim, position=self.encoding(shape))
+        config, position = self.config(shape), self.encoding(shape)
+        if position.biases_scores and (self.position or config.heads != shape.attention.heads):
+            name = type(position).__name__
+            return f"the model's position and heads, whose table {name} shares between the blocks"
+        return config.problems(shape.dim, position=position)
 
     def parameter_specs(self, shape: MixerShape, /) -> Sequence[ParameterSpec]:
-        query, keys = self.config(shape).widths(shape.dim)
+        config, numbers = self.config(shape), self.config(shape).numbers(shape.dim)
+        query, keys = config.widths(shape.dim)
+        biased = config.has_bias("query", "key", "value", default=shape.bias)
+        widths = [width for width, has in zip((query, keys, keys), biased, strict=True) if has]
+        bias = [ParameterSpec("bias", (sum(widths),))] if widths else []
+        sinks = [ParameterSpec("bias", (config.heads,))] if config.sinks.learned else []
+        (output,) = config.has_bias("output", default=shape.bias)
         return [
-            *linear_specs(shape.dim, query + 2 * keys, bias=shape.bias),
-            *linear_specs(query, shape.dim, bias=shape.bias),
+            *linear_specs(shape.dim, query + 2 * keys, bias=False),
+            *bias,
+            *linear_specs(query, shape.dim, bias=output),
+            *config.qk_norm.parameter_specs(numbers),
+            *sinks,
         ]
 
     def saved_activations(self, shape: MixerShape, /) -> int:
-        config = self.config(shape)
-        query, keys = config.widths(shape.dim)
-        turned = self.encoding(shape).rotated_channels(config.head_width(shape.dim))
-        rotated = query + keys if turned else 0
-        return query + 2 * keys + rotated + query + config.heads
+        return self._count(shape).per_token()
+
+    def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
+        return self._count(shape).per_row(tokens)
+
+    def _count(self, shape: MixerShape) -> AttentionActivations:
+        return AttentionActivations(
+            self.config(shape), self.encoding(shape), shape.dim, causal=shape.causal
+        )
 
     def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
         encoding, width = self.encoding(shape), self.config(shape).head_width(shape.dim)
         return {("rotation", encoding, width): encoding.rotated_channels(width)}
 
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
-        query, _ = self.config(shape).widths(shape.dim)
-        pairs = tokens * (tokens + 1) / 2 if shape.causal else tokens**2
-        return 4.0 * query * pairs
+        config = self.config(shape)
+        pairs = config.window.mask(causal=shape.causal).num_pairs(tokens)
+        return 4.0 * config.widths(shape.dim)[0] * pairs
 
     def exchanged_values(
         self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
@@ -102,23 +129,28 @@ class Attention(SequenceMixer):
 
     def shrink(self, shape: MixerShape, /) -> Self:
         width = self.head_dim and min(self.head_dim, shape.attention.head_width(shape.dim))
-        return self.replace(head_dim=width)
+        return self.replace(head_dim=width, window=self.window and self.window.shrink())
 
 
-class SelfAttention(SequenceMixerModule, FusedProjections):
+class SelfAttention(SequenceMixerModule, FusedProjections, CustomInitializers):
     """Self-attention with the heads of ``shape.attention``; q, k and v are one projection."""
 
     def __init__(self, shape: MixerShape) -> None:
         super().__init__()
-        config, dim, bias = shape.attention, shape.dim, shape.bias
+        config, dim = shape.attention, shape.dim
         self.heads, self.kv_heads, self.head_dim = (
             config.heads,
             config.num_kv_heads(),
             config.head_width(dim),
         )
-        self.position = shape.position
-        self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
+        self.position, self.config = shape.position, config
+        self.scale = config.score_scale(shape.position, dim=dim)
+        biased = config.has_bias("query", "key", "value", "output", default=shape.bias)
+        widths = self.fused_outputs()["qkv.weight"]
+        self.qkv = fused_linear(dim, widths, biased=biased[:3])
+        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=biased[3])
+        self.qk_norm = config.qk_norm.build(config.numbers(dim))
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks.learned else None
         self.backend: AttentionBackend = LocalAttention()
         self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
 
@@ -126,12 +158,18 @@ class SelfAttention(SequenceMixerModule, FusedProjections):
         query, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {"qkv.weight": (query, keys, keys)}
 
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {} if self.sinks is None else {"sinks": Initializer(kind="bias")}
+
     def tensor_sharding(self) -> TensorSharding:
         segments = self.fused_outputs()["qkv.weight"]
+        sinks = {} if self.sinks is None else {"sinks": ShardedTensor(0, (self.heads,))}
+        linears = column_parallel("qkv", self.qkv, segments=segments)
         return TensorSharding(
-            column_parallel("qkv", self.qkv, segments=segments) | row_parallel("out", self.out),
+            linears | row_parallel("out", self.out) | sinks,
             divided={"heads": self.heads, "kv_heads": self.kv_heads},
             row_parallel=("out",),
+            refusal=self.config.qk_norm.tensor_refusal(),
         )
 
     def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
@@ -144,8 +182,9 @@ class SelfAttention(SequenceMixerModule, FusedProjections):
     def use_context_parallel(self, scope: ContextScope) -> None:
         self.backend = scope.attention_backend(kv_heads=self.kv_heads)
 
-    def init_state(self, rows: int, *, like: Tensor) -> KVState:
-        return KVState.empty(rows, kv_heads=self.kv_heads, head_dim=self.head_dim, like=like)
+    def init_state(self, rows: int, *, like: Tensor) -> AttentionState:
+        empty = KVState.empty(rows, kv_heads=self.kv_heads, head_dim=self.head_dim, like=like)
+        return attention_state(empty, AttentionScores(self.config.window.mask(causal=True)))
 
     def forward(
         self, x: Float[Tensor, "T D"], *, context: MixerContext, state: DecodeState | None = None
@@ -160,81 +199,33 @@ class SelfAttention(SequenceMixerModule, FusedProjections):
     ) -> Float[Tensor, "T HD"]:
         """Return the concatenated heads, before the output projection."""
         heads, packing = self._project(x, context=context), context.packing
-        if not isinstance(state, KVState):
-            return self.backend.self_attention(heads, packing=packing, causal=context.causal)
-        slots, sources = context.decode_slots, context.decode_slots.sources
-        query, key, value = (pad_heads(each, packing, sources=sources) for each in heads)
-        keys = state.append(key, value)
-        if slots.is_first:
-            return self.backend.self_attention(heads, packing=packing, causal=context.causal)
-        return packing.pack(attend(query, keys, mask=slots.allowed(), causal=False))
+        scores = self._scores(context)
+        if not isinstance(state, AttentionState):
+            return self.backend.self_attention(heads, packing=packing, scores=scores)
+        slots = context.decode_slots
+        return attend_newest(heads, packing=packing, slots=slots, state=state, scores=scores)
+
+    def _scores(self, context: MixerContext) -> AttentionScores:
+        return AttentionScores(
+            self.config.window.mask(causal=context.causal),
+            scale=self.scale,
+            softcap=self.config.softcap,
+            sinks=self.sinks,
+            bias=context.score_bias if self.position.biases_scores else None,
+        )
 
     def _project(self, x: Float[Tensor, "T D"], *, context: MixerContext) -> QueryKeyValue:
-        heads, groups = self.heads, self.kv_heads
+        heads, groups, norm, clip = self.heads, self.kv_heads, self.qk_norm, self.config.clip
         both, value = (
             self.qkv(x).unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], 1)
         )
         rotate = context.rotation(self.position, head_dim=self.head_dim)
+        if norm is not None and not norm.after_rotation:
+            query, key = both.split([heads, groups], 1)
+            both = torch.cat([norm.normalise_query(query), norm.normalise_key(key)], 1)
+        if clip is not None:
+            both, value = both.clamp(-clip, clip), value.clamp(-clip, clip)
         query, key = rotate(both).split([heads, groups], 1)
+        if norm is not None and norm.after_rotation:
+            query, key = norm.normalise_query(query), norm.normalise_key(key)
         return QueryKeyValue(query, key, value)
-
-
-class CrossAttention(ShardableModule, FusedProjections):
-    """Attention from target tokens to the encoder's states, without positions."""
-
-    def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.heads,
-            config.num_kv_heads(),
-            config.head_width(dim),
-        )
-        self.query = nn.Linear(dim, self.heads * self.head_dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * self.kv_heads * self.head_dim, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
-        self.backend: AttentionBackend = LocalAttention()
-        self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
-
-    def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
-        keys = self.kv_heads * self.head_dim
-        return {"kv.weight": (keys, keys)}
-
-    def tensor_sharding(self) -> TensorSharding:
-        return TensorSharding(
-            column_parallel("query", self.query, segments=(self.heads * self.head_dim,))
-            | column_parallel("kv", self.kv, segments=self.fused_outputs()["kv.weight"])
-            | row_parallel("out", self.out),
-            divided={"heads": self.heads, "kv_heads": self.kv_heads},
-            row_parallel=("out",),
-        )
-
-    def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
-        self.heads, self.kv_heads = self.heads // ranks, self.kv_heads // ranks
-        self.tensor_parallel = group
-
-    def context_sharding(self) -> ContextSharding:
-        return ContextSharding(heads=self.heads)
-
-    def use_context_parallel(self, scope: ContextScope) -> None:
-        self.backend = scope.attention_backend(kv_heads=self.kv_heads)
-
-    def project_source(self, encoder_states: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
-        """Return keys and values of the source, once per layer and batch."""
-        both = self.kv(self.tensor_parallel.all_gather_tokens(encoder_states, packing)).unflatten(
-            -1, (-1, self.head_dim)
-        )
-        return self.backend.project_source(*both.split(self.kv_heads, 1), packing=packing)
-
-    def forward(
-        self,
-        x: Float[Tensor, "T D"],
-        *,
-        packing: Packing,
-        source: KeyValue,
-        mask: Bool[Tensor, "B 1 1 S"] | None,
-    ) -> Float[Tensor, "T D"]:
-        """Attend to ``source`` where ``mask`` is true (None: everywhere)."""
-        x = self.tensor_parallel.all_gather_tokens(x, packing)
-        query = self.query(x).unflatten(-1, (-1, self.head_dim))
-        heads = self.backend.cross_attention(query, packing=packing, source=source, mask=mask)
-        return self.tensor_parallel.reduce_scatter_tokens(self.out(heads), packing)

@@ -9,10 +9,10 @@ Letters: B rows, S source length, L target length, T tokens, H heads, G key/valu
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch.nn.functional as F
-
 from moesaic.core.shapes import Bool, Float, Int, Tensor
+from moesaic.nn.attention_scores import AttentionScores
 from moesaic.nn.packing import Packing
+from moesaic.nn.softmax_attention import attend_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class AttentionBackend(Protocol):
     """Attention within each row, wherever the tokens of the row are."""
 
     def self_attention(
-        self, heads: QueryKeyValue, *, packing: Packing, causal: bool
+        self, heads: QueryKeyValue, *, packing: Packing, scores: AttentionScores
     ) -> Float[Tensor, "T HD"]:
-        """Self-attention within each row; ``causal``: to a token itself and to those before it."""
+        """Self-attention within each row."""
         ...
 
     def project_source(
@@ -63,6 +63,7 @@ class AttentionBackend(Protocol):
         packing: Packing,
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
+        scores: AttentionScores,
     ) -> Float[Tensor, "T HD"]:
         """Attention to the prepared source, where ``mask`` is true (None: everywhere).
 
@@ -75,12 +76,11 @@ class LocalAttention:
     """Attention by PyTorch's kernels: all tokens of a row are on this rank."""
 
     def self_attention(
-        self, heads: QueryKeyValue, *, packing: Packing, causal: bool
+        self, heads: QueryKeyValue, *, packing: Packing, scores: AttentionScores
     ) -> Float[Tensor, "T HD"]:
-        # causal attention needs no mask: padding is on the right, after every real token
-        mask = None if causal else packing.key_mask
         keys = self.project_source(heads.key, heads.value, packing=packing)
-        return packing.pack(attend(pad_heads(heads.query, packing), keys, mask=mask, causal=causal))
+        query, mask = pad_heads(heads.query, packing), packing.key_mask
+        return packing.pack(attend(query, keys, mask=mask, scores=scores))
 
     def project_source(
         self, key: Float[Tensor, "T G d"], value: Float[Tensor, "T G d"], *, packing: Packing
@@ -94,9 +94,10 @@ class LocalAttention:
         packing: Packing,
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
+        scores: AttentionScores,
     ) -> Float[Tensor, "T HD"]:
         queries = pad_heads(query, packing, sources=source.key.shape[0])
-        return packing.pack(attend(queries, source, mask=mask, causal=False))
+        return packing.pack(attend(queries, source, mask=mask, scores=scores))
 
 
 def pad_heads(
@@ -115,16 +116,12 @@ def attend(
     query: Float[Tensor, "B H L d"],
     keys: KeyValue,
     *,
-    mask: Bool[Tensor, "B 1 #L S"] | None,
-    causal: bool,
+    mask: Bool[Tensor, "B 1 1 S"] | None,
+    scores: AttentionScores,
 ) -> Float[Tensor, "B L HD"]:
-    """Softmax attention; returns the heads concatenated. ``mask`` is true where allowed."""
-    mixed = F.scaled_dot_product_attention(
-        query,
-        keys.key,
-        keys.value,
-        attn_mask=mask,
-        is_causal=causal,
-        enable_gqa=query.shape[1] != keys.key.shape[1],
-    )
+    """Softmax attention in whole rows; returns the heads concatenated.
+
+    ``mask`` is true at keys that are no padding (see ``attend_rows``).
+    """
+    mixed = attend_rows(query, keys.key, keys.value, scores=scores, key_mask=mask)
     return mixed.transpose(1, 2).flatten(2)

@@ -51,6 +51,12 @@ class DecodeSlots:
         return self.position.shape[1]
 
     @property
+    def newest_positions(self) -> Int[Tensor, "R n"]:
+        """The positions of the tokens appended last, in each row."""
+        assert self.newest is not None, "no tokens were appended"
+        return self.newest
+
+    @property
     def is_first(self) -> bool:
         """Whether the newest tokens are all there are: a row then attends to whole rows only."""
         return self.newest is not None and self.newest.shape == self.position.shape
@@ -103,11 +109,10 @@ class DecodeSlots:
         return self._allowed[0]
 
     def _make_allowed(self) -> Bool[Tensor, "B 1 kn S"] | None:
-        assert self.newest is not None, "no tokens were appended"
-        rows, count = self.newest.shape
+        rows, count = self.newest_positions.shape
         if count == 1:
             return None if self.own is None else self.own.view(self.sources, 1, -1, self.used)
-        seen = self.position[:, None] <= self.newest.view(self.sources, -1, 1)
+        seen = self.position[:, None] <= self.newest_positions.view(self.sources, -1, 1)
         if self.own is not None:
             own = self.own[:, None].expand(rows, count, self.used)
             seen = seen & own.reshape(self.sources, -1, self.used)

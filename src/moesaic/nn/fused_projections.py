@@ -3,9 +3,13 @@
 An optimizer that treats a matrix as a whole (Muon) has to treat each map by itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+
+from moesaic.core.shapes import Tensor
 
 
 class FusedProjections(nn.Module):
@@ -17,6 +21,38 @@ class FusedProjections(nn.Module):
         Outputs are the rows of a matrix [out, in], and the last dim of expert weights [E, in, out].
         """
         raise NotImplementedError
+
+
+class PartlyBiasedLinear(nn.Linear):
+    """Several maps in one matrix, some of them with a bias; ``bias`` has those biases alone."""
+
+    def __init__(self, inputs: int, widths: Sequence[int], *, biased: Sequence[bool]) -> None:
+        super().__init__(inputs, sum(widths), bias=False)
+        self.widths, self.biased = tuple(widths), tuple(biased)
+        parts = [width for width, has_bias in zip(widths, biased, strict=True) if has_bias]
+        self.bias = nn.Parameter(torch.zeros(sum(parts)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        # a tensor rank has the same share of each map
+        ranks, given = sum(self.widths) // self.weight.shape[0], self.bias
+        parts: list[Tensor] = []
+        for width, has_bias in zip(self.widths, self.biased, strict=True):
+            size = width // ranks
+            parts.append(given[:size] if has_bias else given.new_zeros(size))
+            given = given[size:] if has_bias else given
+        return F.linear(input, self.weight, torch.cat(parts))
+
+    def biased_widths(self) -> tuple[int, ...]:
+        """Return the widths of the maps with a bias."""
+        pairs = zip(self.widths, self.biased, strict=True)
+        return tuple(width for width, has_bias in pairs if has_bias)
+
+
+def fused_linear(inputs: int, widths: Sequence[int], *, biased: Sequence[bool]) -> nn.Linear:
+    """Return several maps in one matrix, each with a bias or without one."""
+    if any(biased) and not all(biased):
+        return PartlyBiasedLinear(inputs, widths, biased=biased)
+    return nn.Linear(inputs, sum(widths), bias=all(biased))
 
 
 def gate_and_value(width: int, *, hidden: int) -> tuple[int, ...]:

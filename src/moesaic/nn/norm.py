@@ -65,5 +65,5 @@ class RMSNormModule(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = config.eps
 
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
         return rms_norm(x, weight=self.weight, eps=self.eps)

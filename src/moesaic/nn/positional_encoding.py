@@ -5,6 +5,7 @@ Letters: T tokens, D model dim, H heads, d head dim.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +13,10 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
-from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.core.shapes import Float, Int, Shaped, Tensor
+from moesaic.nn.attention_scores import RelativeBuckets
+from moesaic.nn.relative_bias import RelativeBiasModule
+from moesaic.nn.rotary_scaling import NoRotaryScaling, RotaryScaling
 
 Rotation = Callable[[Tensor], Tensor]
 
@@ -45,14 +49,42 @@ class PositionalEncoding(Choice):
         """Return the module."""
         raise NotImplementedError
 
-    def rotation(self, _position: Int[Tensor, "T"], *, head_dim: int) -> Rotation:
-        """Return the function that rotates the queries and keys of tokens at these positions."""
-        del head_dim
+    def rotation(
+        self, _position: Int[Tensor, "T"], *, head_dim: int, length: Int[Tensor, "T"] | None = None
+    ) -> Rotation:
+        """Return the function that rotates the queries and keys of tokens at these positions.
+
+        ``length`` is the length of each token's row so far, needed if it ``reads_length``.
+        """
+        del head_dim, length
         return no_rotation
+
+    @property
+    def reads_length(self) -> bool:
+        """Whether rotations depend on the lengths of rows."""
+        return False
+
+    @property
+    def biases_scores(self) -> bool:
+        """Whether the attentions of a stack add one learned bias to their scores."""
+        return False
+
+    def build_score_bias(self, _heads: int, *, causal: bool) -> RelativeBiasModule | None:
+        """Return the module of that bias for a stack, or None."""
+        del causal
+        return None
 
     def rotated_channels(self, _head_dim: int, /) -> int:
         """Return the channels of a head that are rotated: as many values are saved per token."""
         return 0
+
+    def score_factor(self) -> float:
+        """Return the factor of attention scores that goes with the rotation."""
+        return 1.0
+
+    def problems(self, _head_dim: int, /) -> str | None:
+        """Return what it expects where heads of ``head_dim`` channels do not fit, or None."""
+        return None
 
 
 class NoPositionalEncoding(PositionalEncoding):
@@ -63,32 +95,60 @@ class NoPositionalEncoding(PositionalEncoding):
 
 
 class Rotary(PositionalEncoding):
-    """Rotary position embedding (RoPE, 2104.09864): neighbouring channels rotate as pairs."""
+    """Rotary position embedding (RoPE, 2104.09864): pairs of channels rotate with the position.
+
+    ``pairing``: a pair is two neighbouring channels (as in the paper), or a channel and the one
+    half a head further (GPT-NeoX, and checkpoints of Hugging Face). Only the first ``fraction`` of
+    a head's channels rotates (partial rotary). ``scaling`` stretches positions for longer rows.
+    """
 
     theta: float = Field(default=10000.0, gt=1)
+    pairing: Literal["neighbouring", "halves"] = "neighbouring"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    scaling: RotaryScaling = NoRotaryScaling()
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
-        if head_dim % 2:
-            raise ConfigError(
-                [f"position: Rotary rotates pairs, so head_dim={head_dim} must be even"]
-            )
+        if problem := self.problems(head_dim):
+            raise ConfigError([f"position: expected {problem}"])
         return PositionalEncodingModule()
 
-    def rotation(self, position: Int[Tensor, "T"], *, head_dim: int) -> Rotation:
-        pairs = head_dim // 2
-        steps = torch.arange(pairs, device=position.device, dtype=torch.float32)
-        angle = position.float()[:, None] * self.theta ** (-steps / pairs)
-        turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    def rotation(
+        self, position: Int[Tensor, "T"], *, head_dim: int, length: Int[Tensor, "T"] | None = None
+    ) -> Rotation:
+        channels, scaling = self.rotated_channels(head_dim), self.scaling
+        frequency = scaling.frequencies(
+            channels // 2, theta=self.theta, length=length, device=position.device
+        )
+        angle = position.float()[:, None] * frequency
+        turn = torch.polar(torch.full_like(angle, scaling.magnitude()), angle)[:, None]
+        rotate = _rotate_neighbours if self.pairing == "neighbouring" else _rotate_halves
 
-        def rotate(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
-            by_pair = heads.float().unflatten(-1, (-1, 2))
-            turned = torch.view_as_complex(by_pair.contiguous()) * turn
-            return torch.view_as_real(turned).flatten(-2).to(heads.dtype)
+        def rotate_heads(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
+            if channels == head_dim:
+                return rotate(heads.float(), turn).to(heads.dtype)
+            first, rest = heads.split([channels, head_dim - channels], -1)
+            return torch.cat([rotate(first.float(), turn).to(heads.dtype), rest], -1)
 
-        return rotate
+        return rotate_heads
+
+    @property
+    def reads_length(self) -> bool:
+        return self.scaling.reads_length
 
     def rotated_channels(self, head_dim: int, /) -> int:
-        return head_dim
+        return int(head_dim * self.fraction)
+
+    def score_factor(self) -> float:
+        return self.scaling.score_factor()
+
+    def problems(self, head_dim: int, /) -> str | None:
+        channels = self.rotated_channels(head_dim)
+        if channels < 2 or channels % 2:
+            part = f" with fraction={self.fraction}" if self.fraction < 1 else ""
+            return (
+                f"an even number of channels to rotate, not {channels} of head_dim={head_dim}{part}"
+            )
+        return self.scaling.problems(channels // 2)
 
 
 class Sinusoidal(PositionalEncoding):
@@ -112,6 +172,55 @@ class LearnedPositions(PositionalEncoding):
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return _LearnedPositionsModule(self, dim=dim)
+
+
+class RelativeBias(PositionalEncoding):
+    """A learned bias of attention scores by distance and head (T5, 1910.10683, section 2.1).
+
+    Each stack has one table, shared by its self-attentions; cross-attention has none. Distances
+    from ``max_distance`` on share a bucket; half of the ``buckets`` are exact distances, and in an
+    encoder each half of them is for one direction.
+    """
+
+    buckets: int = Field(default=32, ge=4)
+    max_distance: int = Field(default=128, ge=2)
+
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
+        return PositionalEncodingModule()
+
+    @property
+    def biases_scores(self) -> bool:
+        return True
+
+    def build_score_bias(self, heads: int, *, causal: bool) -> RelativeBiasModule:
+        return RelativeBiasModule(self._rule(causal=causal), heads=heads)
+
+    def problems(self, _head_dim: int, /) -> str | None:
+        if self.buckets % 4 or self.max_distance <= self.buckets // 2:
+            return (
+                f"buckets that 4 divides and max_distance above their half, not "
+                f"buckets={self.buckets}, max_distance={self.max_distance}"
+            )
+        return None
+
+    def _rule(self, *, causal: bool) -> RelativeBuckets:
+        return RelativeBuckets(self.buckets, self.max_distance, bidirectional=not causal)
+
+
+def _rotate_neighbours(
+    heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
+) -> Float[Tensor, "T H d"]:
+    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def _rotate_halves(
+    heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
+) -> Float[Tensor, "T H d"]:
+    first, second = heads.chunk(2, -1)
+    # not as complex numbers: autograd would save both halves
+    turned = (first * turn.real - second * turn.imag, second * turn.real + first * turn.imag)
+    return torch.cat(turned, -1)
 
 
 class _SinusoidalModule(PositionalEncodingModule):

@@ -19,6 +19,7 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.attention_scores import ScoreBias
 from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.decode_state import DecodeState, JointState
 from moesaic.nn.norm import Norm, RMSNorm
@@ -56,13 +57,15 @@ class MixerContext:
 
     ``position`` are the places in their rows of ``packing.gathered_tokens``. In decoding the
     packing has the newest tokens only, and ``slots`` says where all tokens so far are cached; it
-    is None where rows are whole.
+    is None where rows are whole. ``score_bias`` is the stack's bias of attention scores, if its
+    positions have one.
     """
 
     packing: Packing
     position: Int[Tensor, "T"]
     causal: bool
     slots: DecodeSlots | None = None
+    score_bias: ScoreBias | None = None
     _rotations: dict[Hashable, Rotation] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
@@ -80,8 +83,18 @@ class MixerContext:
         """Return the rotation of queries and keys [T, H, d], made once per encoding and width."""
         key = (encoding, head_dim)
         if key not in self._rotations:
-            self._rotations[key] = encoding.rotation(self.position, head_dim=head_dim)
+            length = self._lengths() if encoding.reads_length else None
+            self._rotations[key] = encoding.rotation(
+                self.position, head_dim=head_dim, length=length
+            )
         return self._rotations[key]
+
+    def _lengths(self) -> Int[Tensor, "T"]:
+        """Return the length so far of the row of each token of ``position``."""
+        packing, length = self.packing, self.packing.lengths
+        if self.slots is not None:
+            length = length + self.slots.newest_positions[:, 0]
+        return length[packing.row[packing.gathered_tokens]]
 
 
 class SequenceMixerModule(ShardableModule):
@@ -134,6 +147,11 @@ class SequenceMixer(Choice):
     def saved_activations(self, shape: MixerShape, /) -> int:
         """Return the float32 values per token that autograd saves beside the module's input."""
         raise NotImplementedError
+
+    def saved_per_row(self, _shape: MixerShape, /, *, tokens: int) -> int:
+        """Return the values that autograd saves for a row of ``tokens`` tokens, beside those."""
+        del tokens
+        return 0
 
     def shared_activations(self, _shape: MixerShape, /) -> Mapping[Hashable, int]:
         """Return values per token that mixers of a stack save once together, by what they are."""
@@ -188,6 +206,9 @@ class ParallelMixers(SequenceMixer):
     def saved_activations(self, shape: MixerShape, /) -> int:
         norm = shape.dim + shape.norm.saved_statistics()
         return sum(mixer.saved_activations(shape) + norm for mixer in self.mixers)
+
+    def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
+        return sum(mixer.saved_per_row(shape, tokens=tokens) for mixer in self.mixers)
 
     def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
         return {k: v for mixer in self.mixers for k, v in mixer.shared_activations(shape).items()}

@@ -13,6 +13,7 @@ from torch import nn
 
 from moesaic.distributed.process_groups import Group
 from moesaic.nn.attention_backend import AttentionBackend
+from moesaic.nn.fused_projections import PartlyBiasedLinear
 from moesaic.nn.tensor_parallel_group import TensorParallelGroup
 
 
@@ -103,7 +104,9 @@ def column_parallel(
     """Each rank computes some of the outputs of a linear (rows of its weight), and their bias."""
     tensors = {f"{name}.weight": ShardedTensor(0, segments)}
     if linear.bias is not None:
-        tensors[f"{name}.bias"] = ShardedTensor(0, segments)
+        partly = isinstance(linear, PartlyBiasedLinear)
+        biased = linear.biased_widths() if partly else segments
+        tensors[f"{name}.bias"] = ShardedTensor(0, biased)
     return tensors
 
 

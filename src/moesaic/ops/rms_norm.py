@@ -3,7 +3,7 @@
 On a CPU ``torch.nn.functional.rms_norm`` is many small operations and saves three tensors of the
 size of its input; on other devices it has a fused kernel and is used.
 
-Letters: T tokens, D model dim.
+Letters: T tokens (or tokens and heads), D model dim.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from moesaic.core.shapes import Float, Tensor
 
 
 def rms_norm(
-    x: Float[Tensor, "T D"], *, weight: Float[Tensor, "D"], eps: float
-) -> Float[Tensor, "T D"]:
+    x: Float[Tensor, "*T D"], *, weight: Float[Tensor, "D"], eps: float
+) -> Float[Tensor, "*T D"]:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension."""
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         return _RMSNorm.apply(x, weight, eps)
@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         unit = x * scale
-        grad_weight = (grads[0] * unit).sum(0)
+        grad_weight = (grads[0] * unit).flatten(0, -2).sum(0)
         inner = grads[0] * weight
-        along = torch.linalg.vecdot(inner, unit)[:, None] / x.shape[-1]
+        along = torch.linalg.vecdot(inner, unit)[..., None] / x.shape[-1]
         return inner.sub_(unit.mul_(along)).mul_(scale), grad_weight, None

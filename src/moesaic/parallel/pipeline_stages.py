@@ -205,6 +205,8 @@ def module_paths(config: ModelConfig, blocks: BlockRange) -> frozenset[str]:
         if isinstance(moe, MoE):
             embeds |= moe.router_input.embedding_source != "nothing"
             paths |= {f"{side}_routing"} if stack.moe_layers else set()
+        if config.position.biases_scores:
+            paths.add(f"{side}_score_bias")
         if layers.start == 0:
             embeds = True
             paths |= _position_paths(config)

@@ -13,23 +13,27 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as distributed
 from torch.autograd.function import once_differentiable
 
-from moesaic.core.shapes import Bool, Float, Tensor
+from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.distributed.flight_recorder import record_collective
 from moesaic.distributed.process_groups import Group, group_rank, group_size
 from moesaic.nn.attention_backend import KeyValue, QueryKeyValue
+from moesaic.nn.attention_scores import AttentionMask, AttentionScores
 from moesaic.nn.packing import Packing, TokenSpan
 from moesaic.ops.blockwise_attention import (
     AttentionBackward,
+    BlockScores,
     PartialAttention,
     attend_block,
     attend_block_backward,
     merge_block,
+    merge_sinks,
+    sink_gradient,
 )
 
 
@@ -45,10 +49,10 @@ class RingAttention:
         self._group = group
 
     def self_attention(
-        self, heads: QueryKeyValue, *, packing: Packing, causal: bool
+        self, heads: QueryKeyValue, *, packing: Packing, scores: AttentionScores
     ) -> Float[Tensor, "t HD"]:
         spans = _spans_by_rank(packing)
-        ring = RingSchedule(self._group, spans, spans, causal=causal)
+        ring = RingSchedule(self._group, spans, spans, scores=scores)
         return _ring_attention(heads.query, heads.key, heads.value, ring)
 
     def project_source(
@@ -63,12 +67,13 @@ class RingAttention:
         packing: Packing,
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
+        scores: AttentionScores,
     ) -> Float[Tensor, "t HD"]:
         del mask  # padding is never in the ring
         if source.packing is None:
             raise TypeError("ring attention needs a source from its own project_source")
         spans, source_spans = _spans_by_rank(packing), _spans_by_rank(source.packing)
-        ring = RingSchedule(self._group, spans, source_spans, causal=False)
+        ring = RingSchedule(self._group, spans, source_spans, scores=scores)
         return _ring_attention(query, source.key, source.value, ring)
 
 
@@ -76,29 +81,57 @@ class RingAttention:
 class AttentionTile:
     """Consecutive queries and keys of one row, as slices of their ranks' tokens.
 
-    Query i attends to the keys up to ``i + diagonal``; None: to all of them.
+    ``first_query`` and ``first_key`` are their positions in the row. ``masked``: some query does
+    not attend to some key.
     """
 
     queries: slice
     keys: slice
-    diagonal: int | None
+    first_query: int
+    first_key: int
+    masked: bool
 
     @staticmethod
-    def of(query: TokenSpan, key: TokenSpan, *, causal: bool) -> "AttentionTile | None":
+    def of(query: TokenSpan, key: TokenSpan, *, mask: AttentionMask) -> "AttentionTile | None":
         """Return the tile of two spans of one row, without queries or keys that are all masked.
 
         None if nothing is left.
         """
-        skipped = max(0, key.position - query.position) if causal else 0
-        if skipped >= query.length:
+        low, high = mask.queries_of(key.position, key.position + key.length)
+        first, stop = _overlap(query, low, high)
+        if first >= stop:
             return None
-        diagonal = query.position + skipped - key.position
-        keys = min(key.length, diagonal + query.length - skipped) if causal else key.length
+        first_key, stop_key = _overlap(key, *mask.keys_of(first, stop))
+        (low, _), (_, high) = mask.keys_of(stop - 1, stop), mask.keys_of(first, first + 1)
         return AttentionTile(
-            slice(query.start + skipped, query.start + query.length),
-            slice(key.start, key.start + keys),
-            diagonal if causal and diagonal + 1 < keys else None,
+            slice(query.start + first - query.position, query.start + stop - query.position),
+            slice(key.start + first_key - key.position, key.start + stop_key - key.position),
+            first,
+            first_key,
+            masked=low > first_key or high < stop_key,
         )
+
+    def block_scores(self, scores: AttentionScores, *, groups: int, like: Tensor) -> BlockScores:
+        """Return how the scores of the tile are computed, for ``groups`` key/value heads."""
+        query, key = self.positions(like.device)
+        return BlockScores(
+            scores.scale_of(like.shape[-1]),
+            scores.mask.visible(query, key) if self.masked else None,
+            scores.softcap,
+            scores.bias and scores.bias.at(query, key).float().unflatten(0, (groups, -1)),
+        )
+
+    def positions(self, device: torch.device) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"]]:
+        """Return the positions of the queries and of the keys."""
+        queries, keys = (span.stop - span.start for span in (self.queries, self.keys))
+        return (
+            torch.arange(self.first_query, self.first_query + queries, device=device),
+            torch.arange(self.first_key, self.first_key + keys, device=device),
+        )
+
+
+def _overlap(span: TokenSpan, low: int, high: int) -> tuple[int, int]:
+    return max(span.position, low), min(span.position + span.length, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +144,7 @@ class RingSchedule:
     group: Group
     query_spans: Sequence[Sequence[TokenSpan]]
     key_spans: Sequence[Sequence[TokenSpan]]
-    causal: bool
+    scores: AttentionScores
 
     @property
     def ranks(self) -> int:
@@ -128,7 +161,7 @@ class RingSchedule:
             keys_of_row[key.row].append(key)
         for query in self.query_spans[self.key_owner(0)]:
             for key in keys_of_row[query.row]:
-                tile = AttentionTile.of(query, key, causal=self.causal)
+                tile = AttentionTile.of(query, key, mask=self.scores.mask)
                 if tile is not None:
                     yield tile
 
@@ -178,8 +211,16 @@ class PendingTransfer:
 
 class _RingAttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: RingSchedule) -> Tensor:
-        queries = _grouped_query_heads(query, groups=key.shape[1])
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        ring: RingSchedule,
+        *_learned: Tensor | None,  # sinks and bias table of ring.scores: they have gradients
+    ) -> Tensor:
+        groups = key.shape[1]
+        queries = _grouped_query_heads(query, groups=groups)
         lse = torch.full_like(queries[..., 0], -math.inf)
         total, rows = PartialAttention(torch.zeros_like(queries), lse), torch.cat([key, value], 1)
         for step in range(ring.ranks):
@@ -188,11 +229,12 @@ class _RingAttentionFunction(torch.autograd.Function):
             keys, values = _heads_first(rows).chunk(2)
             for tile in ring.tiles(step):
                 q, k = tile.queries, tile.keys
-                block = attend_block(
-                    queries[:, :, q], keys[:, k], values[:, k], diagonal=tile.diagonal
-                )
+                score = tile.block_scores(ring.scores, groups=groups, like=keys)
+                block = attend_block(queries[:, :, q], keys[:, k], values[:, k], score=score)
                 merge_block(PartialAttention(total.out[:, :, q], total.lse[:, :, q]), block)
             rows = rows if transfer is None else transfer.wait()
+        if ring.scores.sinks is not None:
+            merge_sinks(total, ring.scores.sinks.float().view(groups, -1))
         out = _tokens_first(total.out).to(query.dtype)
         ctx.save_for_backward(query, key, value, out, total.lse)
         ctx.ring = ring
@@ -202,24 +244,39 @@ class _RingAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, lse = ctx.saved_tensors
+        scores, groups = ctx.ring.scores, key.shape[1]
         with torch.autocast(query.device.type, enabled=False):
             queries, grad, output = (
-                _grouped_query_heads(x, groups=key.shape[1]) for x in (query, grads[0], out)
+                _grouped_query_heads(x, groups=groups) for x in (query, grads[0], out)
             )
             saved = AttentionBackward(grad, (grad * output).sum(-1), lse)
-            query_grad, rows_grad = _ring_backward(
+            found = _ring_backward(
                 ctx.ring, queries=queries, rows=torch.cat([key, value], 1), saved=saved
             )
-        key_grad, value_grad = rows_grad.chunk(2, 1)
-        query_grad = _tokens_first(query_grad).to(query.dtype)
-        return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype), None
+            sinks = scores.sinks
+            if sinks is not None:
+                sink_grad = sink_gradient(sinks.float().view(groups, -1), saved).flatten()
+                sinks = sink_grad.to(sinks.dtype)
+        key_grad, value_grad = found.rows.chunk(2, 1)
+        query_grad = _tokens_first(found.query).to(query.dtype)
+        bias = scores.bias and found.bias.to(scores.bias.table.dtype)
+        return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype), None, sinks, bias
+
+
+class _RingGradients(NamedTuple):
+    """Gradients of this rank's queries, of its keys and values, and of the bias table."""
+
+    query: Float[Tensor, "G R t d"]
+    rows: Float[Tensor, "s 2G d"]
+    bias: Float[Tensor, "N H"]
 
 
 def _ring_backward(
     ring: RingSchedule, *, queries: Tensor, rows: Tensor, saved: AttentionBackward
-) -> tuple[Float[Tensor, "G R t d"], Float[Tensor, "s 2G d"]]:
-    """Return the gradients of this rank's queries, and of its keys and values."""
+) -> _RingGradients:
     query_grad, zeros = torch.zeros_like(queries), torch.zeros_like(rows, dtype=queries.dtype)
+    scores, groups = ring.scores, queries.shape[0]
+    bias_grad = queries.new_zeros(scores.bias.table.shape if scores.bias else (0, 0))
     # gradients of keys follow one step behind the keys
     grad_transfer = PendingTransfer(zeros, zeros, ())
     for step in range(ring.ranks):
@@ -235,21 +292,26 @@ def _ring_backward(
                 key,
                 value,
                 backward=AttentionBackward(*(each[:, :, q] for each in saved)),
-                diagonal=tile.diagonal,
+                score=tile.block_scores(scores, groups=groups, like=key),
             )
             query_grad[:, :, q] += grads.query
             step_grad[:, tile.keys] += torch.cat([grads.key, grads.value])
+            if scores.bias is not None:
+                bucket = scores.bias.bucket(*tile.positions(rows.device)).flatten()
+                bias_grad.index_add_(0, bucket, grads.score.flatten(2).flatten(0, 1).t())
         rows_grad = step_grad.transpose(0, 1) + grad_transfer.wait()
         grad_transfer = ring.send_to_next_rank(rows_grad.contiguous(), step=step, tag=1)
         rows = rows if transfer is None else transfer.wait()
-    return query_grad, grad_transfer.wait()
+    return _RingGradients(query_grad, grad_transfer.wait(), bias_grad)
 
 
 def _ring_attention(
     query: Tensor, key: Tensor, value: Tensor, ring: RingSchedule
 ) -> Float[Tensor, "t HD"]:
+    scores = ring.scores
+    learned = (scores.sinks, scores.bias and scores.bias.table)
     with torch.autocast(query.device.type, enabled=False):
-        return _RingAttentionFunction.apply(query, key, value, ring).flatten(1)
+        return _RingAttentionFunction.apply(query, key, value, ring, *learned).flatten(1)
 
 
 def _spans_by_rank(packing: Packing) -> Sequence[Sequence[TokenSpan]]:

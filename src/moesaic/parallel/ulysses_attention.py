@@ -15,6 +15,7 @@ from moesaic.core.shapes import Bool, Float, Tensor
 from moesaic.distributed.collectives import all_to_all
 from moesaic.distributed.process_groups import Group, group_rank, group_size
 from moesaic.nn.attention_backend import KeyValue, LocalAttention, QueryKeyValue
+from moesaic.nn.attention_scores import AttentionScores
 from moesaic.nn.packing import Packing
 
 
@@ -31,7 +32,7 @@ class UlyssesAttention:
         self._ranks, self._rank = group_size(group), group_rank(group)
 
     def self_attention(
-        self, heads: QueryKeyValue, *, packing: Packing, causal: bool
+        self, heads: QueryKeyValue, *, packing: Packing, scores: AttentionScores
     ) -> Float[Tensor, "t HD"]:
         total = heads.query.shape[1]
         query, key, value = self._tokens_to_heads(
@@ -41,7 +42,8 @@ class UlyssesAttention:
         if read is not None:
             key, value = key[:, read], value[:, read]
         heads = QueryKeyValue(query, key, value)
-        out = self._local.self_attention(heads, packing=packing, causal=causal)
+        scores = scores.of_heads(self._query_heads_of(total, self._rank))
+        out = self._local.self_attention(heads, packing=packing, scores=scores)
         return self._heads_to_tokens(out, total=total, packing=packing)
 
     def project_source(
@@ -57,12 +59,16 @@ class UlyssesAttention:
         packing: Packing,
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
+        scores: AttentionScores,
     ) -> Float[Tensor, "t HD"]:
         (local,) = self._tokens_to_heads((query,), queries=1, packing=packing)
         read = self._kv_head_of_each_query(local.shape[1], total=query.shape[1])
         if read is not None:
             source = KeyValue(source.key[:, read], source.value[:, read])
-        out = self._local.cross_attention(local, packing=packing, source=source, mask=mask)
+        scores = scores.of_heads(self._query_heads_of(query.shape[1], self._rank))
+        out = self._local.cross_attention(
+            local, packing=packing, source=source, mask=mask, scores=scores
+        )
         return self._heads_to_tokens(out, total=query.shape[1], packing=packing)
 
     def _tokens_to_heads(
