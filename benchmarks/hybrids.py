@@ -39,7 +39,7 @@ from moesaic.train.run_training import train
 from moesaic.train.training_hooks import no_progress
 
 RESULTS = Path(__file__).parent / "results" / "hybrids.json"
-LENGTHS = (64, 256, 1024, 4096)
+LENGTHS = (64, 512, 4096)
 STUDENT_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, n - 1 degrees of freedom
 SPIKES = "spikingbrain-inter-spikes"
 RECIPES = ("hunyuan-hybrid", "spikingbrain-inter", "spikingbrain-intra", SPIKES)
@@ -49,15 +49,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hybrids beside attention alone.")
     parser.add_argument("--only", nargs="*", choices=RECIPES, default=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--runs", type=Path, default=Path("build/hybrids"))
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}, "pairs": {}}
     for seed in range(options.seeds):
         for name in options.only:
             for run in _pair(name):
-                changed = run.override([f"steps={options.steps}", f"seed={seed}"])
-                _train_once(changed, options.runs, results)
+                changes = [f"steps={options.steps}", f"seed={seed}"]
+                changes += [f"{part}.every={options.steps}" for part in ("validation", "checkpoint")]
+                _train_once(run.override(changes), options.runs, results)
     for name in options.only:
         hybrid, control = (results["runs"][run.name] for run in _pair(name))
         results["pairs"][name] = _compare(hybrid, control)

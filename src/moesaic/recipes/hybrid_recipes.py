@@ -131,14 +131,14 @@ def _run(name: str, model: ModelConfig) -> Run:
             tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
             mixture=MixtureConfig(tasks=(WeightedTask(task=CausalLM(packing=Concatenated())),)),
             loader=LoaderConfig(
-                batch_tokens=2048, max_source=128, max_target=128, collator=DecoderOnlyCollator()
+                batch_tokens=1024, max_source=128, max_target=128, collator=DecoderOnlyCollator()
             ),
         ),
         model=model,
         optimizer=Muon(lr=0.03, scale=Spectral(), adamw=AdamW(lr=6e-3)),
         schedule=WSD(warmup=0.05, decay=0.95, shape=LinearDecay()),
-        steps=250,
-        checkpoint=CheckpointConfig(every=250, keep=1),
-        validation=ValidationConfig(every=250, rows=256),
-        log=LogConfig(every=50),
+        steps=120,
+        checkpoint=CheckpointConfig(every=120, keep=1),
+        validation=ValidationConfig(every=120, rows=64),
+        log=LogConfig(every=40),
     )
