@@ -76,6 +76,12 @@ def alone(base: ModelConfig, name: str) -> ModelConfig:
     return base.replace(mixers={name: mixer}, **sides)
 
 
+def in_sequence(base: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """Return a model whose decoder blocks have all of these mixers, one after the other."""
+    mixers = {name: MIXERS[name] for name in names}
+    return base.replace(mixers=mixers, decoder=base.decoder.replace(pattern=" > ".join(mixers)))
+
+
 def hybrid(base: ModelConfig, names: Iterable[str] = MIXERS) -> ModelConfig:
     """Return a model whose decoder has mixers in sequence, in parallel, and no feed-forward."""
     names = list(names)

@@ -1,4 +1,4 @@
-"""The table of routing rules and MoE layer parts, generated from the classes themselves.
+"""The table of routing rules and parts of a model, generated from the classes themselves.
 
 python tools/family.py           write docs/family.md
 python tools/family.py --check   exit 1 if it is out of date
@@ -14,9 +14,13 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+import moesaic.model
 import moesaic.moe
+import moesaic.nn
 from moesaic.core.config import Choice
+from moesaic.data.language_tag import LanguageTag
 from moesaic.moe.auxiliary_losses import Balance
 from moesaic.moe.config import SparseLayer
 from moesaic.moe.dispatch_projection import DispatchProjection
@@ -30,7 +34,7 @@ from moesaic.moe.shared_experts import SharedExpertBranch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "family.md"
-FAMILIES: tuple[type[Choice], ...] = (
+OF_A_LAYER: tuple[type[Choice], ...] = (
     Select,
     Limit,
     Priority,
@@ -47,15 +51,18 @@ FAMILIES: tuple[type[Choice], ...] = (
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
 ARXIV_IN_BRACKETS = re.compile(r" \((?:arXiv:)?\d{4}\.\d{5}\)")
 SENTENCE = re.compile(r".+?[.](?=\s+[A-Z`]|\s*$)", re.S)
-VARIANTS = "variants"  # the table of rules that parametrises laws: tests/moe/variants.py
+# tables that parametrise laws, and the module by which a law imports each
+TABLES = {"tests/moe/variants.py": r"variants", "tests/mixer_cases.py": r"mixer_cases|samples"}
+RULES = "tests/moe/variants.py"
 
 INTRO = """\
-# Routing rules and parts of an MoE layer
+# Routing rules, parts of an MoE layer, and parts of a model
 
-All values of each config field of an MoE layer, family by family. `make reference` generates this
-page from the classes; a test fails if it is out of date. Lines count code only, without docstrings,
-comments and blank lines. Each rule in `tests/moe/variants.py` is checked by the law tests that use
-this table: {laws} of {all}.
+All values of each config field of an MoE layer, then those of the other parts of a model (sequence
+mixers and what belongs to attention, positions, norms, inputs, heads, ...), family by family.
+`make reference` generates this page from the classes; a test fails if it is out of date. Lines
+count code only, without docstrings, comments and blank lines. Each rule in `tests/moe/variants.py`
+is checked by the law tests that use this table: {laws} of {all}.
 """
 
 
@@ -81,17 +88,16 @@ class Tests:
         """Files that hold a law."""
         return [path for path in self.texts if path.startswith("tests/laws/test_")]
 
-    @property
-    def laws_over_the_table(self) -> list[str]:
-        """Laws that use the table of rules."""
-        through = re.compile(rf"^\s*(?:from|import) [\w.]*\b{VARIANTS}\b", re.M)
+    def laws_over(self, table: str) -> list[str]:
+        """Laws that use a table of rules or of mixers."""
+        through = re.compile(rf"^\s*(?:from|import) [\w.]*\b(?:{TABLES[table]})\b", re.M)
         return [path for path in self.laws if through.search(self.texts[path])]
 
 
 def members(family: type[Choice]) -> list[type[Choice]]:
     """Return the built-in members of a family, by module and line."""
     # not those that other packages define for themselves (an even load for dry runs)
-    packages = ("moesaic.moe.", "moesaic.model.", "moesaic.nn.")
+    packages = ("moesaic.moe.", "moesaic.model.", "moesaic.nn.", "moesaic.data.")
     own = [c for c in family.members.values() if c.__module__.startswith(packages)]
     return sorted(own, key=lambda c: (c.__module__, inspect.getsourcelines(c)[1]))
 
@@ -113,10 +119,9 @@ def lines_of_code(cls: type) -> int:
 
 def page(root: Path = ROOT) -> str:
     """Return the whole page."""
-    _import_all()
     tests = Tests.read(root)
-    parts = [INTRO.format(laws=len(tests.laws_over_the_table), all=len(tests.laws))]
-    for family in FAMILIES:
+    parts = [INTRO.format(laws=len(tests.laws_over(RULES)), all=len(tests.laws))]
+    for family in families():
         parts += [f"\n## {family.__name__}\n", f"{_first_sentence(family)}\n"]
         parts.append("| member | paper | what it is | in | lines | checked by |")
         parts.append("|---|---|---|---|---:|---|")
@@ -124,10 +129,23 @@ def page(root: Path = ROOT) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _import_all() -> None:
-    """Import all modules of ``moe``, which registers their classes."""
-    for found in pkgutil.walk_packages(moesaic.moe.__path__, "moesaic.moe."):
-        importlib.import_module(found.name)
+def families() -> list[type[Choice]]:
+    """Return the families of an MoE layer, then those that ``nn`` and ``model`` define."""
+    _modules_of(moesaic.moe)  # registers their classes
+    modules = [*_modules_of(moesaic.nn), *_modules_of(moesaic.model)]
+    others = [
+        found
+        for module in modules
+        for found in vars(module).values()
+        if isinstance(found, type) and Choice in found.__bases__
+        if found.__module__ == module.__name__
+    ]
+    return [*OF_A_LAYER, *others, LanguageTag]
+
+
+def _modules_of(package: ModuleType) -> list[ModuleType]:
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [importlib.import_module(one.name) for one in found]
 
 
 def _row(member: type[Choice], tests: Tests) -> str:
@@ -146,13 +164,14 @@ def _row(member: type[Choice], tests: Tests) -> str:
 
 
 def _checks(member: type[Choice], tests: Tests) -> Iterator[str]:
-    """Yield the tests that name a rule: those of ``moe`` by path, and the number of laws."""
-    naming = tests.naming(member.__name__)
+    """Yield the tests that name a rule: those of its package by path, and the number of laws."""
+    naming, package = tests.naming(member.__name__), member.__module__.split(".")[1]
     laws = {path for path in naming if path in tests.laws}
-    if f"tests/moe/{VARIANTS}.py" in naming:
-        laws |= set(tests.laws_over_the_table)
+    for table in TABLES:
+        if table in naming:
+            laws |= set(tests.laws_over(table))
     for path in naming:
-        if path.startswith("tests/moe/") and Path(path).name.startswith("test_"):
+        if path.startswith(f"tests/{package}/") and Path(path).name.startswith("test_"):
             yield f"`{path.removeprefix('tests/')}`"
     if laws:
         yield f"{len(laws)} laws" if len(laws) > 1 else "1 law"
@@ -173,7 +192,7 @@ def main(words: list[str]) -> int:
             print(f"{PAGE.relative_to(ROOT)} is out of date: python tools/family.py")
         return int(not fresh)
     PAGE.write_text(text, encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)}: {sum(len(members(f)) for f in FAMILIES)} members")
+    print(f"{PAGE.relative_to(ROOT)}: {sum(len(members(f)) for f in families())} members")
     return 0
 
 

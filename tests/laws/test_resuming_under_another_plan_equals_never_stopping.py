@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixer_cases import in_sequence, names_allowed_by
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.forked_ranks import run_on_ranks
@@ -37,6 +38,8 @@ PLANS = {
     "pipe and zero": {"pipe": 2, "zero": 3},
     "data": {},
 }
+SPLIT = names_allowed_by(tiny_model_config(), ParallelPlan(data=1, tensor=2))
+MODEL = in_sequence(tiny_model_config(moe=STATEFUL), SPLIT)  # every mixer that all plans allow
 Weights = dict[str, Tensor]
 
 
@@ -44,7 +47,7 @@ def _run(plan: dict[str, int]) -> Run:
     return tiny_run(
         steps=STEPS,
         gradient_accumulation_steps=2,
-        model=tiny_model_config(moe=STATEFUL).replace(dropout=0.0),
+        model=MODEL,
         optimizer=AdamW(lr=1e-3, eps=1e-4),  # a tiny gradient must not decide a whole step's sign
         parallel=ParallelConfig(plan=ParallelPlan(**plan)),
     )
