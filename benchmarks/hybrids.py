@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from support import stamped
+from torch import nn
 
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.shapes import Tensor
 from moesaic.data.batch import InputRows
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
@@ -49,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hybrids beside attention alone.")
     parser.add_argument("--only", nargs="*", choices=RECIPES, default=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--runs", type=Path, default=Path("build/hybrids"))
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}, "pairs": {}}
@@ -57,7 +59,9 @@ def main() -> None:
         for name in options.only:
             for run in _pair(name):
                 changes = [f"steps={options.steps}", f"seed={seed}"]
-                changes += [f"{part}.every={options.steps}" for part in ("validation", "checkpoint")]
+                changes += [
+                    f"{part}.every={options.steps}" for part in ("validation", "checkpoint")
+                ]
                 _train_once(run.override(changes), options.runs, results)
     for name in options.only:
         hybrid, control = (results["runs"][run.name] for run in _pair(name))
@@ -83,7 +87,9 @@ def _train_once(run: Run, runs: Path, results: dict[str, Any]) -> None:
     out = runs / run.name
     shutil.rmtree(out, ignore_errors=True)
     train(run, out, progress=no_progress)
-    losses = [point["valid/loss"] for point in read_metrics(RunDir(out).metrics) if "valid/loss" in point]
+    losses = [
+        point["valid/loss"] for point in read_metrics(RunDir(out).metrics) if "valid/loss" in point
+    ]
     row["loss"][str(run.seed)] = round(losses[-1], 4)
     row["steps"] = run.steps
     if isinstance(run.model.activation_coding, IntegerSpikes):
@@ -119,11 +125,14 @@ def _spikes(run: Run) -> dict[str, float]:
     torch.manual_seed(0)
     model = Transformer(run.model).eval()
     found: list[SpikeCounts] = []
+
+    def record(spiking: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(spiking, SpikingNorm)
+        found.append(spiking.counts(inputs[0]))
+
     for module in model.modules():
         if isinstance(module, SpikingNorm):
-            module.register_forward_hook(
-                lambda spiking, inputs, _: found.append(spiking.counts(inputs[0]))
-            )
+            module.register_forward_hook(record)
     cache = model.init_cache(None, rows=1)
     model.step(InputRows.full(torch.randint(5, 500, (1, 256))), cache)
     count = torch.cat([counts.count for counts in found])

@@ -1,6 +1,6 @@
 """Mamba-2 beside the PyTorch implementation of transformers, with the same weights.
 
-python benchmarks/mamba2_against_hf.py      needs transformers; writes results/mamba2_against_hf.json
+python benchmarks/mamba2_against_hf.py    needs transformers
 
 Two layers of one group (the norm of transformers is over all channels): the largest difference of
 outputs and of gradients of the input, and the time of a forward and backward pass in turns.

@@ -106,9 +106,7 @@ def _spiking_mixers() -> dict[str, SequenceMixer]:
     }
 
 
-def _model(
-    *, moe: SparseLayer, stack: Stack, mixers: Mapping[str, SequenceMixer]
-) -> ModelConfig:
+def _model(*, moe: SparseLayer, stack: Stack, mixers: Mapping[str, SequenceMixer]) -> ModelConfig:
     return ModelConfig(
         vocab_size=VOCABULARY,
         dim=64,

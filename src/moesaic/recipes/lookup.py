@@ -18,7 +18,16 @@ from moesaic.train.text_data import TextData
 from moesaic.train.warm_start import WeightsOfRun
 
 RECIPES: Registry[Run] = Registry("recipe")
-for _recipe in (demo, tiny, tiny_lm, multilingual_50, multilingual_50_laptop, hunyuan_hybrid, spikingbrain_inter, spikingbrain_intra):
+for _recipe in (
+    demo,
+    tiny,
+    tiny_lm,
+    multilingual_50,
+    multilingual_50_laptop,
+    hunyuan_hybrid,
+    spikingbrain_inter,
+    spikingbrain_intra,
+):
     RECIPES.register()(_recipe)
 
 
