@@ -27,7 +27,7 @@ from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.token_shard_writer import file_manifest, write_shards
 from moesaic.data.token_shards import FORMAT, MANIFEST, TokenShards
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 
 LANGUAGES = tuple(f"x{chr(97 + i // 26)}{chr(97 + i % 26)}_Latn" for i in range(170))
 ENGLISH = 472_000  # distinct sources of the software corpus
@@ -38,7 +38,7 @@ def make_shards(root: Path, *, pairs: int) -> None:
     """Write shards of the size and shape of the 171-language software corpus (97:1 tail)."""
     random = np.random.default_rng(0)
     texts = {"en": ["a b c", "d e f"]}
-    tokenizer = train_tokenizer(texts, ("eng_Latn", *LANGUAGES), TokenizerConfig(vocab_size=32_000))
+    tokenizer = train_tokenizer(texts, ("eng_Latn", *LANGUAGES), TrainedTokenizer(vocab_size=32_000))
     tokenizer.save(root / "tokenizer.json")
     share = np.exp(-np.arange(len(LANGUAGES)) / 37.0)
     counts = np.maximum(1, share / share.sum() * pairs).astype(int)
@@ -80,7 +80,7 @@ def encode_corpus(root: Path, *, path: Path) -> dict[str, float]:
     """Train a tokenizer on a corpus and encode it; return how long each took."""
     corpus, began = Corpus.open(path), time.perf_counter()
     texts = {code: (t.text for t in corpus.iter_texts(code)) for code in corpus.languages}
-    config = TokenizerConfig(vocab_size=16_000)
+    config = TrainedTokenizer(vocab_size=16_000)
     tokenizer = train_tokenizer(texts, corpus.languages, config)
     tokenizer.save(root / "tokenizer.json")
     trained = time.perf_counter()

@@ -27,7 +27,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.data.batch import Batch
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
@@ -65,7 +65,7 @@ def the_run(corpus: CorpusSource, *, steps: int) -> Run:
     return change_text(
         base,
         corpus=corpus,
-        tokenizer=TokenizerConfig(vocab_size=4000),
+        tokenizer=TrainedTokenizer(vocab_size=4000),
         mixture=MixtureConfig(tasks=both, temperature=2.0),
         loader=text_of(base).loader.replace(
             batch_tokens=4096, max_source=96, max_target=96, bucket_window=8192

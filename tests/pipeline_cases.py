@@ -20,7 +20,7 @@ from moesaic.data.tasks import CausalLM, Denoising, Translation
 from moesaic.data.token_shard_writer import write_shards
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 
 LANGUAGES = ("deu_Latn", "ell_Grek", "eng_Latn", "jpn_Jpan")
 SIZES = {"deu_Latn": 300, "ell_Grek": 90, "jpn_Jpan": 30}
@@ -62,7 +62,7 @@ class ToyCorpus:
 @functools.cache
 def tokenizer() -> Tokenizer:
     texts = {code: [sentence(code, i) for i in range(100)] for code in LANGUAGES}
-    return train_tokenizer(texts, LANGUAGES, TokenizerConfig(vocab_size=400, sample_lines=500))
+    return train_tokenizer(texts, LANGUAGES, TrainedTokenizer(vocab_size=400, sample_lines=500))
 
 
 @functools.cache

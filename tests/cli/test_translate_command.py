@@ -12,7 +12,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.checkpoint.trained_directions import TrainedDirections, TrainedStream
 from moesaic.cli.main import main
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     train_tokenizer(
         {"eng_Latn": ["Open the file", "Save all now", "Yes"]},
         languages=("eng_Latn", "deu_Latn", "fra_Latn"),
-        config=TokenizerConfig(vocab_size=320),
+        config=TrainedTokenizer(vocab_size=320),
     ).save(run.tokenizer)
     stream = TrainedStream(
         task="t",

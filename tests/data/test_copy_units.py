@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from moesaic.corpus.placeholders import placeholder_keys
 from moesaic.data.copy_units import FIRST_SLOT, CopyUnit, insert_slots, slot_characters
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.train_tokenizer import BPE, TokenizerConfig, Unigram, train_tokenizer
+from moesaic.data.train_tokenizer import BPE, TrainedTokenizer, Unigram, train_tokenizer
 
 A, B, C = slot_characters(3)
 PARTS = [
@@ -91,7 +91,7 @@ def test_slots_lose_nothing(parts: list[str], slots: int) -> None:
 @pytest.fixture(scope="module", params=[BPE(), Unigram()], ids=["bpe", "unigram"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     lines = ["Open %s in %(name)s now", "Save the file", "in the house of cards", "{0} now"] * 3
-    config = TokenizerConfig(vocab_size=330, copy_units=4, algorithm=request.param)
+    config = TrainedTokenizer(vocab_size=330, copy_units=4, algorithm=request.param)
     return train_tokenizer({"eng_Latn": lines}, ["eng_Latn"], config)
 
 
@@ -127,7 +127,7 @@ def test_copies_are_saved_with_the_tokenizer(tokenizer: Tokenizer, tmp_path) -> 
 
 def test_without_copy_units_placeholders_are_text() -> None:
     tokenizer = train_tokenizer(
-        {"eng_Latn": ["Open %s"] * 4}, ["eng_Latn"], TokenizerConfig(vocab_size=300)
+        {"eng_Latn": ["Open %s"] * 4}, ["eng_Latn"], TrainedTokenizer(vocab_size=300)
     )
     [encoded] = tokenizer.encode_with_copies(["Open %s"])
     assert encoded.ids == tokenizer.encode("Open %s")

@@ -12,7 +12,7 @@ from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.loader import DataReplica, Loader
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 
 
 def test_rows_are_pairs_of_the_corpus_with_their_labels():
@@ -92,7 +92,7 @@ def test_state_of_another_run_is_refused():
 
 def test_shards_of_another_tokenizer_and_a_rank_out_of_range_are_refused():
     texts = {"eng_Latn": ["a b c"]}
-    other = train_tokenizer(texts, cases.LANGUAGES, TokenizerConfig(vocab_size=300))
+    other = train_tokenizer(texts, cases.LANGUAGES, TrainedTokenizer(vocab_size=300))
     parts = {"mixture": cases.MIXTURE, "config": cases.SMALL, "seed": 1}
     with pytest.raises(DataError, match="another tokenizer"):
         Loader(cases.shards(), tokenizer=other, **parts)

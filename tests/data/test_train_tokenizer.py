@@ -9,7 +9,7 @@ import pipeline_cases as cases
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.train_tokenizer import (
     BPE,
-    TokenizerConfig,
+    TrainedTokenizer,
     Unigram,
     balanced_lines,
     train_tokenizer,
@@ -17,9 +17,9 @@ from moesaic.data.train_tokenizer import (
 
 TEXTS = {code: [cases.sentence(code, i) for i in range(80)] for code in cases.LANGUAGES}
 _TRAIN = """
-from moesaic.data.train_tokenizer import BPE, TokenizerConfig, Unigram, train_tokenizer
+from moesaic.data.train_tokenizer import BPE, TrainedTokenizer, Unigram, train_tokenizer
 for algorithm in (BPE(), Unigram()):
-    config = TokenizerConfig(algorithm=algorithm, vocab_size=340, sample_lines=300)
+    config = TrainedTokenizer(algorithm=algorithm, vocab_size=340, sample_lines=300)
     print(train_tokenizer(%r, %r, config).fingerprint)
 """
 
@@ -27,7 +27,7 @@ for algorithm in (BPE(), Unigram()):
 @pytest.mark.parametrize("algorithm", [BPE(), Unigram()], ids=["bpe", "unigram"])
 @pytest.mark.parametrize("size", [266, 300, 3000])
 def test_the_vocabulary_has_exactly_the_requested_size(algorithm, size):
-    config = TokenizerConfig(algorithm=algorithm, vocab_size=size, sample_lines=300)
+    config = TrainedTokenizer(algorithm=algorithm, vocab_size=size, sample_lines=300)
     tokenizer = train_tokenizer(TEXTS, cases.LANGUAGES, config)
     assert tokenizer.vocab_size == size
     names = [tokenizer.id_to_token(i) for i in range(size)]
@@ -37,7 +37,7 @@ def test_the_vocabulary_has_exactly_the_requested_size(algorithm, size):
 
 def test_training_in_another_process_gives_the_same_tokenizer():
     configs = [
-        TokenizerConfig(algorithm=a, vocab_size=340, sample_lines=300) for a in (BPE(), Unigram())
+        TrainedTokenizer(algorithm=a, vocab_size=340, sample_lines=300) for a in (BPE(), Unigram())
     ]
     here = [train_tokenizer(TEXTS, cases.LANGUAGES, config).fingerprint for config in configs]
     command = [sys.executable, "-c", _TRAIN % (TEXTS, cases.LANGUAGES)]
@@ -47,14 +47,14 @@ def test_training_in_another_process_gives_the_same_tokenizer():
 
 def test_a_vocabulary_without_space_for_pieces_is_refused():
     with pytest.raises(ConfigError, match="expected at least 266: 5 special tokens, 4 language"):
-        train_tokenizer(TEXTS, cases.LANGUAGES, TokenizerConfig(vocab_size=265))
+        train_tokenizer(TEXTS, cases.LANGUAGES, TrainedTokenizer(vocab_size=265))
 
 
 def test_a_language_given_twice_and_no_text_at_all_are_refused():
     with pytest.raises(ConfigError, match="twice"):
-        train_tokenizer(TEXTS, ("deu_Latn", "deu_Latn"), TokenizerConfig())
+        train_tokenizer(TEXTS, ("deu_Latn", "deu_Latn"), TrainedTokenizer())
     with pytest.raises(DataError, match="no text"):
-        train_tokenizer({"deu_Latn": []}, ("deu_Latn",), TokenizerConfig())
+        train_tokenizer({"deu_Latn": []}, ("deu_Latn",), TrainedTokenizer())
 
 
 def test_languages_have_temperature_scaled_shares_of_the_lines():
@@ -76,7 +76,7 @@ def test_a_small_language_gets_pieces_of_its_own():
     rare = ["ქართული ენა", "ენა ქართული", "ქართული"]
     texts = {"eng_Latn": [f"word{i} and word{i + 1}" for i in range(3000)], "kat_Geor": rare}
     tokenizer = train_tokenizer(
-        texts, tuple(texts), TokenizerConfig(vocab_size=420, sample_lines=2000)
+        texts, tuple(texts), TrainedTokenizer(vocab_size=420, sample_lines=2000)
     )
     tokens = sum(map(len, tokenizer.encode_batch(rare)))
     assert tokens < 0.5 * sum(map(len, rare))
@@ -86,7 +86,7 @@ def test_a_frequent_placeholder_is_one_piece():
     texts = {
         "eng_Latn": [f"{w} %(count)s {{name}} %d" for w in ("add", "move", "drop", "list")] * 9
     }
-    config = TokenizerConfig(vocab_size=400, sample_lines=500)
+    config = TrainedTokenizer(vocab_size=400, sample_lines=500)
     tokenizer = train_tokenizer(texts, ("eng_Latn",), config)
     pieces = [tokenizer.id_to_token(i) for i in tokenizer.encode("add %(count)s {name} %d")]
     assert pieces[-3:] == [" %(count)s", " {name}", " %d"]

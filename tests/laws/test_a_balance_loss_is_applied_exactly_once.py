@@ -18,7 +18,11 @@ from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import moe_layers
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
-from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch, tiny_model_config
+from moesaic.testing.tiny_models import (
+    LABELS,
+    random_batch,
+    tiny_model_config,
+)
 from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
@@ -38,7 +42,7 @@ def model_of(name: str) -> Transformer:
 
 def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Tensor]]:
     """Return one step's loss terms, its gradients, and each router's accumulated stats."""
-    objective = Objective(LossCategories(TASKS, LANGUAGES), precision=Float32())
+    objective = Objective(LossCategories(LABELS), precision=Float32())
     seen = objective.forward_backward(
         parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches
     )

@@ -41,8 +41,7 @@ from moesaic.parallel.pipeline_schedules import (
 )
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
-    LANGUAGES,
-    TASKS,
+    LABELS,
     random_batch,
     tiny_model_config,
 )
@@ -51,7 +50,7 @@ from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
 from moesaic.verify.synthetic_batches import shard_batch
 
-OBJECTIVE = Objective(LossCategories(TASKS, LANGUAGES), precision=Float32())
+OBJECTIVE = Objective(LossCategories(LABELS), precision=Float32())
 BALANCES = (SwitchBalance(weight=0.3), RouterZLoss(weight=0.2))
 RTS = BALANCED_TOP1.replace(
     balance=BALANCES, limit=Capacity(factor=0.7, minimum=0, priority=RandomPriority())

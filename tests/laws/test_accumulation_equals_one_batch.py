@@ -10,7 +10,11 @@ from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.expert_selection import TopK
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
-from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch, tiny_model_config
+from moesaic.testing.tiny_models import (
+    LABELS,
+    random_batch,
+    tiny_model_config,
+)
 from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import ForwardBackwardResult, Objective
@@ -37,7 +41,7 @@ def _gradients(
 ) -> tuple[ForwardBackwardResult, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
-    objective = Objective(LossCategories(TASKS, LANGUAGES), precision=Float32())
+    objective = Objective(LossCategories(LABELS), precision=Float32())
     result = objective.forward_backward(
         parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches
     )

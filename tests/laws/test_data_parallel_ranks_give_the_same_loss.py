@@ -40,8 +40,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
-    LANGUAGES,
-    TASKS,
+    LABELS,
     random_batch,
     tiny_model_config,
 )
@@ -109,7 +108,7 @@ def _train(world: World, moe: SparseLayer, rows: int) -> Outcome:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
     parallel_model = parallelize(model, parallel=ParallelConfig(), world=world)
-    categories = LossCategories(TASKS, LANGUAGES)
+    categories = LossCategories(LABELS)
     objective = Objective(categories, precision=Float32())
     optimizer = AdamW(eps=1e-5).build(model.named_parameters(), kinds=model.parameter_kinds())
     history = []

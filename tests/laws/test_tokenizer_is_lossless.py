@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import pipeline_cases as cases
 from moesaic.data.tokenizer import SPECIALS, Tokenizer, language_token
-from moesaic.data.train_tokenizer import BPE, TokenizerConfig, Unigram, train_tokenizer
+from moesaic.data.train_tokenizer import BPE, TrainedTokenizer, Unigram, train_tokenizer
 
 SPELT = ("<deu_Latn>", "<0x41>", "<unused_0>", "▁", "Ġ", "%(name)s", "{0}", "%1$d", "\ufeff")
 ODD = ("\0", "\r\n", "\t", "\u200d", "e\u0301", "é", "\u3000", "🏳️\u200d🌈", " ", "  ", "\U0010ffff")
@@ -20,7 +20,7 @@ def tokenizer(request) -> Tokenizer:
     lines = [cases.sentence("eng_Latn", i) for i in range(60)] + [
         "<deu_Latn> <0x41> <pad> ▁ {0}"
     ] * 9
-    config = TokenizerConfig(algorithm=request.param, vocab_size=330, sample_lines=200)
+    config = TrainedTokenizer(algorithm=request.param, vocab_size=330, sample_lines=200)
     return train_tokenizer({"eng_Latn": lines}, ("eng_Latn", "deu_Latn"), config)
 
 

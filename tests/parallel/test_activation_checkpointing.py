@@ -23,8 +23,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
-    LANGUAGES,
-    TASKS,
+    LABELS,
     random_batch,
     tiny_model_config,
 )
@@ -49,7 +48,7 @@ def _model(moe: MoE, by: ActivationCheckpointing, *, dropout: float = 0.0) -> Tr
 
 
 def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
-    objective = Objective(LossCategories(TASKS, LANGUAGES), precision=Float32())
+    objective = Objective(LossCategories(LABELS), precision=Float32())
     batches = [random_batch(3, seed=seed) for seed in range(3)]
     torch.manual_seed(1)  # of dropout
     seen = objective.forward_backward(

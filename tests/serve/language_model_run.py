@@ -9,7 +9,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.checkpoint.trained_directions import TrainedDirections, TrainedStream
 from moesaic.corpus.text_rules import DocumentText, write_text_rules
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
@@ -36,7 +36,7 @@ def write_language_model_run(folder: Path, *, config: ModelConfig = CONFIG) -> R
     run.config.write_text(yaml.safe_dump({"model": config.to_dict(), "data": {"loader": loader}}))
     write_tensors(run.model, tensors=export_weights(Transformer(config)))
     languages = ("deu_Latn", "eng_Latn")
-    sizes = TokenizerConfig(vocab_size=config.vocab_size)
+    sizes = TrainedTokenizer(vocab_size=config.vocab_size)
     train_tokenizer({"eng_Latn": LINES}, languages, sizes).save(run.tokenizer)
     write_text_rules(run.text_rules, DocumentText())
     stream = TrainedStream(

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 from moesaic.serve.text_stream import TextStream
 
 LINES = ["the end of the text", "an end", "ten\nlines", "a tent"]
@@ -12,7 +12,7 @@ LINES = ["the end of the text", "an end", "ten\nlines", "a tent"]
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    return train_tokenizer({"eng_Latn": LINES}, ["eng_Latn"], TokenizerConfig(vocab_size=300))
+    return train_tokenizer({"eng_Latn": LINES}, ["eng_Latn"], TrainedTokenizer(vocab_size=300))
 
 
 def cut(text: str, stop) -> str:

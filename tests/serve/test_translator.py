@@ -11,7 +11,7 @@ from moesaic.checkpoint.trained_directions import TrainedDirections, TrainedStre
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.corpus.text_rules import SoftwareStrings
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage, record_routes
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.config import ModelConfig, Stack
@@ -48,7 +48,7 @@ def _config(encoder_layers):
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(
-        {"eng_Latn": TEXTS}, languages=LANGUAGES, config=TokenizerConfig(vocab_size=400)
+        {"eng_Latn": TEXTS}, languages=LANGUAGES, config=TrainedTokenizer(vocab_size=400)
     )
 
 

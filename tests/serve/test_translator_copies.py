@@ -5,7 +5,7 @@ import torch
 
 from moesaic.corpus.placeholders import compare_placeholders
 from moesaic.corpus.text_rules import SoftwareStrings
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 from moesaic.model.beam_search import Beam, Greedy, Search
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
@@ -29,7 +29,7 @@ TEXTS = [
 def translator(request: pytest.FixtureRequest) -> Translator:
     codes = ["deu_Latn", "eng_Latn"]
     lines = {code: ["Save the file", "Open it now", "no files"] for code in codes}
-    config = TokenizerConfig(vocab_size=VOCABULARY, copy_units=6)
+    config = TrainedTokenizer(vocab_size=VOCABULARY, copy_units=6)
     model = ModelConfig(
         vocab_size=VOCABULARY,
         dim=16,

@@ -10,7 +10,7 @@ from moesaic.corpus.cleaning import CleaningConfig
 from moesaic.corpus.split import SplitConfig
 from moesaic.corpus.text_rules import GeneralText, SoftwareStrings, TextRules, read_text_rules
 from moesaic.data.token_shards import TokenShards
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.distributed.world import SingleProcess
 from moesaic.testing.tiny_models import SMALL_SYNTHETIC_CORPUS, synthetic_run, text_of
 from moesaic.train.corpus_source import BuiltCorpus, CorpusFolder, NamedCorpus
@@ -77,7 +77,7 @@ def test_subsets_of_different_languages_have_different_fingerprints() -> None:
 
 def test_a_tokenizer_of_another_run_is_refused(tmp_path: Path) -> None:
     _prepare(synthetic_run(languages=("English", "qac_Grek")), tmp_path)
-    larger = synthetic_run(tokenizer=TokenizerConfig(vocab_size=420))
+    larger = synthetic_run(tokenizer=TrainedTokenizer(vocab_size=420))
     with pytest.raises(ConfigError) as caught:
         _prepare(larger, tmp_path)
     size, tags = caught.value.problems

@@ -22,7 +22,7 @@ from moesaic.core.files import sha256
 from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import Stack
 from moesaic.model.head import LanguageModelHead
 from moesaic.moe.config import NoMoE
@@ -159,7 +159,7 @@ def test_a_start_that_fails_leaves_nothing(
     wrong = {
         "corpus": {"corpus": CorpusFolder(path=str(tmp_path / "none"))},
         "languages": {"languages": ("eng_Latn", "fra_Latn")},
-        "tokenizer": {"tokenizer": TokenizerConfig(vocab_size=9000)},
+        "tokenizer": {"tokenizer": TrainedTokenizer(vocab_size=9000)},
         "initial": {"initial_weights": WeightsOfRun(path=str(tmp_path / "none"))},
         "weights": {
             "initial_weights": WeightsOfRun(path=str(whole)),

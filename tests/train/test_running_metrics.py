@@ -7,10 +7,10 @@ from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import IGNORE_LABEL, TARGET_LANGUAGE, TASK, Batch
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
-from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch
+from moesaic.testing.tiny_models import LABELS, LANGUAGES, TASKS, random_batch
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics, StepSums
 
-CATEGORIES = LossCategories(TASKS, LANGUAGES)
+CATEGORIES = LossCategories(LABELS)
 
 
 def rows_of_loss(batch: Batch) -> torch.Tensor:
@@ -18,7 +18,7 @@ def rows_of_loss(batch: Batch) -> torch.Tensor:
 
 
 def _by_category(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return CATEGORIES.sums(loss, row=rows_of_loss(batch), batch=batch)
+    return CATEGORIES.sums(loss[None], row=rows_of_loss(batch), batch=batch)
 
 
 def _sums(seed: int) -> StepSums:
@@ -47,8 +47,8 @@ def test_the_sums_do_not_depend_on_the_order_of_losses() -> None:
     loss, row = torch.rand(batch.num_predicted), rows_of_loss(batch)
     order = torch.randperm(len(row))
     torch.testing.assert_close(
-        CATEGORIES.sums(loss[order], row=row[order], batch=batch),
-        CATEGORIES.sums(loss, row=row, batch=batch),
+        CATEGORIES.sums(loss[None, order], row=row[order], batch=batch),
+        CATEGORIES.sums(loss[None], row=row, batch=batch),
     )
 
 
@@ -76,7 +76,8 @@ def test_a_row_is_the_mean_since_the_last_row() -> None:
 
 def test_a_category_without_tokens_has_no_value() -> None:
     meters = RunningMetrics(
-        LossCategories(TASKS, (*LANGUAGES, "xho_Latn")), device=torch.device("cpu")
+        LossCategories({TASK: TASKS, TARGET_LANGUAGE: (*LANGUAGES, "xho_Latn")}),
+        device=torch.device("cpu"),
     )
     meters.add_losses(torch.ones(2, 6) * torch.tensor([1, 1, 1, 1, 1, 0]))
     assert "valid/loss/xho_Latn" not in meters.mean_losses(SingleProcess(), prefix="valid")

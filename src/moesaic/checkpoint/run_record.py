@@ -34,7 +34,13 @@ RUN_RECORD_FILE = FileKind(
     error=CheckpointError,
     way_out="`moesaic ckpt adopt RUN` writes a new one, if you trust the files of the run",
 )
-RECORDED_FILES = ("tokenizer.json", "text_rules.json", "directions.json", "model.safetensors")
+RECORDED_FILES = (
+    "tokenizer.json",
+    "vocabulary.json",
+    "text_rules.json",
+    "directions.json",
+    "model.safetensors",
+)
 TOKENIZER_KEY, MODEL_KEY = "moesaic_tokenizer", "moesaic_model_config"
 
 

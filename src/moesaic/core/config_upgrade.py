@@ -124,7 +124,7 @@ RENAMED_KEYS = {
     "Stack": {"dense": "first_dense_layers", "experts": "experts_per_layer"},
     "StochasticWarmup": {"steps": "warmup_steps"},
     "Threshold": {"expected": "expected_fraction"},
-    "TokenizerConfig": {
+    "TrainedTokenizer": {
         "lines": "sample_lines",
         "coverage": "character_coverage",
         "max_alphabet": "max_alphabet_share",
@@ -144,8 +144,11 @@ SECTIONS = {
     "model": "ModelConfig",
     "parallel": "ParallelConfig",
     "split": "SplitConfig",
-    "tokenizer": "TokenizerConfig",
+    "tokenizer": "TrainedTokenizer",
 }
+
+# The sections that are choices now: what an earlier config without a kind means.
+KINDS_OF_SECTIONS = ("TrainedTokenizer",)
 
 # Keys that are now below another one: the new path, and the kind of each choice on the way.
 MOVED_KEYS = {
@@ -235,6 +238,9 @@ def _upgrade(value: object, *, config: str, path: str, renamed: dict[str, str]) 
     owner = RENAMED_KINDS.get(kind, kind) if isinstance(kind, str) else config
     keys = RENAMED_KEYS.get(owner, {})
     upgraded: dict[str, object] = {}
+    if kind is None and config in KINDS_OF_SECTIONS:
+        upgraded["kind"] = config
+        renamed[path] = f"{path}={config}"
     for key, item in value.items():
         old = str(key)
         new = keys.get(old, old)

@@ -25,7 +25,7 @@ class InputRows:
     """Right-padded rows: token ids [B S], or values [B S C] of a modality that has none.
 
     ``lengths`` [B] counts the real entries of each row; those behind them may be anything. ``tag``
-    is the token by which routers know the language of a row; None: its first one.
+    is the token that routers read as the tag of a row; None: its first one.
     """
 
     values: Int[Tensor, "B S"] | Float[Tensor, "B S C"]

@@ -145,14 +145,6 @@ class RowLoader:
         return self._dataset.labels
 
     @property
-    def tasks(self) -> Sequence[str]:
-        return self.labels.get("task", ())
-
-    @property
-    def languages(self) -> Sequence[str]:
-        return self.labels.get("target_language", ())
-
-    @property
     def skipped(self) -> Mapping[str, int]:
         return {}
 

@@ -76,6 +76,8 @@ class Tokenizer:
         self._vocabulary = replace(known, not_text=_not_text(hf_tokenizer, size=known.size))
         self._languages = recorded.languages if recorded else tuple(known.tags)
         self._copies = _copy_tokens(hf_tokenizer)
+        unknown = {self._vocabulary.unk}
+        self._markers = {*self._vocabulary.suppressed, self._vocabulary.eos} - unknown
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -127,7 +129,7 @@ class Tokenizer:
         """A hash of everything that affects encoding."""
         text = self._hf_tokenizer.to_str()
         if self._recorded is not None:
-            text += repr(self._recorded)
+            text += self._recorded.to_json()
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -142,9 +144,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``: pieces and bytes, never special or language tokens."""
         try:
-            return self._hf_tokenizer.encode(text, add_special_tokens=False).ids
+            ids = self._hf_tokenizer.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_text_error(text, error) from error
+        return self._text_only(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts; see ``encode_on_all_cores`` for multithreading."""
@@ -153,7 +156,14 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             wrong = next((t for t in texts if not _is_text(t)), "")
             raise _not_text_error(wrong, error) from error
-        return [encoding.ids for encoding in found]
+        return [self._text_only(encoding.ids) for encoding in found]
+
+    def _text_only(self, ids: list[int]) -> list[int]:
+        """Return ids without markers that a foreign model found in a text that spells them."""
+        if self._recorded is None or self._markers.isdisjoint(ids):
+            return ids
+        unknown = [self._vocabulary.unk] if self._vocabulary.unk is not None else []
+        return [i for x in ids for i in (unknown if x in self._markers else [x])]
 
     def encode_with_copies(self, texts: Sequence[str]) -> list[EncodedText]:
         """Encode several texts, their placeholders as slots: what a model reads and predicts.

@@ -8,7 +8,7 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from pydantic import Field
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HfTokenizer
 
-from moesaic.core.config import Choice, Config
+from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.corpus.placeholders import without_placeholders
 from moesaic.data.copy_units import MAX_SLOTS, slot_characters
@@ -27,6 +27,8 @@ from moesaic.data.tokenizer import (
     encode_on_all_cores,
     language_token,
 )
+from moesaic.data.tokenizer_source import TokenizerSource
+from moesaic.data.vocabulary_file import RecordedVocabulary
 
 BYTE_PIECES = tuple(f"<0x{i:02X}>" for i in range(256))
 
@@ -145,8 +147,8 @@ class Unigram(TokenizerAlgorithm):
         )
 
 
-class TokenizerConfig(Config):
-    """Vocabulary size (exact) and training of the tokenizer."""
+class TrainedTokenizer(TokenizerSource):
+    """A tokenizer of exactly ``vocab_size`` ids, trained on the text of the run."""
 
     algorithm: TokenizerAlgorithm = BPE()
     vocab_size: Annotated[int, Field(ge=1)] = 8000
@@ -178,30 +180,47 @@ class TokenizerConfig(Config):
         ),
     ] = 0
 
+    def make(
+        self,
+        texts: Mapping[str, Iterable[str]],
+        *,
+        languages: Sequence[str],
+        notify: Callable[[str], None],
+    ) -> Tokenizer:
+        notify(f"training a tokenizer of {self.vocab_size:,} ids")
+        return train_tokenizer(texts, languages, self)
+
+    def size(self) -> int:
+        return self.vocab_size
+
+    def shrink(self, vocab_size: int) -> "TrainedTokenizer":
+        return self.replace(vocab_size=vocab_size)
+
 
 def train_tokenizer(
-    texts: Mapping[str, Iterable[str]], languages: Sequence[str], config: TokenizerConfig
+    texts: Mapping[str, Iterable[str]], languages: Sequence[str], config: TrainedTokenizer
 ) -> Tokenizer:
     """Train a tokenizer on ``texts`` (language code -> lines, each read once).
 
-    ``languages`` get a token each, in this order, even without text. Raises ConfigError when
-    ``vocab_size`` is too small for any piece, DataError when there is no text.
+    ``languages`` get a token each, in this order, even without text, and ``added_tags`` after them.
+    Raises ConfigError when ``vocab_size`` is too small for any piece, DataError when there is no
+    text.
     """
-    copies = copy_pieces(config.copy_units)
+    copies, tags = copy_pieces(config.copy_units), (*languages, *config.added_tags)
     fixed = (
         *SPECIALS.values(),
-        *(language_token(code) for code in languages),
+        *map(language_token, tags),
         *BYTE_PIECES,
         *copies,
     )
-    if len(set(languages)) != len(languages):
-        raise ConfigError([f"languages: found one twice in {', '.join(languages)}"])
+    if len(set(tags)) != len(tags):
+        raise ConfigError([f"languages and added tags: found one twice in {', '.join(tags)}"])
     num_pieces = config.vocab_size - len(fixed)
     if num_pieces < 1:
         raise ConfigError(
             [
                 f"data.tokenizer.vocab_size: found {config.vocab_size}, expected at least "
-                f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(languages)} language "
+                f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(tags)} language "
                 f"tokens, {len(BYTE_PIECES)} bytes, {len(copies)} copy pieces and one piece"
             ]
         )
@@ -220,11 +239,15 @@ def train_tokenizer(
     special = [
         name for name in vocabulary if name in SPECIALS.values() or name.startswith("<unused_")
     ]
-    language_tokens = [language_token(code) for code in languages]
+    language_tokens = [language_token(code) for code in tags]
     hf_tokenizer.add_special_tokens(
         [AddedToken(n, special=True, normalized=False) for n in (*special, *language_tokens)]
     )
-    return Tokenizer(hf_tokenizer)
+    tokenizer = Tokenizer(hf_tokenizer)
+    if not config.added_tags:
+        return tokenizer
+    recorded = RecordedVocabulary(tokenizer.vocabulary, tuple(languages))
+    return Tokenizer(hf_tokenizer, recorded=recorded)
 
 
 def balanced_lines(
@@ -275,7 +298,7 @@ def _sample_by_hash(texts: Iterable[str], count: int) -> _LineSample:
 
 
 def _alphabet(
-    sample: Sequence[tuple[str, int]], *, config: TokenizerConfig, num_pieces: int
+    sample: Sequence[tuple[str, int]], *, config: TrainedTokenizer, num_pieces: int
 ) -> tuple[str, ...]:
     counts: Counter[str] = Counter()
     for line, times in sample:

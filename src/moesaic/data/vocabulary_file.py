@@ -6,15 +6,16 @@ It is beside the ``tokenizer.json`` that it belongs to::
      "tags": {"deu_Latn": 31990}, "languages": ["deu_Latn", "eng_Latn"]}
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from moesaic.core.errors import DataError
 from moesaic.core.file_reader import MIB, Count, FileKind, FileShape, Sha256
-from moesaic.core.files import sha256, write_json
+from moesaic.core.files import atomic_write, sha256, write_json
 from moesaic.data.vocabulary import Vocabulary
 
 VOCABULARY_FILE = FileKind(name="record of a vocabulary", max_bytes=MIB, error=DataError)
@@ -27,6 +28,19 @@ class RecordedVocabulary:
 
     vocabulary: Vocabulary
     languages: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the file says of the vocabulary, whatever tokenizer it is beside."""
+        return {
+            "size": self.vocabulary.size,
+            "roles": self.vocabulary.roles,
+            "tags": dict(self.vocabulary.tags),
+            "languages": list(self.languages),
+        }
+
+    def to_json(self) -> str:
+        """Return ``to_dict`` as text that is the same for equal records."""
+        return json.dumps(self.to_dict(), sort_keys=True)
 
 
 class _VocabularyShape(FileShape):
@@ -68,17 +82,16 @@ def read_vocabulary(tokenizer: Path) -> RecordedVocabulary | None:
     return RecordedVocabulary(found, shape.languages)
 
 
+def copy_tokenizer(tokenizer: Path, *, to: Path) -> None:
+    """Copy a tokenizer file, and the record of its roles if it has one."""
+    atomic_write(to, tokenizer.read_bytes())
+    record = vocabulary_path(tokenizer)
+    vocabulary_path(to).unlink(missing_ok=True)
+    if record.is_file():
+        atomic_write(vocabulary_path(to), record.read_bytes())
+
+
 def write_vocabulary(record: RecordedVocabulary, *, tokenizer: Path) -> None:
     """Write the record of a tokenizer file that is there already."""
-    vocabulary = record.vocabulary
-    write_json(
-        vocabulary_path(tokenizer),
-        {
-            "format": VOCABULARY_FORMAT,
-            "tokenizer": sha256(tokenizer),
-            "size": vocabulary.size,
-            "roles": vocabulary.roles,
-            "tags": dict(vocabulary.tags),
-            "languages": list(record.languages),
-        },
-    )
+    about = {"format": VOCABULARY_FORMAT, "tokenizer": sha256(tokenizer)}
+    write_json(vocabulary_path(tokenizer), about | record.to_dict())

@@ -4,8 +4,8 @@
 predicts, and counts it: the objective divides by the count of all ranks and micro-batches. The
 other heads are in ``value_heads.py`` and ``pooled_heads.py``.
 
-Letters: B rows, L target length, T tokens of this rank, N predictions, K states read for them, D
-model dim, V vocabulary.
+Letters: B rows, L target length, T tokens of this rank, N predictions, K states read for them (of
+a loss: values of a prediction), D model dim, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,6 +76,11 @@ class HeadLoss:
     total: Float[Tensor, ""]
     each: Float[Tensor, "N"]
     metrics: Mapping[str, Float[Tensor, "N"]] = field(default_factory=dict)
+
+    @property
+    def values(self) -> Float[Tensor, "K N"]:
+        """The loss and the metrics of each prediction."""
+        return torch.stack([self.each, *self.metrics.values()])
 
 
 class HeadModule(nn.Module):

@@ -133,6 +133,11 @@ class Transformer(nn.Module):
             hidden = mean_of_spans(hidden, chosen.lengths)
         return ModelOutput(hidden, chosen.label, chosen.row, records)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
     def predict(self, hidden: Float[Tensor, "K D"]) -> Float[Tensor, "K *P"]:
         """Return the head's predictions for these states: logits over the vocabulary, or others."""
         return self.head(hidden, source=self.embedding)

@@ -7,7 +7,7 @@ dropout, a linear decay to zero. ``docs/log.md`` has the experiments behind it.
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
@@ -32,7 +32,7 @@ def demo() -> Run:
         data=TextData(
             corpus=NamedCorpus(name="catalogues-small"),
             languages=("eng", *LANGUAGES),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY, copy_units=16),
+            tokenizer=TrainedTokenizer(vocab_size=VOCABULARY, copy_units=16),
             mixture=MixtureConfig(
                 tasks=(
                     WeightedTask(task=Translation(), weight=0.9),

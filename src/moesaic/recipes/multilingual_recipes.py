@@ -10,7 +10,7 @@ languages serves as well:
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import BothDirections, Denoising, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
@@ -41,7 +41,9 @@ def multilingual_50() -> Run:
         data=TextData(
             corpus=NamedCorpus(name="software-171"),
             languages=("en", *FIFTY),
-            tokenizer=TokenizerConfig(vocab_size=vocabulary, sample_lines=2_000_000, copy_units=16),
+            tokenizer=TrainedTokenizer(
+                vocab_size=vocabulary, sample_lines=2_000_000, copy_units=16
+            ),
             mixture=_mixture(both_ways=True),
             loader=LoaderConfig(batch_tokens=65_536, max_source=192, max_target=224),
         ),
@@ -74,7 +76,7 @@ def multilingual_50_laptop() -> Run:
         data=TextData(
             corpus=NamedCorpus(name="software-171"),
             languages=("en", *FIFTY),
-            tokenizer=TokenizerConfig(vocab_size=vocabulary, copy_units=16),
+            tokenizer=TrainedTokenizer(vocab_size=vocabulary, copy_units=16),
             mixture=_mixture(both_ways=False),
             loader=LoaderConfig(batch_tokens=4096, max_source=64, max_target=80),
         ),

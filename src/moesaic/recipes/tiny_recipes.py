@@ -4,7 +4,7 @@ from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Denoising, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import TopK
@@ -26,7 +26,7 @@ def tiny() -> Run:
         name="tiny",
         data=TextData(
             corpus=NamedCorpus(name="synthetic"),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+            tokenizer=TrainedTokenizer(vocab_size=VOCABULARY),
             mixture=MixtureConfig(
                 tasks=(
                     WeightedTask(task=Translation(), weight=0.9),

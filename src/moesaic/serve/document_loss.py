@@ -83,7 +83,7 @@ def _batches(windows: Sequence[_Window]) -> Iterator[list[_Window]]:
 
 def _window_losses(model: Transformer, windows: Sequence[_Window]) -> list[float]:
     """Return the summed loss of the scored positions of each window."""
-    device = model.embedding.weight.device
+    device = model.device
     inputs = InputRows.from_lists([one.inputs for one in windows], device=device)
     labels = torch.full_like(inputs.values, IGNORE_LABEL)
     for row, one in zip(labels, windows, strict=True):

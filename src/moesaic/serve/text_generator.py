@@ -207,7 +207,7 @@ class TextGenerator:
     ) -> Iterator[GeneratedText]:
         """Yield the answers to some of the prompts, each with its number."""
         answers = _Answers(self.tokenizer, prompts, request)
-        device = self.model.embedding.weight.device
+        device = self.model.device
         rows = [prompt.ids for _, prompt in prompts]
         found = generate(
             self.model,

@@ -282,7 +282,7 @@ class Translator:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.device
 
     def _language_code(self, name: str) -> str:
         code = resolve_language(name).code

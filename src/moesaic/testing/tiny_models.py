@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
-from moesaic.data.batch import IGNORE_LABEL, Batch
+from moesaic.data.batch import IGNORE_LABEL, SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK, Batch
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.distributed.world import SingleProcess, World
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
@@ -31,6 +31,7 @@ from moesaic.verify.synthetic_batches import (
 
 TASKS = ("translation", "denoising")
 LANGUAGES = ("deu_Latn", "ell_Grek", "fra_Latn")
+LABELS = {TASK: TASKS, SOURCE_LANGUAGE: LANGUAGES, TARGET_LANGUAGE: LANGUAGES}
 SMALL_SYNTHETIC_CORPUS = CorpusRecipe(name="few-phrases", source=SyntheticLanguages(phrases=500))
 BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), RouterZLoss()))
 
@@ -64,11 +65,8 @@ def random_batch(rows: int, *, seed: int, length: int = 9) -> Batch:
 class TinyStream(SyntheticBatches):
     """Endless random batches: the n-th is a function of n, whatever the number of ranks."""
 
-    tasks = TASKS
-    languages = LANGUAGES
-
     def __init__(self, *, rows: int = 8, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(shard=rank, num_shards=world_size)
+        super().__init__(labels=LABELS, shard=rank, num_shards=world_size)
         self._rows = rows
 
     def full_batch(self, number: int) -> Batch:
@@ -81,7 +79,7 @@ def tiny_run(**changes: object) -> Run:
         name="tiny",
         data=TextData(
             corpus=CorpusFolder(path="none"),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+            tokenizer=TrainedTokenizer(vocab_size=VOCABULARY),
             mixture=MixtureConfig(),
             loader=LoaderConfig(),
         ),
@@ -103,7 +101,7 @@ def synthetic_run(**changes: object) -> Run:
         name="synthetic",
         data=TextData(
             corpus=BuiltCorpus(recipe=SMALL_SYNTHETIC_CORPUS),
-            tokenizer=TokenizerConfig(vocab_size=400, sample_lines=2000),
+            tokenizer=TrainedTokenizer(vocab_size=400, sample_lines=2000),
             mixture=MixtureConfig(tasks=both),
             loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, bucket_window=256),
         ),

@@ -8,6 +8,7 @@ from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
+from moesaic.data.batch import TARGET_LANGUAGE
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.weights import export_weights
 from moesaic.train.trainer import Trainer
@@ -31,20 +32,21 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
 def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard:
     """Return the model card: parameters, training data, steps and best validation loss."""
     run, best = trainer.run, trainer.event_log.best
+    languages = trainer.data.labels.get(TARGET_LANGUAGE, ())
     facts = {
         "steps": f"{trainer.step:,}",
         "training tokens (both sides)": show_count(tokens),
-        "tasks": ", ".join(trainer.objective.categories.tasks),
+        "tasks": ", ".join(run.data.task_names()),
     }
     if best.step:
-        facts["best validation loss"] = f"{best.loss:.3f} nats per token, at step {best.step:,}"
+        facts["best validation loss"] = f"{best.loss:.3f} at step {best.step:,}"
     parts: dict[str, tuple[int, int]] = {}
     for entry in count_parameters(run.model).entries:
         total, active = parts.get(entry.part, (0, 0))
         parts[entry.part] = (total + entry.size, active + round(entry.size * entry.active_fraction))
     return ModelCard(
         name=run.name,
-        languages=[resolve_language(code).bcp47 for code in trainer.objective.categories.languages],
+        languages=[resolve_language(code).bcp47 for code in languages],
         licence="other",
         parameters=parts,
         sources=run.data.sources(run_dir),

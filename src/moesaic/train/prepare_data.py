@@ -16,13 +16,16 @@ from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Text
 from moesaic.corpus.text_rules import write_text_rules
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
 from moesaic.data.loader import DataReplica, Loader, LoaderConfig
 from moesaic.data.mixture import Mixture, MixtureConfig
 from moesaic.data.token_shard_writer import cached_shards
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.tokenizer_source import TokenizerSource
+from moesaic.data.vocabulary import ROLES
 from moesaic.distributed.rank0 import run_on_rank0
+from moesaic.model.config import ModelConfig
 from moesaic.train.corpus_source import CorpusSource
 from moesaic.train.find_corpus import open_run_corpus
 from moesaic.train.training_data import Preparation, PreparedData
@@ -93,6 +96,32 @@ class PreparedText(PreparedData):
             "fingerprint of the token shards": self.encoded.shards.fingerprint,
         }
 
+    def require_fits(self, model: ModelConfig) -> None:
+        """Raise ConfigError unless ids, tags and roles are there for this model and its tasks."""
+        vocabulary, problems = self.encoded.tokenizer.vocabulary, list[str]()
+        if vocabulary.size > model.vocab_size:
+            problems.append(
+                f"model.vocab_size={model.vocab_size}: the tokenizer has {vocabulary.size} ids, "
+                "and every id needs a row of the embedding"
+            )
+        names = self.loader.collator.frame.names
+        languages = self.encoded.tokenizer.languages
+        without = [code for code in languages if code not in vocabulary.tags]
+        if without and {SOURCE_TAG, TARGET_TAG} & set(names):
+            problems.append(
+                f"the tokenizer has no tag for {', '.join(without)}: add them "
+                f"(data.tokenizer.added_tags=[{', '.join(without)}]), name their tokens in "
+                "data.tokenizer.tags, or choose data.loader.collator.tag=NoTag"
+            )
+        problems += [
+            f"the tokenizer has no {name} token, which data.loader.collator.tag needs: name one of "
+            f"its tokens as data.tokenizer.{name}"
+            for name in names
+            if name in ROLES and name not in vocabulary.roles
+        ]
+        if problems:
+            raise ConfigError(problems)
+
     def make_loader(self, replica: DataReplica, *, seed: int) -> Loader:
         return Loader(
             self.encoded.shards,
@@ -128,7 +157,7 @@ def prepare_data(
     *,
     corpus: CorpusSource,
     languages: Sequence[str],
-    tokenizer: TokenizerConfig,
+    tokenizer: TokenizerSource,
 ) -> EncodedCorpus:
     """Build or open the corpus, then the run directory's tokenizer, then the cached shards.
 
@@ -190,14 +219,13 @@ def trained_directions(
 
 
 def _load_or_train_tokenizer(
-    place: Preparation, *, config: TokenizerConfig, corpus: CorpusSubset
+    place: Preparation, *, config: TokenizerSource, corpus: CorpusSubset
 ) -> Tokenizer:
     path = place.run_dir.tokenizer
     if path.is_file():
         tokenizer = Tokenizer.load(path)
         _check_tokenizer(tokenizer, config=config, corpus=corpus, place=place)
         return tokenizer
-    place.notify(f"training a tokenizer of {config.vocab_size:,} ids")
     texts = {
         code: (
             line
@@ -206,19 +234,20 @@ def _load_or_train_tokenizer(
         )
         for code in corpus.languages
     }
-    tokenizer = train_tokenizer(texts, languages=corpus.languages, config=config)
+    tokenizer = config.make(texts, languages=corpus.languages, notify=place.notify)
     tokenizer.save(path)
     return tokenizer
 
 
 def _check_tokenizer(
-    tokenizer: Tokenizer, *, config: TokenizerConfig, corpus: CorpusSubset, place: Preparation
+    tokenizer: Tokenizer, *, config: TokenizerSource, corpus: CorpusSubset, place: Preparation
 ) -> None:
     problems, path = [], place.run_dir.tokenizer
-    if tokenizer.vocab_size != config.vocab_size:
+    expected = config.size()
+    if expected is not None and tokenizer.vocab_size != expected:
         problems.append(
             f"data.tokenizer.vocab_size: {path} has {tokenizer.vocab_size} ids, the run config has "
-            f"{config.vocab_size}; remove the file to train another"
+            f"{expected}; remove the file to train another"
         )
     missing = [code for code in corpus.languages if code not in tokenizer.languages]
     if missing:

@@ -8,7 +8,7 @@ import torch
 
 from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.core.shapes import Bool, Int, Tensor
-from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, Batch
+from moesaic.data.batch import Batch
 from moesaic.distributed.world import World
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import LayerRoutes, RoutingRecord, routes_from_records
@@ -25,6 +25,7 @@ from moesaic.monitor.router_health import RouterHealthMonitor, summarize_health
 from moesaic.train.random_state import preserve_random_state
 from moesaic.train.router_layers import health_check_settings, routed_layers
 from moesaic.train.run import Run
+from moesaic.train.running_metrics import LossCategories
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook
 
@@ -33,17 +34,18 @@ _STEP_FILE = re.compile(r"step-(\d{8})(\.rank-\d+)?\.routes")
 
 
 class RouterHealthHook(Hook):
-    """Counts expert usage by language and checks router health at every row of metrics.
+    """Counts expert usage by label (language) and checks router health at every row of metrics.
 
     One step in ``log.routing_stats_every`` is counted. Counts since the last row, and those of the
     whole run (``usage.json``), are part of a checkpoint. Tokens of an encoder layer count for the
-    source language, those of a decoder layer for the target language. ``findings`` is the file of
-    the findings (``monitor/health_record.py``).
+    source language, those of a decoder layer for the target language; where rows have no language,
+    for another label (``LossCategories.routing_group``). ``findings`` is the file of the findings
+    (``monitor/health_record.py``).
     """
 
     def __init__(self, path: Path, *, trainer: Trainer, findings: Path) -> None:
         self.path, self.findings_path = path, findings
-        languages = trainer.objective.categories.languages
+        languages = trainer.objective.categories.routing_labels
         self._interval_counts = _new_counts(trainer, languages)
         self._run_counts = _new_counts(trainer, languages)
         self._empty_counts = _zero_counts(
@@ -68,8 +70,10 @@ class RouterHealthHook(Hook):
         log = trainer.run.log
         if report.step % log.routing_stats_every == 0:
             self._has_counts = bool(self._empty_counts)
+            categories = trainer.objective.categories
             for record in report.result.records:
-                self._count(record, batch=report.result.batch)
+                labels = row_labels(record, batch=report.result.batch, categories=categories)
+                self._count(record, labels=labels)
         if log.is_due(report.step, steps=trainer.run.steps) and self._has_counts:
             self._check_health(trainer)
 
@@ -96,13 +100,12 @@ class RouterHealthHook(Hook):
             counts.merge({n: t.to(world.device) * int(keep) for n, t in _sorted_by_layer(named)})
         self._has_counts = any(name.startswith("new/") for name in tensors)
 
-    def _count(self, record: RoutingRecord, *, batch: Batch) -> None:
+    def _count(self, record: RoutingRecord, *, labels: Int[Tensor, "B"]) -> None:
         routing = record.routing
-        languages = row_languages(record, batch=batch)
         self._interval_counts.add_edges(
             record.layer,
             expert=routing.expert,
-            language=languages[record.row[routing.token]],
+            language=labels[record.row[routing.token]],
             num_experts=routing.num_experts,
             late=late_in_queue(record.context)[routing.token],
             logit_stats=LogitStats(record.router_entropy(), record.logit_rms()),
@@ -140,10 +143,11 @@ class RouterHealthHook(Hook):
             write_findings(self.findings_path, self._recorded)
 
 
-def row_languages(record: RoutingRecord, *, batch: Batch) -> Int[Tensor, "B"]:
-    """Return each row's language index for this layer: source in an encoder, else target."""
-    encoder = record.layer.startswith("encoder")
-    return batch.groups[SOURCE_LANGUAGE if encoder else TARGET_LANGUAGE]
+def row_labels(
+    record: RoutingRecord, *, batch: Batch, categories: LossCategories
+) -> Int[Tensor, "B"]:
+    """Return each row's label for this layer: a language (source in an encoder), or another."""
+    return categories.rows_for_routing(batch, side=record.layer.partition(".")[0])
 
 
 def late_in_queue(context: TokenContext) -> Bool[Tensor, "T"]:
@@ -201,9 +205,10 @@ class RoutingTraceHook(Hook):
             return
         found: list[LayerRoutes] = []
         for record in records:
-            found += routes_from_records(
-                [record], language=row_languages(record, batch=report.result.batch)
+            labels = row_labels(
+                record, batch=report.result.batch, categories=trainer.objective.categories
             )
+            found += routes_from_records([record], language=labels)
         world = trainer.world
         rank = f".rank-{world.rank}" if world.size > 1 else ""
         _write_routing(self.folder / f"{_step_name(report.step)}{rank}.routes", trainer, [found])
@@ -234,21 +239,20 @@ class RoutingProbeHook(Hook):
         found = []
         trainer.model.eval()
         with torch.no_grad(), preserve_random_state(trainer.world.device):
-            for held_out in trainer.data.held_out_batches("valid", rows=PROBE_ROWS):
+            for held_out in trainer.held_out_batches(rows=PROBE_ROWS):
                 batch = held_out.to(trainer.world.device)
                 with trainer.objective.precision.autocast(batch.device):
                     records = trainer.model(batch).records  # on every rank: limits are collective
                 if trainer.world.rank == 0:
-                    found.append(
-                        routes_from_records(records, language=batch.groups[TARGET_LANGUAGE])
-                    )
+                    labels = trainer.objective.categories.rows_for_routing(batch, side="decoder")
+                    found.append(routes_from_records(records, language=labels))
         trainer.model.train()
         if trainer.world.rank == 0 and any(found):
             _write_routing(self.folder / f"{_step_name(trainer.step)}.routes", trainer, found)
 
 
 def _write_routing(path: Path, trainer: Trainer, batches: Iterable[Sequence[LayerRoutes]]) -> None:
-    languages = trainer.objective.categories.languages
+    languages = trainer.objective.categories.routing_labels
     about = {"run": trainer.run.name, "step": trainer.step}
     with RoutesWriter(path, languages=languages, about=about) as writer:
         for routes in batches:

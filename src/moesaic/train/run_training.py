@@ -21,6 +21,7 @@ from moesaic.core.errors import CheckpointError, ConfigError, printable
 from moesaic.core.files import atomic_write
 from moesaic.core.thread_waiting import waiting_advice
 from moesaic.data.batch_stream import DataReplica
+from moesaic.data.vocabulary_file import copy_tokenizer
 from moesaic.distributed.compare_ranks import require_same_on_all_ranks, version_facts
 from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.distributed.initialize import init_distributed
@@ -123,6 +124,7 @@ def _prepare_data(
     mark_phase("preparing the data")
     way_out = run.initial_weights.way_out
     prepared = run.data.prepare(Preparation(run_dir, world, display.note, way_out))
+    prepared.require_fits(run.model)
     require_same_on_all_ranks(prepared.facts(), world=world, what="data")
     record = partial(_record_run, run, prepared=prepared, run_dir=run_dir)
     _note_all(display, run_on_rank0(world, record))
@@ -235,7 +237,7 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
         notes += learning_rate_jump(saved, run=run, step=read_manifest(path).step)
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not run_dir.tokenizer.is_file() and tokenizer.is_file():
-            atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
+            copy_tokenizer(tokenizer, to=run_dir.tokenizer)
         earlier = read_trained_directions(RunDir(path.parent.parent).directions)
         if earlier is not None and not run_dir.directions.is_file():
             earlier.write(run_dir.directions)

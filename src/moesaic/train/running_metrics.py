@@ -1,15 +1,16 @@
 """Running metrics: loss sums between two rows of metrics, and the event log of a run.
 
 Sums stay on the device and are read only when a row is written. They are part of a checkpoint, so a
-resumed run reports the same values as an uninterrupted one. Loss categories are the run's tasks,
-then its languages (a row counts for its target language). Letters: B rows, C categories, N
-predicted tokens.
+resumed run reports the same values as an uninterrupted one. Loss categories are the labels of the
+rows, group by group: tasks, target languages, and any others that the data has. Letters: B rows, C
+categories, K values of a prediction (the loss first), N predictions.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,10 @@ import torch
 from moesaic.core.errors import CheckpointError
 from moesaic.core.file_reader import MIB, Count, FileKind, FileShape, parse_shape
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.data.batch import TARGET_LANGUAGE, TASK, Batch
+from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK, Batch
 from moesaic.distributed.world import World
+
+ALL_ROWS = "all"  # the category of rows without labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,44 +86,96 @@ class _EventsShape(FileShape):
     best: _BestShape | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LossCategories:
-    """Names under which losses are reported: tasks, then target languages."""
+    """Names under which losses are reported: the labels of rows by group (``Batch.groups``).
 
-    tasks: tuple[str, ...]
-    languages: tuple[str, ...]
+    Every row has a label of the first group; without groups all rows are one category. A source
+    language is no category: a row counts for its target language.
+    """
+
+    labels: Mapping[str, tuple[str, ...]]
+
+    @staticmethod
+    def of(labels: Mapping[str, Sequence[str]]) -> "LossCategories":
+        """Return the categories of data with these labels."""
+        return LossCategories({group: tuple(values) for group, values in labels.items()})
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """The groups whose labels are categories."""
+        return tuple(group for group in self.labels if group != SOURCE_LANGUAGE)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the categories: a task, a language, or GROUP/LABEL of another group."""
+        return tuple(
+            label if group in (TASK, TARGET_LANGUAGE) else f"{group}/{label}"
+            for group in self.groups
+            for label in self.labels[group]
+        ) or (ALL_ROWS,)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return self.tasks + self.languages
+    def partition(self) -> slice:
+        """The categories of the first group, of which every row has one."""
+        return slice(0, len(self.labels[self.groups[0]]) if self.groups else 1)
+
+    def routing_group(self, side: str) -> str | None:
+        """Return the group by which experts are counted in a stack; None: rows have no labels.
+
+        It is the language that the stack reads or writes, or else the last group of the data.
+        """
+        language = SOURCE_LANGUAGE if side == "encoder" else TARGET_LANGUAGE
+        return language if language in self.labels else next(reversed(self.groups), None)
+
+    @property
+    def routing_labels(self) -> tuple[str, ...]:
+        """The names of the labels by which experts are counted."""
+        group = self.routing_group("decoder")
+        return (ALL_ROWS,) if group is None else self.labels[group]
+
+    def rows_for_routing(self, batch: Batch, *, side: str) -> Int[Tensor, "B"]:
+        """Return the number of each row's label among ``routing_labels``."""
+        group = self.routing_group(side)
+        return torch.zeros_like(batch.key) if group is None else batch.groups[group]
 
     def sums(
-        self, loss: Float[Tensor, "N"], *, row: Int[Tensor, "N"], batch: Batch
-    ) -> Float[Tensor, "2 C"]:
-        """Return per category the summed loss and the number of predicted tokens (float64).
+        self, values: Float[Tensor, "K N"], *, row: Int[Tensor, "N"], batch: Batch
+    ) -> Float[Tensor, "K+1 C"]:
+        """Return per category the summed values and the number of predictions (float64).
 
-        ``row`` is each token's row of the batch. Summed by rows first: no atomics, so the same bits
-        each time on any device.
+        ``row`` is each prediction's row of the batch. Summed by rows first: no atomics, so the same
+        bits each time on any device. A negative label is of no category.
         """
         row, order = row.sort(stable=True)
         every = torch.arange(batch.rows, device=row.device)
         ends = torch.searchsorted(row, every, right=True)
         lengths = ends.diff(prepend=ends.new_zeros(1))
-        loss = loss[order]
         # unsafe leaves out checks of the lengths, which wait for a GPU and refuse an empty batch
-        rows = torch.segment_reduce(loss.detach().double(), "sum", lengths=lengths, unsafe=True)
-        member = torch.zeros(batch.rows, len(self.names), dtype=torch.float64, device=loss.device)
-        member.scatter_(1, batch.groups[TASK][:, None], 1.0)
-        target_language = batch.groups[TARGET_LANGUAGE]
-        member.scatter_(1, target_language[:, None] + len(self.tasks), 1.0)
-        return torch.stack([rows, lengths.double()]) @ member
+        rows = [
+            torch.segment_reduce(each.detach().double(), "sum", lengths=lengths, unsafe=True)
+            for each in values[:, order]
+        ]
+        return torch.stack([*rows, lengths.double()]) @ self._membership(batch)
+
+    def _membership(self, batch: Batch) -> Float[Tensor, "B C"]:
+        member = torch.zeros(batch.rows, len(self.names), dtype=torch.float64, device=batch.device)
+        if not self.groups:
+            return member + 1
+        first = 0
+        for group in self.groups:
+            label = batch.groups[group][:, None]
+            column = label.clamp(min=0) + first
+            member.scatter_add_(1, column, (label >= 0).double())
+            first += len(self.labels[group])
+        return member
 
 
 @dataclass(frozen=True, slots=True)
 class StepSums:
     """Sums of one step (or micro-batch) on this rank.
 
-    ``losses`` is ``[negative log-likelihood, predicted tokens] x category``; ``terms`` are this
+    ``losses`` is ``[loss, predictions] x category``; ``terms`` are this
     rank's shares of the parts of the training loss by name (``objective`` is their sum);
     ``tokens`` counts real tokens of both sides.
     """
@@ -135,10 +190,19 @@ class StepSums:
 
 
 class RunningMetrics:
-    """Sums over the steps since the last row of metrics."""
+    """Sums over the steps since the last row of metrics.
 
-    def __init__(self, categories: LossCategories, *, device: torch.device) -> None:
-        self.categories = categories
+    ``values`` names what is summed of each prediction: its loss, in validation the metrics too.
+    """
+
+    def __init__(
+        self,
+        categories: LossCategories,
+        *,
+        device: torch.device,
+        values: Sequence[str] = ("loss",),
+    ) -> None:
+        self.categories, self.values = categories, tuple(values)
         self.device = device
         self.skipped = 0
         self._total = 0.0
@@ -147,7 +211,8 @@ class RunningMetrics:
     def _reset(self) -> None:
         self._steps, self._norm, self._tokens = 0, 0.0, 0
         columns = len(self.categories.names)
-        self._losses = torch.zeros(2, columns, dtype=torch.float64, device=self.device)
+        rows = len(self.values) + 1
+        self._losses = torch.zeros(rows, columns, dtype=torch.float64, device=self.device)
         self._terms: dict[str, Tensor] = {}
 
     def add_step(self, sums: StepSums, *, norm: float) -> None:
@@ -159,7 +224,7 @@ class RunningMetrics:
         for name, value in sums.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + value
 
-    def add_losses(self, losses: Float[Tensor, "2 C"]) -> None:
+    def add_losses(self, losses: Float[Tensor, "K+1 C"]) -> None:
         """Add losses alone (validation)."""
         self._losses += losses
 
@@ -180,13 +245,22 @@ class RunningMetrics:
         return row
 
     def mean_losses(self, world: World, *, prefix: str) -> dict[str, float]:
-        """Return ``prefix/loss`` and ``prefix/loss/<category>`` where any token was predicted."""
-        total, count = world.all_reduce(self._losses).tolist()
-        tasks = len(self.categories.tasks)
-        row = {f"{prefix}/loss": sum(total[:tasks]) / sum(count[:tasks])} if sum(count) else {}
-        for index, name in enumerate(self.categories.names):
-            if count[index]:
-                row[f"{prefix}/loss/{name}"] = total[index] / count[index]
+        """Return ``prefix/loss`` and ``prefix/loss/<category>`` where anything was predicted.
+
+        The same of the other values.
+        """
+        *totals, count = world.all_reduce(self._losses).tolist()
+        row: dict[str, float] = {}
+        for value, total in zip(self.values, totals, strict=True):
+            row |= self._means(f"{prefix}/{value}", total=total, count=count)
+        return row
+
+    def _means(self, name: str, *, total: list[float], count: list[float]) -> dict[str, float]:
+        whole = self.categories.partition
+        row = {name: sum(total[whole]) / sum(count[whole])} if sum(count) else {}
+        for index, category in enumerate(self.categories.names):
+            if count[index] and category != ALL_ROWS:
+                row[f"{name}/{category}"] = total[index] / count[index]
         return row
 
     def total_tokens(self, world: World) -> float:

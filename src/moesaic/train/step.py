@@ -15,6 +15,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.distributed.world import local_tensor
+from moesaic.model.head import Head
 from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.moe.routing_record import RoutingRecord, loss_terms
 from moesaic.parallel.parallel_model import ParallelModel
@@ -44,7 +45,6 @@ class Objective:
     ) -> ForwardBackwardResult:
         """Compute the gradients of the step's loss, summed over ranks. Collective."""
         head = parallel_model.model.config.head
-        batches = [head.training_batch(batch) for batch in batches]
         num_predicted = torch.tensor(sum(map(head.num_predicted, batches)))
         predicted = int(parallel_model.data_world.all_reduce(num_predicted))
         if parallel_model.pipeline is not None:
@@ -63,27 +63,26 @@ class Objective:
         return _merge_results(results)
 
     @torch.no_grad()
-    def losses(self, parallel_model: ParallelModel, *, batch: Batch) -> Float[Tensor, "2 C"]:
-        """Return summed losses and counts of predictions by category, without gradients.
+    def losses(self, parallel_model: ParallelModel, *, batch: Batch) -> Float[Tensor, "K+1 C"]:
+        """Return summed losses, metrics and counts of predictions by category.
 
         They cover the predictions that this rank scores. Collective.
         """
-        batch = parallel_model.model.config.head.training_batch(batch)
         if parallel_model.pipeline is not None:
             settings = self._loss_settings(parallel_model.pipeline, predicted=1)
             (micro,) = parallel_model.pipeline.forward_only([batch], loss_settings=settings)
-            return self._loss_sums(micro)
+            return self._loss_sums(micro, head=parallel_model.model.config.head)
         model = parallel_model.model
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.device):
             output = model(batch)
-            each = model.loss(output).each
-        return self.categories.sums(each, row=output.row, batch=batch)
+            loss = model.loss(output)
+        return self.categories.sums(loss.values, row=output.row, batch=batch)
 
     def _pipeline_forward_backward(
         self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: int
     ) -> list[ForwardBackwardResult]:
-        pipeline = parallel_model.pipeline
+        pipeline, head = parallel_model.pipeline, parallel_model.model.config.head
         assert pipeline is not None
         tokens = [batch.num_tokens if parallel_model.counts_tokens else 0 for batch in batches]
         micros = pipeline.forward_backward(
@@ -91,7 +90,9 @@ class Objective:
         )
         return [
             ForwardBackwardResult(
-                StepSums(self._loss_sums(micro), micro.terms, count), micro.records, micro.batch
+                StepSums(self._loss_sums(micro, head=head), micro.terms, count),
+                micro.records,
+                micro.batch,
             )
             for micro, count in zip(micros, tokens, strict=True)
         ]
@@ -100,12 +101,13 @@ class Objective:
         context = partial(self.precision.autocast, pipeline.device)
         return LossSettings(predicted, context)
 
-    def _loss_sums(self, micro: MicroBatch) -> Float[Tensor, "2 C"]:
-        """Return losses by category; zeros on stages that do not compute the loss."""
+    def _loss_sums(self, micro: MicroBatch, *, head: Head) -> Float[Tensor, "K+1 C"]:
+        """Return sums by category; zeros on stages that do not compute the loss."""
+        key = micro.batch.key
         if micro.loss is None or micro.row is None:
-            empty = micro.batch.key.new_zeros(0)
-            return self.categories.sums(empty.double(), row=empty, batch=micro.batch)
-        return self.categories.sums(micro.loss.each, row=micro.row, batch=micro.batch)
+            empty = key.new_zeros(1 + len(head.metric_names), 0)
+            return self.categories.sums(empty.double(), row=key[:0], batch=micro.batch)
+        return self.categories.sums(micro.loss.values, row=micro.row, batch=micro.batch)
 
     def _micro_batch_forward_backward(
         self, parallel_model: ParallelModel, batch: Batch, *, predicted: int, micro_batches: int
@@ -124,7 +126,7 @@ class Objective:
         accumulate_routing_stats(model, output.records)
         detached = {name: value.detach().double() for name, value in terms.items()}
         detached["objective"] = objective.detach().double()
-        losses = self.categories.sums(loss.each, row=output.row, batch=batch)
+        losses = self.categories.sums(loss.values, row=output.row, batch=batch)
         return ForwardBackwardResult(StepSums(losses, detached, tokens), output.records, batch)
 
 

@@ -9,7 +9,7 @@ from moesaic.corpus.languages import resolve_language
 from moesaic.data.collators import DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.tokenizer_source import TokenizerSource
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.nn.positional_encoding import LearnedPositions
@@ -28,7 +28,7 @@ class TextData(TrainingData):
 
     corpus: CorpusSource
     languages: tuple[str, ...] = ()
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerSource
     mixture: MixtureConfig
     loader: LoaderConfig
 
@@ -61,7 +61,7 @@ class TextData(TrainingData):
             yield from rule(self, model)
 
     def shrink(self, *, vocab_size: int) -> "TextData":
-        return self.replace(tokenizer=self.tokenizer.replace(vocab_size=vocab_size))
+        return self.replace(tokenizer=self.tokenizer.shrink(vocab_size))
 
     def sources(self, run_dir: RunDir) -> list[DataSource]:
         sources = open_run_corpus(self.corpus, run_dir=run_dir).manifest["sources"]
@@ -80,8 +80,8 @@ def require_text(data: TrainingData, *, what: str) -> TextData:
 
 
 def _vocab_sizes_match(data: TextData, model: ModelConfig) -> Iterator[str]:
-    size, tokenizer = model.vocab_size, data.tokenizer.vocab_size
-    if size != tokenizer:
+    size, tokenizer = model.vocab_size, data.tokenizer.size()
+    if tokenizer is not None and size != tokenizer:
         yield (
             f"model.vocab_size={size} and data.tokenizer.vocab_size={tokenizer} must be equal: "
             "every id needs a row of the embedding"

@@ -7,7 +7,7 @@ continues bit for bit.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,9 +86,9 @@ class Trainer:
         self.optimizer.fused_outputs = fused
         if not self.parallel_model.is_replicated:
             self.optimizer.matrix_sharding = ShardedMatrices(self.parallel_model)
-        categories = LossCategories(tuple(data.tasks), tuple(data.languages))
+        categories = LossCategories.of(data.labels)
         self.objective = Objective(categories, run.precision)
-        self.metrics = RunningMetrics(categories, device=world.device)
+        self.metrics = self.new_metrics()
         self.stateful_components: dict[str, StatefulComponent] = {"metrics": self.metrics}
         self.retry_queue = RetryQueue()
         self.loss_history = LossHistory()
@@ -134,14 +134,27 @@ class Trainer:
             collective_seconds=FLIGHT_RECORDER.collective_s - collective_s,
         )
 
+    def new_metrics(self) -> RunningMetrics:
+        """Return empty sums of the head's loss and metrics."""
+        values = ("loss", *self.model.config.head.metric_names)
+        return RunningMetrics(self.objective.categories, device=self.world.device, values=values)
+
+    def held_out_batches(self, *, rows: int | None) -> Iterator[Batch]:
+        """Yield this rank's part of the validation split, as the head is trained on it."""
+        for batch in self.data.held_out_batches("valid", rows=rows):
+            yield self._training_batch(batch)
+
+    def _training_batch(self, batch: Batch) -> Batch:
+        return self.model.config.head.training_batch(batch)
+
     def _next_micro_batches(self, attempt: StepAttempt) -> tuple[Batch, ...]:
         """Return the step's micro-batches; a retry loads them again from the saved loader state."""
         count = range(self.run.gradient_accumulation_steps)
         if not attempt.is_retry:
-            return tuple(next(self.data) for _ in count)
+            return tuple(self._training_batch(next(self.data)) for _ in count)
         current = self.data.state()
         self.data.restore(attempt.loader_state)
-        batches = tuple(next(self.data) for _ in count)
+        batches = tuple(self._training_batch(next(self.data)) for _ in count)
         self.data.restore(current)
         return batches
 
@@ -180,9 +193,9 @@ class Trainer:
             )
 
     def _global_loss(self, result: ForwardBackwardResult) -> float:
-        """Return the step's cross-entropy per predicted token, over all ranks. Collective."""
-        tasks = len(self.objective.categories.tasks)
-        total, count = self.world.all_reduce(result.sums.losses)[:, :tasks].sum(1).tolist()
+        """Return the step's loss per prediction, over all ranks. Collective."""
+        whole = self.objective.categories.partition
+        total, count = self.world.all_reduce(result.sums.losses)[:, whole].sum(1).tolist()
         return total / max(count, 1.0)
 
     def _describe_non_finite(self, result: ForwardBackwardResult) -> str:

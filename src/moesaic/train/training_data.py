@@ -22,14 +22,13 @@ from moesaic.model.parameter_flop_count import BatchDims
 class BatchLoader(Protocol):
     """An endless iterator of one replica's batches, deterministic given its state.
 
-    ``final_notes`` are sentences to print when training ends. ``num_draws`` counts rows drawn by
-    all replicas, ``skipped`` those of them that were left out, by name.
+    ``labels`` names the labels of rows by group, those of ``Batch.groups``. ``final_notes`` are
+    sentences to print when training ends. ``num_draws`` counts rows drawn by all replicas,
+    ``skipped`` those of them that were left out, by name.
     """
 
     @property
-    def tasks(self) -> Sequence[str]: ...
-    @property
-    def languages(self) -> Sequence[str]: ...
+    def labels(self) -> Mapping[str, Sequence[str]]: ...
     @property
     def skipped(self) -> Mapping[str, int]: ...
     @property
@@ -61,6 +60,9 @@ class PreparedData(ABC):
     @abstractmethod
     def facts(self) -> dict[str, str]:
         """Return the fingerprints of what every rank must read."""
+
+    def require_fits(self, model: ModelConfig) -> None:  # noqa: B027 - data without ids fits any
+        """Raise ConfigError unless the model has a row for every id, and the like."""
 
     @abstractmethod
     def make_loader(self, replica: DataReplica, *, seed: int) -> BatchLoader:

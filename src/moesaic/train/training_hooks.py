@@ -22,7 +22,6 @@ from moesaic.monitor.progress_display import (
     make_display,
 )
 from moesaic.train.random_state import preserve_random_state
-from moesaic.train.running_metrics import RunningMetrics
 from moesaic.train.trainer import StepReport, Trainer
 
 
@@ -51,11 +50,11 @@ class ValidationHook(Hook):
                 trainer.event_log.record_validation_loss(values["valid/loss"], step=report.step)
 
     def validation_losses(self, trainer: Trainer) -> dict[str, float]:
-        """Return ``valid/loss`` and its categories in nats per predicted token. Collective."""
-        metrics = RunningMetrics(trainer.objective.categories, device=trainer.world.device)
+        """Return ``valid/loss``, the head's metrics, and each by category. Collective."""
+        metrics = trainer.new_metrics()
         trainer.model.eval()
         with torch.no_grad(), preserve_random_state(trainer.world.device):
-            for batch in trainer.data.held_out_batches("valid", rows=trainer.run.validation.rows):
+            for batch in trainer.held_out_batches(rows=trainer.run.validation.rows):
                 metrics.add_losses(trainer.objective.losses(trainer.parallel_model, batch=batch))
         trainer.model.train()
         return metrics.mean_losses(trainer.world, prefix="valid")

@@ -15,7 +15,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
-from moesaic.core.files import atomic_write
+from moesaic.data.vocabulary_file import copy_tokenizer
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import restore_weights
@@ -72,7 +72,7 @@ class WeightsOfRun(InitialWeights):
         self.load_into(whole)
         earlier = read_trained_directions(source.directions)
         if source.tokenizer.is_file():
-            atomic_write(run_dir.tokenizer, source.tokenizer.read_bytes())
+            copy_tokenizer(source.tokenizer, to=run_dir.tokenizer)
         run_dir.directions.unlink(missing_ok=True)
         if earlier is not None:
             earlier.write(run_dir.directions)

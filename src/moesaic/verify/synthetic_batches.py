@@ -6,7 +6,7 @@ ranks, and some rows have no token at all. Letters: B rows, S source length, L t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from moesaic.data.batch import (
 VOCABULARY = 64
 TASKS = ("one", "other")
 LANGUAGES = ("aaa", "bbb", "ccc")
+LABELS = {TASK: TASKS, SOURCE_LANGUAGE: LANGUAGES, TARGET_LANGUAGE: LANGUAGES}
 FIRST_ID = 5
 
 
@@ -39,10 +40,14 @@ class SyntheticShape:
 class SyntheticBatches(ABC):
     """An endless ``BatchLoader``: shard ``shard`` of ``num_shards`` of every batch."""
 
-    tasks = TASKS
-    languages = LANGUAGES
-
-    def __init__(self, *, shard: int = 0, num_shards: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        labels: Mapping[str, Sequence[str]] = LABELS,
+        shard: int = 0,
+        num_shards: int = 1,
+    ) -> None:
+        self.labels = labels
         self.skipped: dict[str, int] = {}
         self.num_draws = 0
         self.drawn = 0
