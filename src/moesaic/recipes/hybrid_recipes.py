@@ -12,7 +12,7 @@ from moesaic.data.document_packing import Concatenated
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM
-from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.moe.auxiliary_losses import SwitchBalance
@@ -126,7 +126,7 @@ def _run(name: str, model: ModelConfig) -> Run:
         data=TextData(
             corpus=NamedCorpus(name="catalogues-small"),
             languages=LANGUAGES,
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+            tokenizer=TrainedTokenizer(vocab_size=VOCABULARY),
             mixture=MixtureConfig(tasks=(WeightedTask(task=CausalLM(packing=Concatenated())),)),
             loader=LoaderConfig(
                 batch_tokens=1024, max_source=128, max_target=128, collator=DecoderOnlyCollator()
