@@ -135,8 +135,8 @@ def _run(name: str, model: ModelConfig) -> Run:
         model=model,
         optimizer=Muon(lr=0.03, scale=Spectral(), adamw=AdamW(lr=6e-3)),
         schedule=WSD(warmup=0.05, decay=0.95, shape=LinearDecay()),
-        steps=50,
-        checkpoint=CheckpointConfig(every=50, keep=1),
-        validation=ValidationConfig(every=50, rows=64),
+        steps=300,
+        checkpoint=CheckpointConfig(every=100, keep=1),
+        validation=ValidationConfig(every=100, rows=64),
         log=LogConfig(every=25),
     )
