@@ -88,15 +88,10 @@ def evaluate(
     import_user_files(files)
     RunDir.open(run).require_weights()
     evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
-    if not isinstance(evaluated.config.model.head, LanguageModelHead):
-        scores = score_head(evaluated.config, run, split=split, limit=limit, resamples=resamples)
-        print_result(scores.to_dict(), as_json=as_json, show=partial(show_head_scores, scores))
-        return
-    if texts is not None or is_language_model(evaluated):
-        request = TextRequest(texts, source or "", split, limit, resamples)
-        rest = {"--pairs": pairs, "--moses": moses, "--testset": testset, "--to": target}
-        found = score_texts(evaluated, request, refused=[name for name in rest if rest[name]])
-        print_result(found.to_dict(), as_json=as_json, show=partial(show_perplexities, found))
+    request = TextRequest(texts, source or "", split, limit, resamples)
+    rest = {"--pairs": pairs, "--moses": moses, "--testset": testset, "--to": target}
+    refused = [name for name in rest if rest[name]]
+    if _print_other_scores(evaluated, request, refused=refused, as_json=as_json):
         return
     wanted = WantedTests(
         pairs=pairs,
@@ -120,6 +115,23 @@ def evaluate(
     elif routes is not None:
         record_routing(run, tests=chosen.tests, out=routes)
     print_result(summary.to_dict(), as_json=as_json, show=lambda console: _show(summary, console))
+
+
+def _print_other_scores(
+    evaluated: EvaluatedRun, request: TextRequest, *, refused: list[str], as_json: bool
+) -> bool:
+    """Score a run that translates nothing, by its head's metrics or by perplexity."""
+    if not isinstance(evaluated.config.model.head, LanguageModelHead):
+        split, limit, resamples = request.split, request.limit, request.resamples
+        run, path = evaluated.config, evaluated.path
+        scores = score_head(run, path, split=split, limit=limit, resamples=resamples)
+        print_result(scores.to_dict(), as_json=as_json, show=partial(show_head_scores, scores))
+        return True
+    if request.path is None and not is_language_model(evaluated):
+        return False
+    found = score_texts(evaluated, request, refused=refused)
+    print_result(found.to_dict(), as_json=as_json, show=partial(show_perplexities, found))
+    return True
 
 
 def write_evaluation(
