@@ -73,7 +73,6 @@ def evaluate(
     """Score translations: chrF++ and BLEU with 95 % intervals, beside trivial systems.
 
     A language model is scored by perplexity and bits per byte, by language and domain.
-
     The default test set is the held-out part of the run's corpus, in the directions that the run
     was trained on; then summary.json, usage.json, insight.json and report.html of the run are
     written. A test set of your own needs no corpus.
