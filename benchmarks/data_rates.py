@@ -38,7 +38,9 @@ def make_shards(root: Path, *, pairs: int) -> None:
     """Write shards of the size and shape of the 171-language software corpus (97:1 tail)."""
     random = np.random.default_rng(0)
     texts = {"en": ["a b c", "d e f"]}
-    tokenizer = train_tokenizer(texts, ("eng_Latn", *LANGUAGES), TrainedTokenizer(vocab_size=32_000))
+    tokenizer = train_tokenizer(
+        texts, ("eng_Latn", *LANGUAGES), TrainedTokenizer(vocab_size=32_000)
+    )
     tokenizer.save(root / "tokenizer.json")
     share = np.exp(-np.arange(len(LANGUAGES)) / 37.0)
     counts = np.maximum(1, share / share.sum() * pairs).astype(int)

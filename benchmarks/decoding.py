@@ -40,8 +40,9 @@ def start(options: argparse.Namespace) -> dict[str, Worker]:
         "CTranslate2 dense": others("ctranslate2", threads, source=source),
     }
     if options.before:
-        sides["before experts"] = ours("moe", threads, source=options.before / "src")
-        sides["before dense"] = ours("dense", threads, source=options.before / "src")
+        before = partial(Worker, "decoding_before.py", python=sys.executable)
+        sides["before experts"] = before("moe", threads, source=options.before / "src")
+        sides["before dense"] = before("dense", threads, source=options.before / "src")
     return sides
 
 

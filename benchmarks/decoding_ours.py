@@ -1,69 +1,29 @@
-"""Our side of ``decoding.py``: the demo's mixture of experts, or a dense model of its size."""
+"""Our side of ``decoding.py``."""
 
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from decoding_shape import (
-    DECODER,
-    DENSE_HIDDEN,
-    DIM,
-    ENCODER,
-    EXPERT_HIDDEN,
-    EXPERTS,
-    HEADS,
-    VOCAB,
-    sources,
-)
+from decoding_model import TAG, build
+from decoding_shape import END, VOCAB, sources
 from decoding_worker import serve
 
-from moesaic.data import batch
 from moesaic.data.batch import InputRows
 from moesaic.data.vocabulary import Vocabulary
 from moesaic.model.beam_search import Beam, Greedy
-from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.generate import DecodingRules, generate
-from moesaic.model.transformer import Transformer
-from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.expert_selection import SwitchTop1
-from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU
-from moesaic.nn.norm import LayerNorm
-
-
-def as_input(ids: torch.Tensor) -> Any:
-    """Return rows of ids as ``generate`` takes them (older commits: the tensor itself)."""
-    return batch.InputRows.full(ids) if "InputRows" in vars(batch) else ids
-
-
-def build(*, sparse: bool) -> Transformer:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=VOCAB,
-        dim=DIM,
-        encoder=Stack(layers=ENCODER),
-        decoder=Stack(layers=DECODER),
-        attention=AttentionConfig(heads=HEADS),
-        feed_forward=FeedForwardConfig(
-            hidden=EXPERT_HIDDEN if sparse else DENSE_HIDDEN, activation=SquaredReLU()
-        ),
-        moe=MoE(experts=EXPERTS, select=SwitchTop1()) if sparse else NoMoE(),
-        norm=LayerNorm(),
-    )
-    return Transformer(config).eval()
 
 
 def main(kind: str, threads: int) -> None:
     torch.set_num_threads(threads)
     model = build(sparse=kind == "moe")
-    rules = DecodingRules(
-        Vocabulary(model.config.vocab_size, eos=2), (0, 1, 2, 3, 4)
-    )  # no early end
+    vocabulary = Vocabulary(size=VOCAB, pad=0, bos=1, eos=END, unk=3, mask=4)
+    rules = DecodingRules(vocabulary, suppress_tokens=(END,))  # no early end
 
     def prepare(asked: dict[str, Any]) -> Callable[[], object]:
-        source = as_input(torch.tensor(sources(asked["rows"])))
-        prompt = InputRows.full(torch.full((asked["rows"], 1), 5))
+        source = InputRows.full(torch.tensor(sources(asked["rows"])))
+        prompt = InputRows.full(torch.full((asked["rows"], 1), TAG))
         search = Greedy() if asked["beam"] == 1 else Beam(size=asked["beam"])
 
         def run() -> None:

@@ -83,9 +83,13 @@ def in_sequence(base: ModelConfig, names: Iterable[str]) -> ModelConfig:
 
 
 def hybrid(base: ModelConfig, names: Iterable[str] = MIXERS) -> ModelConfig:
-    """Return a model whose decoder has mixers in sequence, in parallel, and no feed-forward."""
+    """Return a model whose decoder has mixers in parallel, in sequence, and no feed-forward.
+
+    All are on one input, since rounding grows with each mixer that follows another.
+    """
     names = list(names)
-    blocks = [" > ".join(names), " | ".join(names), f"{names[-1]}-"]
+    first, last = names[0], names[-1]
+    blocks = [" | ".join(names), f"{first} > {last}", f"{last}-"]
     decoder = Stack(layers=3, moe_every=1, pattern=", ".join(blocks))
     return base.replace(mixers={name: MIXERS[name] for name in names}, decoder=decoder)
 

@@ -16,7 +16,7 @@ SIZES = np.array([5, 3, 8])
 class Numbers(RowDataset):
     """Each batch is its draws."""
 
-    fingerprint = "numbers"
+    fingerprint, origins = "numbers", ()
 
     def __init__(self, sizes=SIZES):
         self._sizes, self.labels = np.array(sizes), {"domain": ("a", "b", "c")}

@@ -1,10 +1,8 @@
-"""Series: read from packages, cut into windows, normalised, forecast in pieces."""
+"""Series: read from packages, cut into windows, normalised."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from packages import write_packages
 
 from moesaic.core.errors import DataError
@@ -12,9 +10,7 @@ from moesaic.data.row_loader import RowLoader, held_out_rows
 from moesaic.data.series import PACKAGED_FILES, PackagedSeries, SyntheticSeries
 from moesaic.data.series_rows import (
     SeriesRows,
-    forecast_pieces,
     normalised_window,
-    seasonal_naive,
 )
 
 ROWS = SeriesRows(source=SyntheticSeries(number=2, length=100), context=12, future=4)
@@ -22,21 +18,6 @@ ROWS = SeriesRows(source=SyntheticSeries(number=2, length=100), context=12, futu
 
 def ignore(_: str) -> None:
     pass
-
-
-@given(horizon=st.integers(1, 300), horizons=st.sets(st.sampled_from([1, 2, 3, 8, 32, 64])))
-def test_forecast_pieces_are_horizons_longest_first_and_sum_to_any_horizon(horizon, horizons):
-    horizons = tuple({1} | horizons)
-    pieces = forecast_pieces(horizon, horizons=horizons)
-    assert sum(pieces) == horizon
-    assert set(pieces) <= set(horizons)
-    assert pieces == sorted(pieces, reverse=True)
-    for piece, left in zip(pieces, horizon - np.cumsum([0, *pieces[:-1]]), strict=True):
-        assert piece == max(h for h in horizons if h <= left)
-
-
-def test_without_a_horizon_of_one_the_last_piece_passes_the_end():
-    assert forecast_pieces(21, horizons=(8, 16)) == [16, 8]
 
 
 def test_a_window_is_normalised_by_its_context_alone():
@@ -83,8 +64,3 @@ def test_a_package_without_its_file_is_refused(tmp_path, monkeypatch):
         wheel.write_bytes(next(tmp_path.rglob("scikit*.whl")).read_bytes())
     with pytest.raises(DataError, match="found no vega_datasets"):
         PackagedSeries().read(ignore)
-
-
-def test_the_seasonal_naive_forecast_repeats_the_last_period():
-    context = torch.arange(6.0)[None]
-    assert seasonal_naive(context, horizon=5, period=3)[0].tolist() == [3, 4, 5, 3, 4]

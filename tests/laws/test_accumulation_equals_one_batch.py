@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from head_cases import HEADS, head_batch
+from head_cases import LABELS as HEAD_LABELS
 from moesaic.data.batch import Batch, InputRows
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
@@ -60,6 +62,22 @@ def test_accumulation_equals_one_batch(moe: SparseLayer) -> None:
     assert parts.sums.tokens == whole.sums.tokens
     for name, grad in whole_grads.items():
         torch.testing.assert_close(part_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "contrastive"])
+def test_accumulation_equals_one_batch_of_every_head(name: str) -> None:
+    batch = head_batch(name, rows=12)  # the pairs of a contrastive loss are those of a micro-batch
+    found = []
+    for batches in ([batch.select(slice(0, 2)), batch.select(slice(2, 12))], [batch]):
+        torch.manual_seed(0)
+        model = Transformer(HEADS[name])
+        parallel_model = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
+        objective = Objective(LossCategories(HEAD_LABELS), precision=Float32())
+        result = objective.forward_backward(parallel_model, batches=batches)
+        found.append((result.sums.losses, [p.grad for p in model.parameters()]))
+    (part_losses, part_grads), (losses, grads) = found
+    torch.testing.assert_close(part_losses, losses, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(part_grads, grads, rtol=1e-4, atol=1e-6)
 
 
 def test_a_layers_own_terms_are_the_mean_over_micro_batches() -> None:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from head_cases import HEADS, head_batch
+from head_cases import LABELS as HEAD_LABELS
 from moe.variants import BALANCES, balanced
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
@@ -124,6 +126,40 @@ def _train(world: World, moe: SparseLayer, rows: int) -> Outcome:
         optimizer.zero_grad()
         update_stateful_rules(model)
     return history, grads
+
+
+def _train_head(world: World, name: str) -> Outcome:
+    """Two micro-batches of a head; pairs of rows stay on one rank."""
+    torch.manual_seed(0)
+    model = Transformer(HEADS[name])
+    parallel_model = parallelize(model, parallel=ParallelConfig(), world=world)
+    categories = LossCategories(HEAD_LABELS)
+    objective = Objective(categories, precision=Float32())
+    rows = torch.arange(16)
+    own = rows[rows // 2 % world.size == world.rank]
+    batches = [head_batch(name, rows=16, seed=micro).select(own) for micro in range(2)]
+    result = objective.forward_backward(parallel_model, batches=batches)
+    values = ("loss", *HEADS[name].head.metric_names)
+    metrics = RunningMetrics(categories, device=world.device, values=values)
+    metrics.add_step(result.sums, norm=0.0)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return [metrics.compute_and_reset(world)], grads
+
+
+def _head_on_rank(name: str) -> Outcome:
+    return _train_head(ProcessGroupWorld(), name)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_data_parallel_ranks_give_the_same_loss_of_every_head(name: str) -> None:
+    (expected,), grads = _train_head(SingleProcess(), name)
+    assert any(key.startswith("train/loss/class/") for key in expected)
+    for (row,), rank_grads in run_on_ranks(2, _head_on_rank, name):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-8)
+        for parameter, grad in grads.items():
+            torch.testing.assert_close(
+                rank_grads[parameter], grad, rtol=1e-4, atol=1e-6, msg=parameter
+            )
 
 
 def _on_rank(moe: SparseLayer, rows: int) -> Outcome:

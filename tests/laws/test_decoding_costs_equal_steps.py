@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.samples import VARIANTS, ids
 from moesaic.data.batch import InputRows
+from moesaic.data.vocabulary import Vocabulary
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.transformer import Transformer
@@ -82,12 +83,13 @@ def test_each_layer_costs_the_same_and_waits_for_nothing(name):
 @pytest.mark.parametrize("search", [Greedy(), Beam(size=3)], ids=["greedy", "beam"])
 def test_a_search_costs_the_same_for_each_token_and_any_number_of_sources(search):
     model = Transformer(VARIANTS["dense"]).eval()
-    rules = DecodingRules(suppress_tokens=(0, 1, 2, 3, 4))  # no end
+    vocabulary = Vocabulary(size=VARIANTS["dense"].vocab_size, eos=2)
+    rules = DecodingRules(vocabulary, suppress_tokens=(2,))  # no end
 
     def cost(rows, tokens):
-        source, tag = ids(rows, [4] * rows, width=4), torch.full((rows,), 5)
+        source, prompt = ids(rows, [4] * rows, width=4), InputRows.full(torch.full((rows, 1), 5))
         with Counted() as counted:
-            generate(model, source, tag=tag, search=search, max_tokens=tokens, rules=rules)
+            generate(model, source, prompt=prompt, search=search, max_tokens=tokens, rules=rules)
         return counted.names.total()
 
     ten_more = cost(2, 18) - cost(2, 8)

@@ -5,6 +5,8 @@ encoder-decoder and a decoder, and every sequence mixer. In every third batch so
 token.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from mixer_cases import hybrid, names_allowed_by
@@ -15,6 +17,7 @@ from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.positional_encoding import RelativeBias
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
@@ -23,6 +26,7 @@ from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.run import Run
 from moesaic.verify.compare_plans import compare_plans, make_setup, run_reference
 from moesaic.verify.shrink_config import shrink_config
+from moesaic.verify.trace_differences import Tolerances
 
 BALANCES = (SwitchBalance(), RouterZLoss())
 CAPPED = MoE(
@@ -33,8 +37,9 @@ HEADS = AttentionConfig(heads=4, kv_heads=2)
 
 
 def translator() -> Run:
-    """An encoder-decoder: top-1 with a capacity, and random token selection."""
-    model = tiny_model_config(moe=CAPPED).replace(attention=HEADS, dropout=0.1)
+    """An encoder-decoder: top-1 with a capacity, random token selection, relative positions."""
+    position = RelativeBias(buckets=8, max_distance=6)
+    model = tiny_model_config(moe=CAPPED).replace(attention=HEADS, dropout=0.1, position=position)
     return tiny_run(model=model, optimizer=AdamW(lr=0.01))
 
 
@@ -83,6 +88,8 @@ def test_every_plan_gives_the_same_loss(name: str) -> None:
     assert [result.world_size for result in results] == [p.plan.world_size for p in PLANS[name]]
 
 
+# the gradients of decays are differences of long sums, so rounding is a larger part of them
+WITH_RECURRENCES = Tolerances(loss=2e-5, norm=2e-5, gradient=1e-4, weight=1e-3)
 MIXER_PLANS = {
     "any": (
         ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=3)),
@@ -100,8 +107,8 @@ MIXER_PLANS = {
 def test_every_plan_gives_the_same_loss_with_every_mixer_that_it_allows(name: str) -> None:
     base, plans = language_model().model.replace(dropout=0.1), MIXER_PLANS[name]
     model = hybrid(base, names_allowed_by(base, plans[0].plan))
-    # ten mixers one after the other amplify what the order of a sum changes: small steps
-    run = shrink_config(tiny_run(model=model, optimizer=AdamW(lr=0.001))).run
+    run = shrink_config(tiny_run(model=model, optimizer=AdamW(lr=0.004))).run
     setup = make_setup(run.replace(gradient_accumulation_steps=2))
+    setup = replace(setup, tolerances=WITH_RECURRENCES)
     results = list(compare_plans(setup, plans=plans, reference=run_reference(setup)))
     assert {result.plan: result.problems for result in results if not result.equal} == {}

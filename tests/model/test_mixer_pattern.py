@@ -116,7 +116,9 @@ def test_a_mixer_that_does_not_fit_the_model_is_refused():
 
 def test_only_attention_asks_if_a_module_is_attention():
     """Everything else asks the methods of ``SequenceMixer`` and ``ShardableModule``."""
-    question = re.compile(r"isinstance\([^()]*\b\w*(Attention|Mixer)\w*\b")
+    question = re.compile(
+        r"isinstance\([^()]*\b\w*(?:Attention|Mixture|Mixers?|MixerModule|Mamba2)\b"
+    )
     asked = [
         f"{path.relative_to(SOURCE)}: {found[0]}"
         for path in sorted(SOURCE.rglob("*.py"))

@@ -4,6 +4,9 @@ import pytest
 
 from moesaic.core.errors import ConfigError
 from moesaic.data.collators import DecoderOnlyCollator
+from moesaic.data.document_packing import Separated
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import CausalLM
 from moesaic.model.config import Stack
 from moesaic.nn.positional_encoding import LearnedPositions
 from moesaic.optim.lr_schedule import WSD, Cosine
@@ -31,6 +34,10 @@ WRONG = {
     "positions": (
         {"model": MODEL.replace(position=LearnedPositions(max_length=50))},
         r"data\.loader\.max_source=64 is longer than .*max_length=50",
+    ),
+    "packing": (
+        {"mixture": MixtureConfig(tasks=(WeightedTask(task=CausalLM(packing=Separated())),))},
+        r"tasks\.0\.task\.packing joins documents for a decoder-only model",
     ),
     "batch": (
         {"loader": LOADER.replace(batch_tokens=100)},

@@ -36,6 +36,8 @@ with deferred():
     )
     from moesaic.corpus.known_corpora import open_known_corpus
     from moesaic.corpus.languages import resolve_language
+    from moesaic.corpus.readers.documents import EachLine, EachParagraph, WholeFile
+    from moesaic.corpus.sources.document_files import DocumentFiles, Documents, DomainOfFolder
 
 _MAX_WORKERS = 8  # each has one direction in memory
 
@@ -49,6 +51,20 @@ CorpusArgument = Annotated[
 def build_command(
     which: CorpusArgument,
     *,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Make a corpus called CORPUS of these text and .jsonl files: a file, a folder or "
+            "a pattern; may be repeated. Each folder is a domain.",
+        ),
+    ] = None,
+    document: Annotated[
+        str, typer.Option(metavar="file|paragraph|line", help="What a document of --texts is.")
+    ] = "file",
+    language: Annotated[
+        str, typer.Option("--in", help="Language of --texts, any spelling (default: not stated).")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="The corpus folder to write.")] = None,
     workers: Annotated[
         int | None,
@@ -59,9 +75,12 @@ def build_command(
     """Build a corpus from software packages or from your own files.
 
     Example: [cyan]moesaic data build catalogues-small[/]
+
+    Example: [cyan]moesaic data build documents --texts "books/*.txt" --in en[/]
     """
     count = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
-    corpus = build_corpus(_recipe(which), out=out, progress=show_progress, workers=count)
+    recipe = _text_recipe(which, texts, document, language) if texts else _recipe(which)
+    corpus = build_corpus(recipe, out=out, progress=show_progress, workers=count)
     value = {
         "path": str(corpus.path),
         "pairs": corpus.manifest["pairs"],
@@ -175,6 +194,22 @@ def schema() -> None:
     Example: [cyan]moesaic data schema > corpus.schema.json[/]
     """
     sys.stdout.write(CorpusRecipe.schema_json())
+
+
+def _text_recipe(name: str, paths: list[str], document: str, language: str) -> CorpusRecipe:
+    """Return the recipe of a corpus of documents. Raises DataError: an unknown kind of document."""
+    units = {"file": WholeFile(), "paragraph": EachParagraph(), "line": EachLine()}
+    if document not in units:
+        raise DataError(
+            f'--document "{document}": expected {", ".join(units)}{did_you_mean(document, units)}'
+        )
+    files = tuple(
+        DocumentFiles(
+            path=path, document=units[document], language=language, domain=DomainOfFolder()
+        )
+        for path in paths
+    )
+    return CorpusRecipe(name=name, source=Documents(files=files))
 
 
 def _recipe(which: str) -> CorpusRecipe | str:

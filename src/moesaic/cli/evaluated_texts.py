@@ -27,6 +27,7 @@ from moesaic.report.html_report import write_report
 from moesaic.serve.document_loss import document_losses
 from moesaic.serve.text_generator import TextGenerator
 
+_MAX_GROUPS = 20  # of a table in the terminal
 _CHUNK = 2000  # documents in memory at once
 
 
@@ -111,6 +112,8 @@ def show_perplexities(summary: PerplexitySummary, console: Console) -> None:
         texts=summary.texts,
         window=summary.window,
     )
+    many = len(summary.groups) > _MAX_GROUPS
+    shown = [g for g in summary.groups if not (many and g.language and g.domain)]
     rows = [
         (
             group.name,
@@ -119,10 +122,12 @@ def show_perplexities(summary: PerplexitySummary, console: Console) -> None:
             *_interval(group.perplexity, 2),
             *_interval(group.bits_per_byte, 3),
         )
-        for group in summary.groups
+        for group in shown
     ]
     columns = ("texts", "documents", "tokens", "perplexity", "", "bits per byte", "")
     print_table(console, columns, rows, title=title)
+    if len(shown) < len(summary.groups):
+        console.print("each domain in each language: --json, and the report", style="dim")
     for note in summary.notes:
         console.print(styled("[dim]{note}[/]", note=note))
 

@@ -22,11 +22,16 @@ _SIZE_THRESHOLDS = (1_000, 10_000, 100_000)
 
 def show_built(corpus: Corpus, console: Console) -> None:
     """Print the size of a new corpus, and what of its recipe is not in it."""
+    rows = (
+        f"{corpus.manifest['pairs']:,} pairs"
+        if corpus.directions
+        else f"{sum(sum(e['splits'].values()) for e in corpus.manifest['texts'].values()):,} texts"
+    )
     console.print(
         styled(
-            "[bold]{name}[/]: {pairs:,} pairs, {languages} languages, in {path}",
+            "[bold]{name}[/]: {rows}, {languages} languages, in {path}",
             name=corpus.name,
-            pairs=corpus.manifest["pairs"],
+            rows=rows,
             languages=len(corpus.languages),
             path=corpus.path,
         )

@@ -20,7 +20,7 @@ from moesaic.corpus.split import SPLITS
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
 from moesaic.data.document_packing import DocumentPieces, gather_documents
-from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG, TASK_PREFIX, TASK_TAG
 from moesaic.data.mixture import Mixture, SampleDraws
 from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
@@ -314,14 +314,17 @@ class BatchStream:
         index = {code: i for i, code in enumerate(self._tokenizer.languages)}
         ends = [(s.source_language, s.target_language) for s in streams]
         columns = np.array([(index[s], index[t]) for s, t in ends], dtype=np.int64).reshape(-1, 2)
+        number = {domain: i for i, domain in enumerate(self.domains)}
+        domain = np.array([number.get(s.domain, 0) for s in streams], dtype=np.int64)
         names, tag = self.config.collator.frame.names, self._tokenizer.vocabulary.tag
         tokens = {
             name: np.array([tag(pair[side]) for pair in ends], dtype=np.int64)
             for side, name in enumerate((SOURCE_TAG, TARGET_TAG))
             if name in names
         }
-        number = {domain: i for i, domain in enumerate(self.domains)}
-        domain = np.array([number.get(s.domain, 0) for s in streams], dtype=np.int64)
+        if TASK_TAG in names:
+            of_task = [tag(TASK_PREFIX + name) for name in self.mixture.task_names]
+            tokens[TASK_TAG] = np.array(of_task, dtype=np.int64)[task_of]
         return _StreamLabels(task_of, domain, columns[:, 0], columns[:, 1], tokens)
 
     def _nothing_fits_message(self, draws: int) -> str:

@@ -153,6 +153,46 @@ class DecoderOnlyCollator(Collator):
         )
 
 
+class PairCollator(Collator):
+    """Two rows of a sample, one after the other: its source, then its target, each with ``eos``.
+
+    For heads that compare two texts (``Contrastive``, ``Reward``): the label of a first row is 0,
+    that of a second ``IGNORE_LABEL``.
+    """
+
+    @property
+    def frame(self) -> RowFrame:
+        return self.tag.frame(decoder_only=True)
+
+    def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
+        frame = self.frame
+        return RowLengths(source + frame.source_specials, target + len(frame.prompt) + 1)
+
+    def collate(
+        self, samples: TokenizedSamples, *, vocabulary: Vocabulary, empty: RowLengths | None = None
+    ) -> Batch:
+        first, second = self.frame, RowFrame(self.frame.prompt, ())
+        special = _special_tokens(self.frame, samples, vocabulary)
+        lengths = self.lengths(samples.source.lengths, target=samples.target.lengths)
+        widths = np.concatenate(empty if empty else lengths)
+        sides = []
+        for frame, texts in ((first, samples.source), (second, samples.target)):
+            grid = np.zeros((len(samples), int(widths.max(initial=1))), dtype=np.int64)
+            _write_source(grid, texts, frame=frame, special=special)
+            sides.append(grid)
+        both = torch.from_numpy(np.stack(sides, axis=1)).flatten(0, 1)
+        rows = InputRows(both, torch.from_numpy(np.stack(lengths, axis=1)).flatten())
+        labels = np.tile([0, IGNORE_LABEL], len(samples))
+        once = _to_batch(samples, source=rows, target=rows, labels=labels)
+        return Batch(
+            source=InputRows.empty(rows.rows),
+            target=rows,
+            labels=once.labels,
+            groups={name: label.repeat_interleave(2) for name, label in once.groups.items()},
+            key=torch.stack([once.key, ~once.key], dim=1).flatten(),  # each row has its own
+        )
+
+
 def _special_tokens(
     frame: RowFrame, samples: TokenizedSamples, vocabulary: Vocabulary
 ) -> dict[str, IntArray]:

@@ -5,6 +5,7 @@ Letters: B rows, H height, W width, P patches of an image, C values of a patch.
 
 import gzip
 import hashlib
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from moesaic.corpus.sources.package_archives import PyPIPackage, archive_members
 from moesaic.data.batch import Batch, InputRows
 from moesaic.data.numpy_counter_rng import random_uniform
 from moesaic.data.ragged import IntArray
-from moesaic.data.row_loader import RowDataset, RowDraws, RowSource
+from moesaic.data.row_loader import RowDataset, RowDraws, RowOrigin, RowSource
 from moesaic.data.series import FloatArray, Notify
 
 _SPLIT, _SHAPES = 51, 52
@@ -29,6 +30,8 @@ _FILE = "sklearn/datasets/data/digits.csv.gz"
 class ImageSource(Choice):
     """Family: where images come from."""
 
+    licence: ClassVar[str] = "CC0-1.0"
+
     def read(self, notify: Notify) -> tuple[FloatArray, IntArray]:
         """Return images [N, H, W] from -1 to 1, and their classes [N]. Raises DataError."""
         raise NotImplementedError
@@ -39,6 +42,8 @@ class PackagedDigits(ImageSource):
 
     They are the test set of UCI's "Optical Recognition of Handwritten Digits" (CC BY 4.0).
     """
+
+    licence: ClassVar[str] = "CC BY 4.0"
 
     def read(self, notify: Notify) -> tuple[FloatArray, IntArray]:
         path = fetch_package(_PACKAGE, progress=notify).path
@@ -97,6 +102,8 @@ class ImageDataset(RowDataset):
         self.patches = cut_patches(torch.from_numpy(images).float(), patch=rows.patch)
         names = tuple(str(number) for number in range(int(classes.max()) + 1))
         self.labels = {"class": names}
+        source = rows.source
+        self.origins = [RowOrigin(type(source).__name__, source.licence, len(images))]
         held_out = random_uniform(_SPLIT, np.arange(len(images))) < rows.held_out
         self._members = {
             split: [np.flatnonzero((classes == c) & chosen) for c in range(len(names))]

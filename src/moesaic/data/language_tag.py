@@ -10,6 +10,8 @@ from typing import Literal
 from moesaic.core.config import Choice
 
 SOURCE_TAG, TARGET_TAG = "source", "target"  # the tags of a row's two languages
+TASK_TAG = "task"  # the tag of its task
+TASK_PREFIX = "task:"  # of the code of a task among the tags of a vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +87,17 @@ class NoTag(LanguageTag):
     def frame(self, *, decoder_only: bool) -> RowFrame:
         del decoder_only
         return RowFrame((), (self.start,))
+
+
+class TaskPrompt(LanguageTag):
+    """The tag of the task, then that of a language, before each text that a stack begins with.
+
+    It is the first token of its row, so a router that reads the tag (``HiddenStateAndTag``,
+    ``TagOnly``) reads the task: task-prompt-guided routing as in JiuZhang 2.0 (2306.11027). The
+    tokenizer needs a tag for each task (``data.tokenizer.added_tags``, ``task:NAME``).
+    """
+
+    def frame(self, *, decoder_only: bool) -> RowFrame:
+        if decoder_only:
+            return RowFrame((TASK_TAG, SOURCE_TAG), (TASK_TAG, TARGET_TAG))
+        return RowFrame((TASK_TAG, TARGET_TAG), (TARGET_TAG,))

@@ -185,7 +185,8 @@ class Loader:
         """The names of the values of each label in ``Batch.groups``."""
         found: dict[str, Sequence[str]] = {TASK: self.tasks}
         found |= dict.fromkeys((SOURCE_LANGUAGE, TARGET_LANGUAGE), self.languages)
-        return found | ({DOMAIN: self._stream.domains} if self._stream.domains else {})
+        names = [name or "no domain" for name in self._stream.domains]
+        return found | ({DOMAIN: names} if names else {})
 
     @property
     def num_draws(self) -> int:

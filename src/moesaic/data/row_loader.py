@@ -67,15 +67,26 @@ def held_out_rows(*, sizes: IntArray, rows: int | None) -> RowDraws:
     return RowDraws(group, row, random_bits(_HELD_OUT, group, row))
 
 
+@dataclass(frozen=True, slots=True)
+class RowOrigin:
+    """Where rows are from: a name, its licence, and the number of its points or images."""
+
+    name: str
+    licence: str
+    size: int
+
+
 class RowDataset(ABC):
     """Groups of rows, and how they become a batch.
 
     ``labels`` names the values of each label in ``Batch.groups``. ``fingerprint`` identifies the
-    content: two data sets with the same one give the same batches.
+    content: two data sets with the same one give the same batches. ``origins`` are for the model
+    card.
     """
 
     labels: Mapping[str, Sequence[str]]
     fingerprint: str
+    origins: Sequence[RowOrigin]
 
     @abstractmethod
     def sizes(self, split: str) -> IntArray:

@@ -29,11 +29,12 @@ _SINE, _NOISE = 41, 42
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A series [L] of float64, its name and its domain."""
+    """A series [L] of float64, its name, its domain and its licence."""
 
     name: str
     domain: str
     values: FloatArray
+    licence: str = "CC0-1.0"
 
 
 class SeriesSource(Choice):
@@ -86,6 +87,7 @@ class SeriesFile:
     path: str
     domain: str
     columns: tuple[str, ...] = ()
+    licence: str = "public domain"
     layout: Literal["columns", "groups", "months"] = "columns"
 
     @property
@@ -117,11 +119,12 @@ PACKAGED_FILES = (
         f"{_BOKEH_DATA}/sea_surface_temperature.csv.gz",
         "ocean",
         ("temperature (celsius)",),
+        "free to use and redistribute",
     ),
     SeriesFile(_STATSMODELS, f"{_STATS_DATA}/elnino/elnino.csv", "ocean", layout="months"),
     SeriesFile(_BOKEH, f"{_BOKEH_DATA}/CGM.csv.gz", "glucose", ("glucose", "isig")),
     SeriesFile(
-        _BOKEH, f"{_BOKEH_DATA}/stocks.csv.gz", "finance", ("Ticker", "Adj Close"), "groups"
+        _BOKEH, f"{_BOKEH_DATA}/stocks.csv.gz", "finance", ("Ticker", "Adj Close"), layout="groups"
     ),
     SeriesFile(_VEGA, f"{_VEGA_DATA}/us-employment.csv", "economy", _SECTORS),
     SeriesFile(_STATSMODELS, f"{_STATS_DATA}/macrodata/macrodata.csv", "economy", _ACCOUNTS),
@@ -183,7 +186,8 @@ def _series(file: SeriesFile, name: str, cells: Sequence[str]) -> Series:
     inside = slice(int(np.argmax(known)), len(values) - int(np.argmax(known[::-1])))
     values, known = values[inside], known[inside]
     time = np.arange(len(values))
-    return Series(name, file.domain, np.interp(time, time[known], values[known]))
+    filled = np.interp(time, time[known], values[known])
+    return Series(name, file.domain, filled, file.licence)
 
 
 def _number(cell: str) -> float:

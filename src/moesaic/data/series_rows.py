@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch, InputRows
 from moesaic.data.ragged import IntArray
-from moesaic.data.row_loader import RowDataset, RowDraws, RowSource
+from moesaic.data.row_loader import RowDataset, RowDraws, RowOrigin, RowSource
 from moesaic.data.series import FloatArray, Notify, PackagedSeries, Series, SeriesSource
 
 _LEAST_SCALE = 1e-3  # of the values: a constant context has no scale of its own
@@ -50,6 +49,7 @@ class SeriesDataset(RowDataset):
         self.rows, self.series = rows, series
         domains = tuple(dict.fromkeys(one.domain for one in series))
         self.labels = {"domain": domains}
+        self.origins = [RowOrigin(s.name, s.licence, len(s.values)) for s in series]
         self._domain = np.array([domains.index(one.domain) for one in series])
         length = np.array([len(one.values) for one in series])
         # a series has at least one training window, of at least two points
@@ -110,27 +110,3 @@ def normalised_window(window: FloatArray, *, context: int) -> FloatArray:
     known = window[:context]
     scale = max(float(known.std()), _LEAST_SCALE * float(np.abs(known).max()), 1e-12)
     return (window - known.mean()) / scale
-
-
-def forecast_pieces(horizon: int, *, horizons: tuple[int, ...]) -> list[int]:
-    """Return the horizons that a forecast of ``horizon`` points is made of, longest first.
-
-    Greedy multi-resolution scheduling (Time-MoE, 2409.16040, section 3.2.3): each step takes the
-    longest of the model's ``horizons`` that does not pass the end. If the shortest is longer than
-    what is left, it is taken and its forecast is cut.
-    """
-    pieces: list[int] = []
-    left = horizon
-    while left > 0:
-        fitting = [h for h in horizons if h <= left]
-        pieces.append(max(fitting) if fitting else min(horizons))
-        left -= pieces[-1]
-    return pieces
-
-
-def seasonal_naive(
-    context: Float[Tensor, "B S"], *, horizon: int, period: int
-) -> Float[Tensor, "B horizon"]:
-    """Return the forecast that repeats the last ``period`` points (1: the last point)."""
-    index = torch.arange(horizon, device=context.device) % period
-    return context[:, context.shape[1] - period + index]

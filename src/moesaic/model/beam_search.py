@@ -156,7 +156,8 @@ class _BeamState:
         sources = inputs.logits.shape[0]
         self.finished: list[list[Hypothesis]] = [[] for _ in range(sources)]
         self.sources = np.arange(sources)  # the source of each group of k rows
-        self.max_tokens = inputs.max_tokens.tolist()
+        self.max_tokens = inputs.max_tokens.cpu().numpy()
+        self.has_finished = np.zeros(sources, np.bool_)
         self.ids = np.empty((sources, 1, 0), np.int64)  # [b, k, L]
         self.log_prob = np.zeros((sources, 1), np.float32)  # [b, k]
 
@@ -224,20 +225,26 @@ class _BeamState:
     def _add_hypothesis(self, group: int, beam: int, log_prob: float, *, finished: bool) -> None:
         ids = tuple(self.ids[group, beam].tolist())
         score = self.config.normalise(log_prob, length=len(ids) + finished)
+        self.has_finished[self.sources[group]] = True
         self.finished[self.sources[group]].append(Hypothesis(ids, score, log_prob, finished))
 
     def _drop_finished_sources(self, beam: Array, *, width: int) -> None:
         """Drop the sources that are done, and select the rows of the cache that go on."""
-        best = self.log_prob[:, 0].tolist()
-        stay = [group for group, log_prob in enumerate(best) if self._continues(group, log_prob)]
+        best, stay = self.log_prob[:, 0], np.ones(len(self.sources), np.bool_)
+        # only these can be done: the others have no finished hypothesis
+        asked = ~np.isfinite(best) | (self.ids.shape[2] >= self.max_tokens[self.sources])
+        asked |= self.has_finished[self.sources]
+        for (group,) in np.argwhere(asked).tolist():
+            stay[group] = self._continues(group, float(best[group]))
         rows = beam + np.arange(len(best))[:, None] * width
-        if len(stay) < len(best):
+        kept = None
+        if not stay.all():
             self.sources, self.ids = self.sources[stay], self.ids[stay]
             self.log_prob, rows = self.log_prob[stay], rows[stay]
-        kept = self._on_device(np.array(stay)) if len(stay) < len(best) else None
+            kept = self._on_device(stay.nonzero()[0])
         rows = rows.reshape(-1)
         moved = len(rows) != len(best) * width or (rows != np.arange(len(rows))).any()
-        if stay and moved:
+        if len(rows) and moved:
             self.inputs.reorder_cache(self._on_device(rows), kept)
 
     def _continues(self, group: int, log_prob: float) -> bool:
@@ -246,7 +253,7 @@ class _BeamState:
             return False
         source = self.sources[group]
         scores = [h.score for h in self.finished[source]]
-        length, limit = self.ids.shape[2], self.max_tokens[source]
+        length, limit = self.ids.shape[2], int(self.max_tokens[source])
         done = self.config.is_done(scores, log_prob=log_prob, length=length, limit=limit)
         if not done and length >= limit:
             self._keep_unfinished(group)

@@ -21,8 +21,9 @@ from moesaic.data.collators import (
     EncoderDecoderCollator,
     TokenizedSamples,
 )
-from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG, TASK_PREFIX, TASK_TAG
 from moesaic.data.ragged import Ragged
+from moesaic.data.tasks import Translation
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.beam_search import Greedy, Hypothesis, Search
 from moesaic.model.copy_constraint import copy_rules
@@ -231,7 +232,8 @@ class Translator:
     ) -> TokenizedSamples:
         """Return texts as the rows of a loader are, of one direction."""
         zeros, vocabulary = np.zeros(len(inputs), dtype=np.int64), self.tokenizer.vocabulary
-        tags = dict(zip((SOURCE_TAG, TARGET_TAG), codes, strict=True))
+        task = TASK_PREFIX + Translation().name
+        tags = dict(zip((SOURCE_TAG, TARGET_TAG, TASK_TAG), (*codes, task), strict=True))
         return TokenizedSamples(
             Ragged.from_lists(inputs),
             Ragged.from_lists(outputs),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from moesaic.checkpoint.model_card import DataSource
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.data.batch_stream import DataReplica
 from moesaic.data.row_loader import RowDataset, RowLoader, RowSource
 from moesaic.distributed.rank0 import run_on_rank0
@@ -37,6 +39,11 @@ class RowData(TrainingData):
 
         run_on_rank0(place.world, work)
         return PreparedRows(self.source.open(lambda _: None), self.batch_rows)
+
+    def sources(self, run_dir: RunDir) -> list[DataSource]:
+        del run_dir
+        origins = self.source.open(lambda _: None).origins
+        return [DataSource(origin.name, origin.licence, origin.size) for origin in origins]
 
     def problems(self, model: ModelConfig) -> Iterator[str]:
         if model.encoder.layers:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from moesaic.checkpoint.model_card import DataSource
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import DataError, UserError
@@ -117,6 +119,18 @@ def _collator_fits_the_model(data: TextData, model: ModelConfig) -> Iterator[str
         )
 
 
+def _packing_fits_the_collator(data: TextData, model: ModelConfig) -> Iterator[str]:
+    del model
+    none = np.zeros(0, dtype=np.int64)
+    for index, weighted in enumerate(data.mixture.tasks):
+        packed = weighted.task.pieces(none, stream=none, window=1) is not None
+        if packed and not isinstance(data.loader.collator, DecoderOnlyCollator):
+            yield (
+                f"data.mixture.tasks.{index}.task.packing joins documents for a decoder-only "
+                "model: choose data.loader.collator=DecoderOnlyCollator, or packing=WholeTexts"
+            )
+
+
 def _lengths_fit_the_positions(data: TextData, model: ModelConfig) -> Iterator[str]:
     if not isinstance(model.position, LearnedPositions):
         return
@@ -158,6 +172,7 @@ _RULES: tuple[Callable[[TextData, ModelConfig], Iterator[str]], ...] = (
     _vocab_sizes_match,
     _known_languages,
     _collator_fits_the_model,
+    _packing_fits_the_collator,
     _lengths_fit_the_positions,
     _longest_row_fits_a_batch,
     _batches_can_be_filled,

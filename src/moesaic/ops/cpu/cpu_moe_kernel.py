@@ -142,7 +142,7 @@ class _SortedEdges(NamedTuple):
 
 
 class _CallOptions(NamedTuple):
-    """Arguments that are no tensors; ``live_rows`` is the number of edges that are not dropped, or more."""
+    """Arguments that are no tensors; at most ``live_rows`` edges are not dropped."""
 
     library: CPULibrary
     activation: str
