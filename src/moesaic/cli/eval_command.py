@@ -74,8 +74,8 @@ def evaluate(
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, beside trivial systems.
 
-    Another head than a vocabulary's is scored by its loss and metrics. A language model by
-    perplexity and bits per byte, by language and domain.
+    Another head than a vocabulary's is scored by its loss and metrics, a language model by
+    perplexity and bits per byte.
 
     The default test set is the held-out part of the run's corpus, in the directions that the run
     was trained on; then summary.json, usage.json, insight.json and report.html of the run are
@@ -90,7 +90,7 @@ def evaluate(
     evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
     request = TextRequest(texts, source or "", split, limit, resamples)
     rest = {"--pairs": pairs, "--moses": moses, "--testset": testset, "--to": target}
-    refused = [name for name in rest if rest[name]]
+    refused = list(filter(rest.get, rest))
     if _print_other_scores(evaluated, request, refused=refused, as_json=as_json):
         return
     wanted = WantedTests(
