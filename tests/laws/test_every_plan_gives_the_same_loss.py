@@ -17,6 +17,7 @@ from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.positional_encoding import RelativeBias
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
@@ -36,8 +37,9 @@ HEADS = AttentionConfig(heads=4, kv_heads=2)
 
 
 def translator() -> Run:
-    """An encoder-decoder: top-1 with a capacity, and random token selection."""
-    model = tiny_model_config(moe=CAPPED).replace(attention=HEADS, dropout=0.1)
+    """An encoder-decoder: top-1 with a capacity, random token selection, relative positions."""
+    position = RelativeBias(buckets=8, max_distance=6)
+    model = tiny_model_config(moe=CAPPED).replace(attention=HEADS, dropout=0.1, position=position)
     return tiny_run(model=model, optimizer=AdamW(lr=0.01))
 
 

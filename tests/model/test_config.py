@@ -12,6 +12,7 @@ from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.product_key_memory import ProductKeyMemory
+from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
 
 
@@ -96,3 +97,27 @@ def test_building_twice_from_one_seed_gives_one_model():
 def test_moe_layers_are_in_the_blocks_of_the_config():
     names = [m.name for m in Transformer(BASE).modules() if isinstance(m, MoELayer)]
     assert names == ["encoder.1", "decoder.0", "decoder.1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["attention.window=SlidingWindow(size=0)"], "found 0, expected at least 1"),
+        (["position=Rotary(fraction=0.3)"], "an even number of channels to rotate, not 1"),
+        (["position=RelativeBias(buckets=6)"], "buckets that 4 divides"),
+        (["attention.bias=[query, values]"], 'found "values"'),
+        (["mixers.latent={kind: LatentAttention, rope_dim: 3}"], "rope_dim"),
+        (["mixers.latent={kind: LatentAttention, value_dim: 500}"], "value_dim=500 of at most"),
+        (
+            ["position=RelativeBias", "mixers.latent={kind: Attention, heads: 2}"],
+            "whose table RelativeBias shares",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_parts_of_attention_are_refused(changes, message):
+    config = BASE.replace(mixers={"latent": Attention()}).override(
+        ["decoder.pattern=attention, latent"]
+    )
+    with pytest.raises(ConfigError, match=message):
+        config.override(changes)

@@ -28,7 +28,8 @@ from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.gated_linear_attention import GatedLinearAttention as GatedLinearAttention
-from moesaic.nn.mamba2 import Mamba2 as Mamba2  # registers a member, as the line above
+from moesaic.nn.latent_attention import LatentAttention as LatentAttention
+from moesaic.nn.mamba2 import Mamba2 as Mamba2  # registers a member, as the two lines above
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
 from moesaic.nn.sequence_mixer import MixerShape, ParallelMixers, SequenceMixer

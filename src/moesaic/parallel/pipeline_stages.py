@@ -222,6 +222,8 @@ def reused_parameters(config: ModelConfig, blocks: BlockRange) -> str | None:
     uses = int(_has_last_block(config, blocks) and config.shares_table)
     for side, stack, layers in _stacks(config, blocks):
         uses += layers.start == 0
+        if config.position.biases_scores and len(layers) > 1:
+            return f"the bias of the scores of the {side}"
         moe, moe_layers = config.moe_of_stack(stack), sum(map(stack.is_moe_layer, layers))
         if not isinstance(moe, MoE):
             continue
