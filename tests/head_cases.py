@@ -11,7 +11,7 @@ from moesaic.model.decoder_mask import FullMask
 from moesaic.model.head import Head, LanguageModelHead
 from moesaic.model.inputs import ModelInput, Patches, PointValues, TokenIds, Vectors
 from moesaic.model.pooled_heads import Classification, Contrastive, MeanOfTokens, Reward
-from moesaic.model.value_heads import Denoising, Regression
+from moesaic.model.value_heads import PatchDenoising, Regression
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import TopK
 from moesaic.nn.attention_config import AttentionConfig
@@ -23,7 +23,7 @@ UNREAD = 1e9  # padding is never read
 
 
 def _model(head: Head, source: ModelInput) -> ModelConfig:
-    causal = not isinstance(head, Denoising)
+    causal = not isinstance(head, PatchDenoising)
     return ModelConfig(
         vocab_size=VOCABULARY,
         dim=16,
@@ -47,7 +47,7 @@ HEADS = {
     ),
     "contrastive": _model(Contrastive(dim=6, temperature=0.5), TokenIds()),
     "reward": _model(Reward(), TokenIds()),
-    "denoising": _model(Denoising(channels=2, classes=3), Patches(channels=2, classes=3)),
+    "denoising": _model(PatchDenoising(channels=2, classes=3), Patches(channels=2, classes=3)),
 }
 PAIRED = ("contrastive", "reward")
 

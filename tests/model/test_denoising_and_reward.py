@@ -1,4 +1,4 @@
-"""Denoising and reward heads against their definitions, on a whole tiny model."""
+"""PatchDenoising and reward heads against their definitions, on a whole tiny model."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from moesaic.model.decoder_mask import FullMask
 from moesaic.model.inputs import Patches
 from moesaic.model.pooled_heads import Reward
 from moesaic.model.transformer import Transformer
-from moesaic.model.value_heads import Denoising
+from moesaic.model.value_heads import PatchDenoising
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.noise_schedule import DDPM, RectifiedFlow
@@ -35,7 +35,7 @@ def images(rows: int = 12) -> Batch:
 
 @pytest.mark.parametrize("schedule", [RectifiedFlow(), DDPM()], ids=["flow", "ddpm"])
 def test_the_noise_of_a_row_is_a_function_of_its_key_alone(schedule):
-    head = Denoising(channels=4, classes=10, schedule=schedule)
+    head = PatchDenoising(channels=4, classes=10, schedule=schedule)
     whole, part = images(), images().select(slice(3, 7))
     made, alone = head.training_batch(whole), head.training_batch(part)
     assert torch.equal(made.target.values[3:7], alone.target.values)
@@ -45,7 +45,7 @@ def test_the_noise_of_a_row_is_a_function_of_its_key_alone(schedule):
 
 
 def test_noise_is_standard_normal_and_time_uniform():
-    head = Denoising(channels=4, schedule=DDPM())
+    head = PatchDenoising(channels=4, schedule=DDPM())
     key = torch.arange(4000)
     clean = torch.zeros(4000, 16, 4)
     batch = Batch(InputRows.empty(4000), InputRows.full(clean), clean, {}, key)
@@ -58,7 +58,7 @@ def test_noise_is_standard_normal_and_time_uniform():
 
 
 def test_a_class_is_dropped_as_often_as_the_config_says():
-    head = Denoising(channels=4, classes=10, class_dropout=0.25)
+    head = PatchDenoising(channels=4, classes=10, class_dropout=0.25)
     batch = images(600)
     kind = head.training_batch(batch).target.values[:, 0, -1].long()
     dropped = kind == 10
@@ -67,7 +67,7 @@ def test_a_class_is_dropped_as_often_as_the_config_says():
 
 
 def test_the_denoising_loss_is_the_squared_error_of_each_patch():
-    head = Denoising(channels=4, classes=10)
+    head = PatchDenoising(channels=4, classes=10)
     model = Transformer(
         ModelConfig(
             **SHAPE, head=head, input=Patches(channels=4, classes=10), decoder_mask=FullMask()
@@ -84,7 +84,7 @@ def test_the_denoising_loss_is_the_squared_error_of_each_patch():
 
 
 def test_every_patch_reads_every_other():
-    head = Denoising(channels=4)
+    head = PatchDenoising(channels=4)
     config = ModelConfig(**SHAPE, head=head, input=Patches(channels=4), decoder_mask=FullMask())
     batch = head.training_batch(images(1))
     values = batch.target.values.clone().requires_grad_()

@@ -141,7 +141,7 @@ def _mean_over_horizons(
     return torch.stack(means).mean(0)
 
 
-class Denoising(Head):
+class PatchDenoising(Head):
     """What was added to an image's patches: noise or velocity, as ``schedule`` says (DiT).
 
     The data gives clean patches as its targets [B, S, channels]. Noise, time and (with

@@ -52,6 +52,8 @@ class GatedLinearAttention(SequenceMixer):
     temperature: float = Field(default=16.0, gt=0)
     norm: Norm = RMSNorm()
 
+    branch = "linear_attention"
+
     def key_width(self, dim: int) -> int:
         """Key channels of a head."""
         return self.key_dim or dim // (2 * self.heads)

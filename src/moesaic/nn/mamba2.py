@@ -63,6 +63,8 @@ class Mamba2(SequenceMixer):
     max_step: float = Field(default=0.1, gt=0)
     max_decay: float = Field(default=16.0, gt=1)
 
+    branch = "mamba"
+
     def heads(self, dim: int) -> int:
         """The number of heads."""
         return round(self.expand * dim) // self.head_dim

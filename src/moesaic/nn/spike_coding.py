@@ -1,8 +1,9 @@
 """Spike coding: activations as integer multiples of a threshold, and integers as spike events.
 
-SpikingBrain (2509.05276) replaces the input x of a linear map by ``s * threshold`` with ``threshold
-= mean|x| / k`` per token and ``s = round(x / threshold)``; gradients are straight-through. Hardware that is driven by events expands the integers into spikes over virtual time
-steps; the weighted sum of the events of a channel is its integer, exactly.
+SpikingBrain (2509.05276) replaces the input x of a linear map by ``s * threshold``: ``threshold =
+mean|x| / k`` per token and ``s = round(x / threshold)``, with straight-through gradients. Hardware
+driven by events expands the integers into spikes over virtual time steps; the weighted sum of the
+events of a channel is its integer, exactly.
 
 Letters: T tokens, D channels, E time steps.
 """

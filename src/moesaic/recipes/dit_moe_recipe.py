@@ -9,7 +9,7 @@ from moesaic.data.images import ImagePatches
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.decoder_mask import FullMask
 from moesaic.model.inputs import Patches
-from moesaic.model.value_heads import Denoising
+from moesaic.model.value_heads import PatchDenoising
 from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_selection import TopK
@@ -34,7 +34,7 @@ def dit_moe() -> Run:
         model=ModelConfig(
             dim=64,
             input=Patches(channels=CHANNELS, classes=CLASSES),
-            head=Denoising(channels=CHANNELS, classes=CLASSES),
+            head=PatchDenoising(channels=CHANNELS, classes=CLASSES),
             encoder=Stack(layers=0),
             decoder=Stack(layers=3, moe_every=1),
             decoder_mask=FullMask(),

@@ -12,6 +12,7 @@ from moesaic.model.presets import PRESETS
 from moesaic.recipes.demo_recipe import demo
 from moesaic.recipes.dit_moe_recipe import dit_moe, dit_moe_dense
 from moesaic.recipes.dmoerm_recipe import dmoerm, dmoerm_single
+from moesaic.recipes.hybrid_recipes import hunyuan_hybrid, spikingbrain_inter, spikingbrain_intra
 from moesaic.recipes.jiuzhang_recipe import jiuzhang, jiuzhang_plain_gate
 from moesaic.recipes.language_model_recipes import language_model, language_model_demo
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
@@ -27,7 +28,8 @@ _TEXT = (demo, tiny, tiny_lm, multilingual_50, multilingual_50_laptop)
 _DOCUMENTS = (language_model_demo, language_model)
 _SYSTEMS = (time_moe, dit_moe, dmoerm, vlm2vec, jiuzhang)
 _CONTROLS = (time_moe_dense, dit_moe_dense, dmoerm_single, vlm2vec_dense, jiuzhang_plain_gate)
-for _recipe in (*_TEXT, *_DOCUMENTS, *_SYSTEMS, *_CONTROLS):
+_HYBRIDS = (hunyuan_hybrid, spikingbrain_inter, spikingbrain_intra)
+for _recipe in (*_TEXT, *_DOCUMENTS, *_SYSTEMS, *_CONTROLS, *_HYBRIDS):
     RECIPES.register()(_recipe)
 
 
