@@ -8,7 +8,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU
 from moesaic.nn.norm import LayerNorm
 
 TAG = 5  # the forced first token of every answer
@@ -16,15 +16,15 @@ TAG = 5  # the forced first token of every answer
 
 def build(*, sparse: bool) -> Transformer:
     torch.manual_seed(0)
+    experts = FeedForwardConfig(hidden=EXPERT_HIDDEN, activation=SquaredReLU())
+    dense = FeedForwardConfig(hidden=DENSE_HIDDEN, activation=ReLU())  # as M2M-100's
     config = ModelConfig(
         vocab_size=VOCAB,
         dim=DIM,
         encoder=Stack(layers=ENCODER),
         decoder=Stack(layers=DECODER),
         attention=AttentionConfig(heads=HEADS),
-        feed_forward=FeedForwardConfig(
-            hidden=EXPERT_HIDDEN if sparse else DENSE_HIDDEN, activation=SquaredReLU()
-        ),
+        feed_forward=experts if sparse else dense,
         moe=MoE(experts=EXPERTS, select=SwitchTop1()) if sparse else NoMoE(),
         norm=LayerNorm(),
     )

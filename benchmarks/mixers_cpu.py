@@ -22,6 +22,7 @@ from torch import nn
 from moesaic.bench.paired_timing import measure_in_turns, ratio_to_baseline
 from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.attention_parts import SlidingWindow
 from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.gated_linear_attention import GatedLinearAttention
 from moesaic.nn.mamba2 import Mamba2
@@ -179,7 +180,7 @@ def main() -> None:
     ours = {
         "moesaic attention": Attention(),
         "moesaic attention, 2 key/value heads": Attention(kv_heads=KV_HEADS),
-        "moesaic attention, window 64": Attention(window=WINDOW),
+        "moesaic attention, window 64": Attention(window=SlidingWindow(size=WINDOW)),
         "moesaic GLA": GatedLinearAttention(),
         "moesaic Mamba-2": Mamba2(state=STATE),
     }
@@ -192,7 +193,10 @@ def main() -> None:
     baseline = "PyTorch attention"
     for length in (256, 1024):
         runs = {baseline: of_module(TorchAttention(), length=length)}
-        grouped, windowed = TorchAttention(kv_heads=KV_HEADS), TorchAttention(window=WINDOW)
+        grouped, windowed = (
+            TorchAttention(kv_heads=KV_HEADS),
+            TorchAttention(window=WINDOW),
+        )
         runs["PyTorch attention, 2 key/value heads"] = of_module(grouped, length=length)
         runs["PyTorch attention, mask of window 64"] = of_module(windowed, length=length)
         runs |= {name: whole_rows(mixer, length=length) for name, mixer in ours.items()}

@@ -40,11 +40,14 @@ from moesaic.core.file_reader import FileKind
 from moesaic.core.yaml_reader import CONFIG_FILE, read_yaml_file
 from moesaic.corpus.corpus_manifest import CORPUS_MANIFEST_FILE, read_corpus_manifest
 from moesaic.corpus.text_rules import TEXT_RULES_FILE, read_text_rules
+from moesaic.data.imported_tokenizer import TOKEN_NAMES_FILE, FromFile
+from moesaic.data.sentencepiece_file import SENTENCEPIECE_FILE
 from moesaic.data.shards_manifest import SHARDS_FILE
 from moesaic.data.token_shard_writer import write_shards
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.tokenizer_file import TOKENIZER_FILE
+from moesaic.data.vocabulary_file import VOCABULARY_FILE
 from moesaic.evaluate.perplexity import DocumentLoss, PerplexitySummary, group_perplexities
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.monitor.expert_usage import USAGE_FILE, read_usage, summarize_load
@@ -66,6 +69,7 @@ from moesaic.train.run_training import load_saved_state, train
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook
 from pipeline_cases import read_every_row
+from tokenizer_files import byte_level, write_sentencepiece
 
 STEP = "step-00000006"
 
@@ -117,6 +121,12 @@ def make_files(folder: Path) -> Made:
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     write_shards(corpus, tokenizer, out=folder / "shards")
     shutil.copy(next(run.glob("routes/*.routes")), folder / "a.routes")
+    for name in ("foreign", "imported"):
+        (folder / name).mkdir()
+    byte_level(folder / "foreign" / "tokenizer.json", specials=("</s>",))
+    source = FromFile(path=str(write_sentencepiece(folder / "foreign" / "a.model")))
+    imported = source.make({}, languages=("deu_Latn",), notify=str)
+    imported.save(folder / "imported" / "tokenizer.json")
     return Made(folder, keep.trainer)
 
 
@@ -139,6 +149,19 @@ def _read_tokenizer(made: Made) -> None:
     for found in tokenizer.encode_with_copies(["a b", "\u00e9 %s\u4e2d \U0001f600", ""]):
         assert max(found.ids, default=0) < tokenizer.vocab_size
         tokenizer.decode(found.ids, found.slotted)
+
+
+def _read_vocabulary(made: Made) -> None:
+    tokenizer = Tokenizer.load(made.folder / "imported" / "tokenizer.json")
+    ids = tokenizer.encode("the end")
+    assert max((*ids, *tokenizer.vocabulary.suppressed), default=0) < tokenizer.vocab_size
+    tokenizer.decode(ids)
+
+
+def _import(made: Made, name: str) -> None:
+    source = FromFile(path=str(made.folder / "foreign" / name), eos="</s>")
+    tokenizer = source.make({}, languages=("deu_Latn",), notify=str)
+    tokenizer.decode(tokenizer.encode("the end"))
 
 
 def _read_shards(made: Made) -> None:
@@ -268,5 +291,11 @@ DOORS = (
     Door(TILES_FILE, "tiles.json", "json",
          lambda made: load_table.__wrapped__(made.folder / "tiles.json")),
     Door(TOKENIZER_FILE, "run/tokenizer.json", "json", _read_tokenizer),
+    Door(TOKENIZER_FILE, "foreign/tokenizer.json", "json",
+         lambda made: _import(made, "tokenizer.json")),
+    Door(TOKEN_NAMES_FILE, "foreign/tokenizer_config.json", "json",
+         lambda made: _import(made, "tokenizer.json")),
+    Door(SENTENCEPIECE_FILE, "foreign/a.model", "bytes", lambda made: _import(made, "a.model")),
+    Door(VOCABULARY_FILE, "imported/vocabulary.json", "json", _read_vocabulary),
     Door(USAGE_FILE, "run/usage.json", "json", _read_usage),
 )  # fmt: skip

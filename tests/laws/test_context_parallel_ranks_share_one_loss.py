@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 
+from mixer_cases import MIXERS
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch, InputRows
 from moesaic.distributed.forked_ranks import run_on_ranks
@@ -38,6 +39,9 @@ CAPPED = MoE(
 )
 
 
+RECURRENCES = ("gated_linear_attention", "mamba2")
+
+
 def _model(moe: MoE) -> ModelConfig:
     heads = AttentionConfig(heads=4, kv_heads=2)
     return tiny_model_config(moe=moe, layers=2).replace(attention=heads, dropout=0.2)
@@ -50,6 +54,11 @@ MODELS = {
     "attention experts": _model(CAPPED.replace(router_input=HiddenStateAndTag())).replace(
         mixers={"attention": MixtureOfAttention()}
     ),
+    "recurrences": _model(CAPPED).replace(
+        mixers={name: MIXERS[name] for name in RECURRENCES},
+        encoder=Stack(layers=0),
+        decoder=Stack(layers=2, pattern=", ".join(RECURRENCES)),
+    ),
 }
 PLANS = {
     "ulysses": ParallelConfig(plan=ParallelPlan(context=2)),
@@ -61,7 +70,12 @@ PLANS = {
 }
 ROWS = {"many rows": (5, 9), "one long row": (1, 40)}
 FEW = [("encoder-decoder", "many rows"), ("decoder", "one long row")]
-CASES = [*FEW, ("decoder", "many rows"), *((model, "many rows") for model in list(MODELS)[2:])]
+CASES = [
+    *FEW,
+    ("decoder", "many rows"),
+    ("recurrences", "one long row"),
+    *((model, "many rows") for model in list(MODELS)[2:]),
+]
 
 
 def _cases(parallel: ParallelConfig) -> list[tuple[str, str]]:
@@ -80,7 +94,11 @@ class Outcome:
 def _batch(case: tuple[str, str]) -> Batch:
     rows, length = ROWS[case[1]]
     batch = random_batch(rows, seed=3, length=length)
-    return replace(batch, source=InputRows.empty(rows)) if case[0] == "decoder" else batch
+    return (
+        replace(batch, source=InputRows.empty(rows))
+        if not MODELS[case[0]].encoder.layers
+        else batch
+    )
 
 
 def _build(case: tuple[str, str]) -> Transformer:

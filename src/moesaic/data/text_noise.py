@@ -6,7 +6,7 @@ rank, before and after a resume. No noise makes a row longer, or empty.
 Letters: B rows, N tokens of all rows together.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -21,7 +21,12 @@ _SPAN_LENGTH, _SPAN_PLACE, _DELETE, _MASK, _SHUFFLE = 1, 2, 3, 4, 5
 
 
 class TextNoise(Choice):
-    """A corruption of rows. Several are applied in the order in which they are listed."""
+    """A corruption of rows. Several are applied in the order in which they are listed.
+
+    ``roles`` are those of the vocabulary that it needs.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         """Return corrupted ``rows``; ``key[B]`` are the random bits of each row.
@@ -40,6 +45,7 @@ class InfillSpans(TextNoise):
     masked tokens has at most n spans, so it never grows.
     """
 
+    roles: ClassVar[tuple[str, ...]] = ("mask",)
     ratio: Annotated[float, Field(gt=0, lt=1, description="share of the tokens that is masked")] = (
         0.35
     )
@@ -96,6 +102,7 @@ class DeleteTokens(TextNoise):
 class MaskTokens(TextNoise):
     """Replace tokens by mask tokens (Wang et al. 2020, arXiv:2010.02523; p = 0.1)."""
 
+    roles: ClassVar[tuple[str, ...]] = ("mask",)
     ratio: Annotated[float, Field(ge=0, le=1, description="probability that a token is masked")] = (
         0.1
     )

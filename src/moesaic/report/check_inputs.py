@@ -54,7 +54,7 @@ def check_perplexity(found: dict[str, Any]) -> dict[str, Any]:
         kinds = {"name": str, "documents": _NUMBER, "tokens": _NUMBER}
         _require(group, kinds | {"perplexity": dict, "bits_per_byte": dict}, f"{where}.")
         for name in ("perplexity", "bits_per_byte"):
-            ends = dict.fromkeys(("score", "low", "high"), _NUMBER)
+            ends: dict[str, Any] = dict.fromkeys(("score", "low", "high"), _NUMBER)
             _require(group[name], ends, f"{where}.{name}.")
     return found
 

@@ -113,11 +113,14 @@ class PreparedText(PreparedData):
                 f"(data.tokenizer.added_tags=[{', '.join(without)}]), name their tokens in "
                 "data.tokenizer.tags, or choose data.loader.collator.tag=NoTag"
             )
+        needed = dict.fromkeys(set(names) & set(ROLES), "data.loader.collator.tag")
+        for weighted in self.mixture.tasks:
+            needed |= dict.fromkeys(weighted.task.roles, f"the task {weighted.task.name}")
         problems += [
-            f"the tokenizer has no {name} token, which data.loader.collator.tag needs: name one of "
-            f"its tokens as data.tokenizer.{name}"
-            for name in names
-            if name in ROLES and name not in vocabulary.roles
+            f"the tokenizer has no {name} token, which {what} needs: name one of its tokens as "
+            f"data.tokenizer.{name}"
+            for name, what in sorted(needed.items())
+            if name not in vocabulary.roles
         ]
         if problems:
             raise ConfigError(problems)

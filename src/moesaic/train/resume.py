@@ -51,7 +51,8 @@ class StartFresh(Resume):
 
     def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
         # what is written before the first step, e.g. by a job that was killed
-        started = (run_dir.config, run_dir.tokenizer, run_dir.text_rules, run_dir.lock)
+        started = (run_dir.config, run_dir.tokenizer, run_dir.vocabulary, run_dir.text_rules)
+        started += (run_dir.lock,)
         allowed = {path.name for path in started}
         others = sorted(p.name for p in run_dir.path.glob("*") if p.name not in allowed)
         if others:
