@@ -58,7 +58,9 @@ def _options() -> argparse.Namespace:
 
 
 def _measure(system: System, result: dict[str, Any], options: argparse.Namespace) -> None:
-    variants = {n: _changed(run, options) for n, run in system.variants().items()}
+    variants = system.variants()
+    whole = next(iter(variants.values())).steps  # a variant of one task has its share of them
+    variants = {n: _changed(run, options, whole=whole) for n, run in variants.items()}
     known = result.get("seeds", {})
     result |= {"claim": system.claim, "seeds": {}}
     for name, run in variants.items():
@@ -81,8 +83,9 @@ def _measure(system: System, result: dict[str, Any], options: argparse.Namespace
     result |= stamped({"size": {name: _size(run) for name, run in variants.items()}})
 
 
-def _changed(run: Run, options: argparse.Namespace) -> Run:
-    run = run.replace(steps=options.steps or run.steps).override(options.set)
+def _changed(run: Run, options: argparse.Namespace, *, whole: int) -> Run:
+    steps = run.steps * (options.steps or whole) // whole
+    run = run.replace(steps=steps).override(options.set)
     if options.corpus and isinstance(run.data, TextData):
         corpus = CorpusFolder(path=options.corpus)
         run = run.replace(data=run.data.replace(corpus=corpus))

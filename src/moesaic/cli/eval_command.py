@@ -90,8 +90,7 @@ def evaluate(
     evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
     request = TextRequest(texts, source or "", split, limit, resamples)
     rest = {"--pairs": pairs, "--moses": moses, "--testset": testset, "--to": target}
-    refused = list(filter(rest.get, rest))
-    if _print_other_scores(evaluated, request, refused=refused, as_json=as_json):
+    if _print_other_scores(evaluated, request, refused=[*filter(rest.get, rest)], as_json=as_json):
         return
     wanted = WantedTests(
         pairs=pairs,
