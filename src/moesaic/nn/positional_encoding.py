@@ -120,14 +120,14 @@ class Rotary(PositionalEncoding):
             channels // 2, theta=self.theta, length=length, device=position.device
         )
         angle = position.float()[:, None] * frequency
-        turn = torch.polar(torch.full_like(angle, scaling.magnitude()), angle)[:, None]
+        phasor = torch.polar(torch.full_like(angle, scaling.magnitude()), angle)[:, None]
         rotate = _rotate_neighbours if self.pairing == "neighbouring" else _rotate_halves
 
         def rotate_heads(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
             if channels == head_dim:
-                return rotate(heads.float(), turn).to(heads.dtype)
+                return rotate(heads.float(), phasor).to(heads.dtype)
             first, rest = heads.split([channels, head_dim - channels], -1)
-            return torch.cat([rotate(first.float(), turn).to(heads.dtype), rest], -1)
+            return torch.cat([rotate(first.float(), phasor).to(heads.dtype), rest], -1)
 
         return rotate_heads
 
@@ -211,19 +211,19 @@ class RelativeBias(PositionalEncoding):
 
 
 def _rotate_neighbours(
-    heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
+    heads: Float[Tensor, "T H d"], phasor: Shaped[Tensor, "T 1 d/2"]
 ) -> Float[Tensor, "T H d"]:
     pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2)
+    return torch.view_as_real(pairs * phasor).flatten(-2)
 
 
 def _rotate_halves(
-    heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
+    heads: Float[Tensor, "T H d"], phasor: Shaped[Tensor, "T 1 d/2"]
 ) -> Float[Tensor, "T H d"]:
     first, second = heads.chunk(2, -1)
     # not as complex numbers: autograd would save both halves
-    turned = (first * turn.real - second * turn.imag, second * turn.real + first * turn.imag)
-    return torch.cat(turned, -1)
+    cos, sin = phasor.real, phasor.imag
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 class _SinusoidalModule(PositionalEncodingModule):
