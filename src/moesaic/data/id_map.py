@@ -85,8 +85,7 @@ class FairseqIds(IdMap):
 class MappedIds(IdMap):
     """A JSON list has the row of each id, ``[3, 0, 2, ...]``; tokens beyond it get the next rows.
 
-    For models with an order of their own, such as M2M-100 (its dictionary is not in the order of
-    its SentencePiece model).
+    For models with a dictionary of their own beside the tokenizer, such as M2M-100.
     """
 
     path: str
