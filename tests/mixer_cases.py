@@ -22,6 +22,7 @@ from moesaic.nn.attention_parts import Chunks, LearnedSinks, SlidingWindow
 from moesaic.nn.gated_linear_attention import GatedLinearAttention
 from moesaic.nn.latent_attention import LatentAttention
 from moesaic.nn.mamba2 import Mamba2
+from moesaic.nn.norm import RMSNorm
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.qk_norm import L2QKNorm, PerHeadQKNorm
 from moesaic.nn.rotary_scaling import Llama3Scaling, YaRN
@@ -62,7 +63,9 @@ MIXERS: dict[str, SequenceMixer] = {
     "latent": LatentAttention(
         kv_rank=6, query_rank=5, nope_dim=4, rope_dim=2, value_dim=3, position=MSCALED
     ),
-    "gated_linear_attention": GatedLinearAttention(heads=4, gate_rank=4),
+    # the norm of a head divides by the size of its output, which is near zero where q . k is: with
+    # a small eps it amplifies the rounding of q . k beyond the tolerances between plans
+    "gated_linear_attention": GatedLinearAttention(heads=4, gate_rank=4, norm=RMSNorm(eps=0.01)),
     "mamba2": Mamba2(head_dim=8, state=6, groups=4),
     "of_the_guide": _mixer_of_the_guide(),
 }

@@ -12,7 +12,7 @@ TEXTS = ["wie geht es dir", "the end of the lines", "an end", "file 0 1 2 3 !", 
 
 
 def write_sentencepiece(path: Path, **changes: object) -> Path:
-    """A Unigram ``.model`` over the letters of ``TEXTS``, word by word; ``changes`` of its parts."""
+    """A Unigram ``.model`` over the letters of ``TEXTS``, by words; ``changes`` of its parts."""
     words = sorted({word for text in TEXTS for word in text.split()})
     letters = sorted({c for text in TEXTS for c in text if c != " "})
     control = changes.get("control", [("<unk>", 2), ("<s>", 3), ("</s>", 3)])

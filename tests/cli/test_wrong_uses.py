@@ -190,7 +190,8 @@ bench layer --shape 8,8,8,4,2 --rounds 0
 bench layer --shape 99999999999,9999999,9999999,64,2 --against dense --rounds 1
 bench layer --shape 8,8,8,4,2 --threads -1
 data show synthetic --to qaa -n 0
-data show synthetic
+data show synthetic --from fr
+data show synthetic --to qaa --in qaa
 data build adir
 data stats lines.txt
 data build ../../escaped

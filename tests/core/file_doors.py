@@ -40,8 +40,9 @@ from moesaic.core.file_reader import FileKind
 from moesaic.core.yaml_reader import CONFIG_FILE, read_yaml_file
 from moesaic.corpus.corpus_manifest import CORPUS_MANIFEST_FILE, read_corpus_manifest
 from moesaic.corpus.text_rules import TEXT_RULES_FILE, read_text_rules
+from moesaic.data.id_map import ID_MAP_FILE, FairseqIds, MappedIds
 from moesaic.data.imported_tokenizer import TOKEN_NAMES_FILE, FromFile
-from moesaic.data.sentencepiece_file import SENTENCEPIECE_FILE
+from moesaic.data.sentencepiece_file import SENTENCEPIECE_FILE, read_sentencepiece
 from moesaic.data.shards_manifest import SHARDS_FILE
 from moesaic.data.token_shard_writer import write_shards
 from moesaic.data.token_shards import TokenShards
@@ -124,9 +125,12 @@ def make_files(folder: Path) -> Made:
     for name in ("foreign", "imported"):
         (folder / name).mkdir()
     byte_level(folder / "foreign" / "tokenizer.json", specials=("</s>",))
-    source = FromFile(path=str(write_sentencepiece(folder / "foreign" / "a.model")))
+    path = write_sentencepiece(folder / "foreign" / "a.model")
+    source = FromFile(path=str(path), id_map=FairseqIds())
     imported = source.make({}, languages=("deu_Latn",), notify=str)
     imported.save(folder / "imported" / "tokenizer.json")
+    rows = list(reversed(range(len(read_sentencepiece(path).pieces))))
+    (folder / "foreign" / "rows.json").write_text(json.dumps(rows))
     return Made(folder, keep.trainer)
 
 
@@ -158,10 +162,14 @@ def _read_vocabulary(made: Made) -> None:
     tokenizer.decode(ids)
 
 
-def _import(made: Made, name: str) -> None:
-    source = FromFile(path=str(made.folder / "foreign" / name), eos="</s>")
+def _import(made: Made, name: str, **settings: object) -> None:
+    source = FromFile(path=str(made.folder / "foreign" / name), eos="</s>", **settings)
     tokenizer = source.make({}, languages=("deu_Latn",), notify=str)
     tokenizer.decode(tokenizer.encode("the end"))
+
+
+def _import_mapped(made: Made) -> None:
+    _import(made, "a.model", id_map=MappedIds(path=str(made.folder / "foreign" / "rows.json")))
 
 
 def _read_shards(made: Made) -> None:
@@ -262,6 +270,7 @@ DOORS = (
          lambda made: read_trained_directions(made.folder / "run" / "directions.json")),
     Door(HEALTH_FILE, "run/health.json", "json",
          lambda made: (read_findings(made.folder / "run" / "health.json"), _report(made))),
+    Door(ID_MAP_FILE, "foreign/rows.json", "json", _import_mapped),
     Door(INDEX_KIND, f"sharded/{STEP}/index.json", "json", _read_index),
     Door(INSIGHT_FILE, "run/insight.json", "json", _report),
     Door(LOCK_FILE, "run.lock", "json", _read_lock),

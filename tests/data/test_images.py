@@ -5,22 +5,17 @@ import torch
 from packages import write_packages
 
 from moesaic.core.errors import DataError
-from moesaic.data.images import (
-    ImagePatches,
-    PackagedDigits,
-    SyntheticBars,
-    cut_patches,
-    join_patches,
-)
+from moesaic.data.images import ImagePatches, PackagedDigits, SyntheticBars, cut_patches
 from moesaic.data.row_loader import RowLoader
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
-def test_joining_patches_undoes_cutting(patch):
+def test_patches_are_those_of_unfold(patch):
     images = torch.randn(3, 8, 8)
     patches = cut_patches(images, patch=patch)
     assert patches.shape == (3, (8 // patch) ** 2, patch**2)
-    assert torch.equal(join_patches(patches, patch=patch), images)
+    unfolded = torch.nn.functional.unfold(images[:, None], patch, stride=patch)
+    assert torch.equal(patches, unfolded.transpose(1, 2))
     assert torch.equal(patches[1, 0], images[1, :patch, :patch].flatten())
 
 

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer as HfTokenizer
 
 from moesaic.core.errors import DataError
+from moesaic.data.id_map import FairseqIds, MappedIds
 from moesaic.data.imported_tokenizer import FromFile
 from moesaic.data.tokenizer import Tokenizer
 from tokenizer_files import TEXTS, byte_level, word_piece, write_sentencepiece
@@ -82,6 +83,61 @@ def test_a_saved_tokenizer_is_the_same_with_its_record(tmp_path):
     (tmp_path / "tokenizer.json").write_text(byte_level(tmp_path / "b.json").read_text())
     with pytest.raises(DataError, match="belongs to another tokenizer"):
         Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_fairseqs_rows_are_four_roles_and_then_the_ids_of_the_file(tmp_path):
+    path = write_sentencepiece(tmp_path / "a.model")
+    plain = imported(path, added_tags=LANGUAGES)
+    theirs = imported(path, added_tags=LANGUAGES, id_map=FairseqIds())
+    assert theirs.vocabulary.roles == {"bos": 0, "pad": 1, "eos": 2, "unk": 3}
+    assert theirs.vocabulary.id_map[:4] == (3, 0, 2, 4)  # of <unk>, <s>, </s> and the first piece
+    assert theirs.vocab_size == plain.vocab_size + 1
+    tags = {code: tag + 1 for code, tag in plain.vocabulary.tags.items()}
+    assert theirs.vocabulary.tags == tags
+    assert theirs.vocabulary.suppressed == (0, 1, 3, *tags.values())
+    known = [[i + 1 if i else 3 for i in ids] for ids in plain.encode_batch([*TEXTS, "the Z"])]
+    assert theirs.encode_batch([*TEXTS, "the Z"]) == known
+    assert [theirs.encode(text) for text in TEXTS] == known[:-1]
+    assert theirs.decode([1, *theirs.encode("the end"), 2]) == "the end"
+    names = [theirs.id_to_token(i) for i in (0, 1, 3, tags["eng_Latn"])]
+    assert names == ["<s>", "<1?>", "<unk>", "<eng_Latn>"]
+    with pytest.raises(ValueError, match="expected each role once"):
+        FairseqIds(first=("eos", "eos"))
+
+
+def test_a_list_has_the_row_of_each_id_and_more_tokens_follow(tmp_path):
+    path, rows = byte_level(tmp_path / "tokenizer.json"), tmp_path / "rows.json"
+    plain = imported(path)
+    order = [2 * i + 1 for i in reversed(range(plain.vocab_size))]
+    rows.write_text(json.dumps(order))
+    source = {"id_map": MappedIds(path=str(rows)), "added_tags": ("denoise",)}
+    theirs = imported(path, **source)
+    assert theirs.encode(TEXTS[0]) == [order[i] for i in plain.encode(TEXTS[0])]
+    assert theirs.decode(theirs.encode(TEXTS[0])) == TEXTS[0]
+    assert theirs.vocabulary.eos == order[plain.vocabulary.eos]
+    assert theirs.vocabulary.tags == {"denoise": max(order) + 1}
+    assert set(range(0, max(order), 2)) < set(theirs.vocabulary.suppressed)  # rows of no token
+    theirs.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (again.vocabulary, again.fingerprint) == (theirs.vocabulary, theirs.fingerprint)
+    assert again.encode_batch(TEXTS[:9]) == theirs.encode_batch(TEXTS[:9])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda rows: [*rows[:-1], 0], r"row 0 for the ids 0 and \d+: .*a row of its own"),
+        (lambda rows: [-1, *rows[1:]], "id 0 has the row -1, expected 0 to"),
+        (lambda rows: [True, *rows[1:]], "id 0 has the row true, expected 0 to"),
+        (lambda rows: rows[1:], r"found \d+ rows, expected one for each id of the tokenizer: \d+"),
+        (lambda rows: {"rows": rows}, "expected a list of rows"),
+    ],
+)
+def test_a_list_of_rows_that_is_none_says_why(tmp_path, change, reason):
+    path, rows = byte_level(tmp_path / "tokenizer.json"), tmp_path / "rows.json"
+    rows.write_text(json.dumps(change(list(range(imported(path).vocab_size)))))
+    with pytest.raises(DataError, match=reason):
+        imported(path, id_map=MappedIds(path=str(rows)))
 
 
 def test_tags_are_found_given_or_added(tmp_path):

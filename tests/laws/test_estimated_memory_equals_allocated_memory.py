@@ -50,6 +50,7 @@ def kept_bytes(config: ModelConfig, batch: Batch) -> int:
     model = Transformer(config)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
+    model(batch)  # the first pass of a process tries the kernels, which keeps tensors of its own
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -132,13 +132,11 @@ def test_partial_rotary_rotates_the_first_channels_as_a_narrower_head(pairing):
 
 
 def test_wrong_fractions_and_factors_are_refused():
-    with pytest.raises(ConfigError, match="head_dim=16 with fraction=0"):
-        Rotary(fraction=0.2).build(dim=16, head_dim=16)
-    with pytest.raises(ConfigError, match="at least 2 pairs"):
-        Rotary(scaling=NTKScaling(factor=2)).build(dim=2, head_dim=2)
+    assert "head_dim=16 with fraction=0" in str(Rotary(fraction=0.2).problems(16))
+    assert "at least 2 pairs" in str(Rotary(scaling=NTKScaling(factor=2)).problems(2))
     long = LongRoPE(factor=2, original_length=8, short_factors=(1.0,), long_factors=(1.0,))
-    with pytest.raises(ConfigError, match="8 short_factors and long_factors, one per pair"):
-        Rotary(scaling=long).build(dim=16, head_dim=16)
+    wanted = "8 short_factors and long_factors, one per pair"
+    assert wanted in str(Rotary(scaling=long).problems(16))
     with pytest.raises(ConfigError, match="high_freq_factor"):
         Llama3Scaling(factor=2, original_length=8, low_freq_factor=4, high_freq_factor=1)
     with pytest.raises(TypeError, match="length"):

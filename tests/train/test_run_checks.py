@@ -19,7 +19,7 @@ LOADER, MODEL = text_of(GOOD).loader, GOOD.model
 WRONG = {
     "vocabulary": (
         {"model": MODEL.replace(vocab_size=64)},
-        r"model\.vocab_size=64 and data\.tokenizer\.vocab_size=400",
+        r"model\.vocab_size=64: data\.tokenizer\.vocab_size=400",
     ),
     "unknown-language": ({"languages": ("Germann",)}, r'data\.languages\.0: .*"Germann".*German'),
     "language-twice": ({"languages": ("de", "German")}, r'"German" and "de" are both deu_Latn'),

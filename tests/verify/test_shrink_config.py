@@ -28,10 +28,9 @@ def test_every_recipe_shrinks_and_keeps_its_rules(name: str) -> None:
     for ours, theirs in zip(sparse_pattern(after), sparse_pattern(before), strict=True):
         assert ours == theirs[: len(ours)]
         assert any(ours) == any(theirs)
-    assert isinstance(before.model.moe, MoE)
-    assert isinstance(after.model.moe, MoE)
+    assert type(after.model.moe) is type(before.model.moe)  # dense controls have no experts
     kept = {"select", "limit", "balance", "shared_experts", "noise", "router_input", "cross_layer"}
-    for rule in kept:
+    for rule in kept if isinstance(before.model.moe, MoE) else ():
         assert getattr(after.model.moe, rule) == getattr(before.model.moe, rule)
     assert after.model.dropout == before.model.dropout
     assert type(after.optimizer) is type(before.optimizer)

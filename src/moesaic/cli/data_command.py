@@ -113,10 +113,12 @@ def stats(
 def show(
     which: CorpusArgument,
     *,
-    source: Annotated[str, typer.Option("--from", help="Source language.")] = "en",
+    source: Annotated[
+        str, typer.Option("--from", help="Source language of pairs.", show_default="en")
+    ] = "",
     target: Annotated[
-        str | None, typer.Option("--to", help="Target language; without it, texts are shown.")
-    ] = None,
+        str, typer.Option("--to", help="Target language; without it, texts are shown.")
+    ] = "",
     language: Annotated[str, typer.Option("--in", help="Only texts in this language.")] = "",
     split: Annotated[str, typer.Option(help="train, valid, test or a domain.")] = "train",
     count: Annotated[int, typer.Option("-n", min=1, help="How many pairs or texts.")] = 10,
@@ -128,7 +130,9 @@ def show(
     Example: [cyan]moesaic data show catalogues-small --to de -n 5[/]
     """
     corpus = open_known_corpus(which)
-    if target is None:
+    if (source and not target) or (language and target):
+        raise DataError("expected --to (and --from) to show pairs, or --in alone to show texts")
+    if not target:
         code = resolve_language(language).code if language else ""
         texts = sample_texts(corpus, language=code, split=split, count=count, seed=seed)
         shown = [{"text": t.text, "language": t.language, "domain": t.domain} for t in texts]
@@ -138,7 +142,7 @@ def show(
             show=lambda console: show_texts(shown, console),
         )
         return
-    codes = resolve_language(source).code, resolve_language(target).code
+    codes = resolve_language(source or "en").code, resolve_language(target).code
     chosen = sample_pairs(
         corpus, source=codes[0], target=codes[1], split=split, count=count, seed=seed
     )

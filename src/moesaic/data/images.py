@@ -138,10 +138,3 @@ def cut_patches(images: Float[Tensor, "B H W"], *, patch: int) -> Float[Tensor, 
     rows, columns = images.shape[1] // patch, images.shape[2] // patch
     grid = images.view(len(images), rows, patch, columns, patch)
     return grid.transpose(2, 3).reshape(len(images), rows * columns, patch * patch)
-
-
-def join_patches(patches: Float[Tensor, "B P C"], *, patch: int) -> Float[Tensor, "B H W"]:
-    """Return the square images of ``cut_patches``."""
-    side = round(patches.shape[1] ** 0.5)
-    grid = patches.view(len(patches), side, side, patch, patch)
-    return grid.transpose(2, 3).reshape(len(patches), side * patch, side * patch)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.file_reader import MIB, FileKind, FileShape
 from moesaic.corpus.languages import find_language
+from moesaic.data.id_map import IdMap, SameIds
 from moesaic.data.sentencepiece_file import build_sentencepiece, read_sentencepiece
 from moesaic.data.tokenizer import Tokenizer, language_token
 from moesaic.data.tokenizer_file import import_tokenizer_file
@@ -47,7 +48,8 @@ class FromFile(TokenizerSource):
 
     A role that is not given is found in the files or by its usual name. A language has the tag that
     ``tags`` says, or one of a usual form: ``deu_Latn``, ``<deu_Latn>``, ``__de__``, ``de_DE``,
-    ``<2de>``. The model may have more rows than the tokenizer has ids, never fewer.
+    ``<2de>``. The model may have more rows than the tokenizer has ids, never fewer; ``id_map`` says
+    which row is whose.
     """
 
     path: str
@@ -60,6 +62,9 @@ class FromFile(TokenizerSource):
         dict[str, str],
         Field(default_factory=dict, description="code of a language or task -> token"),
     ]
+    id_map: Annotated[
+        IdMap, Field(description="order of the model's rows, if it is not that of the ids")
+    ] = SameIds()
 
     def make(
         self,
@@ -78,6 +83,7 @@ class FromFile(TokenizerSource):
             declared = {}
             for note in notes:
                 notify(note)
+        in_file = max(hf_tokenizer.get_vocab().values(), default=-1) + 1
         roles = self._roles(hf_tokenizer, declared | _declared_beside(path), path=path)
         tags = self._tags(hf_tokenizer, languages, path=path)
         names = dict.fromkeys((*roles.values(), *tags.values()))
@@ -86,10 +92,14 @@ class FromFile(TokenizerSource):
         )
         hf_tokenizer = _as_read_back(hf_tokenizer)
         known = hf_tokenizer.get_vocab()
+        rows = self.id_map.rows(known, roles, in_file=in_file)
+        ids = known if rows is None else {name: rows[index] for name, index in known.items()}
+        of_roles = {role: ids[name] for role, name in roles.items()} | self.id_map.roles()
         vocabulary = Vocabulary.of_roles(
-            max(known.values()) + 1,
-            {role: known[name] for role, name in roles.items()},
-            tags={code: known[name] for code, name in tags.items()},
+            max((*ids.values(), *(rows or ()), *of_roles.values())) + 1,
+            of_roles,
+            tags={code: ids[name] for code, name in tags.items()},
+            id_map=rows,
         )
         return Tokenizer(hf_tokenizer, recorded=RecordedVocabulary(vocabulary, tuple(languages)))
 

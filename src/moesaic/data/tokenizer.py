@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
@@ -73,9 +74,11 @@ class Tokenizer:
         hf_tokenizer.encode_special_tokens = True
         self._hf_tokenizer, self._recorded = hf_tokenizer, recorded
         known = recorded.vocabulary if recorded else _trained_vocabulary(hf_tokenizer)
-        self._vocabulary = replace(known, not_text=_not_text(hf_tokenizer, size=known.size))
+        self._row_of = known.id_map
+        self._id_of = None if (rows := known.id_map) is None else dict(zip(rows, count()))
+        self._vocabulary = replace(known, not_text=self._find_not_text(size=known.size))
         self._languages = recorded.languages if recorded else tuple(known.tags)
-        self._copies = _copy_tokens(hf_tokenizer)
+        self._copies = self._find_copies()
         unknown = {self._vocabulary.unk}
         self._markers = {*self._vocabulary.suppressed, self._vocabulary.eos} - unknown
 
@@ -139,7 +142,8 @@ class Tokenizer:
 
     def id_to_token(self, index: int) -> str:
         """Return the string of an id, for display."""
-        return self._hf_tokenizer.id_to_token(index) or f"<{index}?>"
+        found = [self._hf_tokenizer.id_to_token(i) for i in self._to_file([index])]
+        return (found[0] if found else None) or f"<{index}?>"
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``: pieces and bytes, never special or language tokens."""
@@ -147,7 +151,7 @@ class Tokenizer:
             ids = self._hf_tokenizer.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_text_error(text, error) from error
-        return self._text_only(ids)
+        return self._text_only(self._to_model(ids))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts; see ``encode_on_all_cores`` for multithreading."""
@@ -156,7 +160,29 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             wrong = next((t for t in texts if not _is_text(t)), "")
             raise _not_text_error(wrong, error) from error
-        return [self._text_only(encoding.ids) for encoding in found]
+        return [self._text_only(self._to_model(encoding.ids)) for encoding in found]
+
+    def _to_model(self, ids: list[int]) -> list[int]:
+        """Return the model's ids of ids of the file."""
+        rows = self._row_of
+        return ids if rows is None else [rows[i] for i in ids]
+
+    def _to_file(self, ids: Sequence[int]) -> list[int]:
+        """Return the file's ids of ids of the model, without those that the file has not."""
+        known = self._id_of
+        return list(ids) if known is None else [known[i] for i in ids if i in known]
+
+    def _find_not_text(self, *, size: int) -> tuple[int, ...]:
+        """Return the ids of special tokens, and those without a token."""
+        added = self._hf_tokenizer.get_added_tokens_decoder().items()
+        special = self._to_model([i for i, token in added if token.special])
+        known = self._to_model(list(self._hf_tokenizer.get_vocab().values()))
+        return tuple(sorted({*special, *set(range(size)).difference(known)}))
+
+    def _find_copies(self) -> CopyTokens:
+        found = [self._hf_tokenizer.token_to_id(piece) for piece in copy_pieces(MAX_SLOTS)]
+        known = {i: index for i, index in enumerate(found) if index is not None}
+        return CopyTokens(tuple(self._to_model(list(known.values()))), tuple(i // 2 for i in known))
 
     def _text_only(self, ids: list[int]) -> list[int]:
         """Return ids without markers that a foreign model found in a text that spells them."""
@@ -180,7 +206,8 @@ class Tokenizer:
         With ``slotted``, of the text itself or of the source that it is an answer to, slots become
         its placeholders.
         """
-        text = self._hf_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        found = self._to_file([int(i) for i in ids])
+        text = self._hf_tokenizer.decode(found, skip_special_tokens=True)
         return text if slotted is None else slotted.restore(text)
 
 
@@ -210,26 +237,15 @@ def _trained_vocabulary(hf_tokenizer: HfTokenizer) -> Vocabulary:
     )
 
 
-def _not_text(hf_tokenizer: HfTokenizer, *, size: int) -> tuple[int, ...]:
-    """Return the ids of special tokens, and those without a token."""
-    added = hf_tokenizer.get_added_tokens_decoder().items()
-    without = set(range(size)) - set(hf_tokenizer.get_vocab().values())
-    return tuple(sorted({i for i, token in added if token.special} | without))
-
-
 def _require_size(hf_tokenizer: HfTokenizer, vocabulary: Vocabulary, *, path: Path) -> None:
     largest = max(hf_tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocabulary.size:
+    id_map = vocabulary.id_map
+    most = vocabulary.size if id_map is None else len(id_map)
+    if largest >= most:
         raise DataError(
-            f"{path}: it has ids up to {largest}, but the record beside it {vocabulary.size} ids; "
+            f"{path}: it has ids up to {largest}, but the record beside it {most} ids; "
             "copy both files from one run"
         )
-
-
-def _copy_tokens(hf_tokenizer: HfTokenizer) -> CopyTokens:
-    found = [hf_tokenizer.token_to_id(piece) for piece in copy_pieces(MAX_SLOTS)]
-    known = [(i // 2, index) for i, index in enumerate(found) if index is not None]
-    return CopyTokens(tuple(index for _, index in known), tuple(slot for slot, _ in known))
 
 
 def _is_text(text: str) -> bool:

@@ -4,6 +4,8 @@ It is beside the ``tokenizer.json`` that it belongs to::
 
     {"format": 1, "tokenizer": "<sha256>", "size": 32000, "roles": {"eos": 2, "pad": 1},
      "tags": {"deu_Latn": 31990}, "languages": ["deu_Latn", "eng_Latn"]}
+
+``id_map`` is there too if the model's rows are ordered otherwise than the tokenizer's ids.
 """
 
 import json
@@ -16,9 +18,9 @@ from pydantic import Field
 from moesaic.core.errors import DataError
 from moesaic.core.file_reader import MIB, Count, FileKind, FileShape, Sha256
 from moesaic.core.files import atomic_write, sha256, write_json
-from moesaic.data.vocabulary import Vocabulary
+from moesaic.data.vocabulary import MAX_ROWS, Vocabulary
 
-VOCABULARY_FILE = FileKind(name="record of a vocabulary", max_bytes=MIB, error=DataError)
+VOCABULARY_FILE = FileKind(name="record of a vocabulary", max_bytes=64 * MIB, error=DataError)
 VOCABULARY_FORMAT = 1
 
 
@@ -31,11 +33,13 @@ class RecordedVocabulary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the file says of the vocabulary, whatever tokenizer it is beside."""
+        known, id_map = self.vocabulary, self.vocabulary.id_map
         return {
-            "size": self.vocabulary.size,
-            "roles": self.vocabulary.roles,
-            "tags": dict(self.vocabulary.tags),
+            "size": known.size,
+            "roles": known.roles,
+            "tags": dict(known.tags),
             "languages": list(self.languages),
+            **({} if id_map is None else {"id_map": list(id_map)}),
         }
 
     def to_json(self) -> str:
@@ -47,10 +51,11 @@ class _VocabularyShape(FileShape):
     kind: ClassVar[FileKind] = VOCABULARY_FILE
     format: Literal[1]  # VOCABULARY_FORMAT
     tokenizer: Sha256
-    size: int = Field(ge=1, le=2**31)
+    size: int = Field(ge=1, le=MAX_ROWS)
     roles: dict[Literal["pad", "bos", "eos", "unk", "mask"], Count]
     tags: dict[str, Count]
     languages: tuple[str, ...]
+    id_map: tuple[Count, ...] | None = None
 
 
 def vocabulary_path(tokenizer: Path) -> Path:
@@ -75,7 +80,10 @@ def read_vocabulary(tokenizer: Path) -> RecordedVocabulary | None:
         raise VOCABULARY_FILE.problem(path, "roles: found no eos, expected one of the ids")
     try:
         found = Vocabulary.of_roles(
-            shape.size, {str(k): v for k, v in shape.roles.items()}, tags=shape.tags
+            shape.size,
+            {str(k): v for k, v in shape.roles.items()},
+            tags=shape.tags,
+            id_map=shape.id_map,
         )
     except DataError as error:
         raise VOCABULARY_FILE.problem(path, str(error)) from error

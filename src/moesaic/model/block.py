@@ -22,6 +22,7 @@ from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.cross_attention import CrossAttention
 from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.feed_forward import DenseFeedForward
+from moesaic.nn.fused_projections import gate_and_value
 from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import FeedForwardShape
 from moesaic.nn.sequence_mixer import MixerContext, SequenceMixer
@@ -142,7 +143,7 @@ class FeedForwardBranch(ResidualBranch, ShardableModule):
 
     def tensor_sharding(self) -> TensorSharding:
         up, down = self.inner.up, self.inner.down
-        segments = (down.in_features,) * (up.out_features // down.in_features)
+        segments = gate_and_value(up.out_features, hidden=down.in_features)
         return TensorSharding(
             column_parallel("inner.up", up, segments=segments) | row_parallel("inner.down", down),
             divided={"hidden channels": down.in_features},

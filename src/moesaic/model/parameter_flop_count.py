@@ -18,7 +18,6 @@ from moesaic.moe.experts import ExpertShape
 from moesaic.moe.router_gate import LayerIndex, RouterShape
 from moesaic.nn.cross_attention import CrossAttentionCount
 from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
-from moesaic.nn.positional_encoding import LearnedPositions, RelativeBias
 
 MAX_TENSOR_VALUES = 2**59  # 2^63 bytes hold them with room for 16 bytes a value
 
@@ -122,8 +121,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 def _entries(config: ModelConfig) -> Iterator[ParameterEntry]:
     yield from _entries_of_specs(config.input.parameter_specs(config.input_shape), part="embedding")
-    if isinstance(config.position, LearnedPositions):
-        yield ParameterEntry("embedding", "embedding", (config.position.max_length, config.dim), 1)
+    yield from _entries_of_specs(config.position.parameter_specs(config.dim), part="embedding")
     norm = config.norm.parameter_specs(config.dim)
     yield from _entries_of_specs(norm, part="norms", copies=num_norms(config))
     for side in ("encoder", "decoder"):
@@ -158,9 +156,9 @@ def _stack_entries(config: ModelConfig, *, side: str) -> Iterator[ParameterEntry
     if side == "decoder" and config.encoder.layers:
         specs = CrossAttentionCount(config.attention, dim, config.bias).parameter_specs()
         yield from _entries_of_specs(specs, part=f"{side} {CROSS}", copies=stack.layers)
-    if stack.layers and isinstance(config.position, RelativeBias):
-        shape_of_table = (config.position.buckets, config.attention.heads)
-        yield ParameterEntry(f"{side} positions", "embedding", shape_of_table, 1)
+    if stack.layers:
+        bias = config.position.score_bias_specs(config.attention.heads)
+        yield from _entries_of_specs(bias, part=f"{side} positions")
     with_feed_forward = [i for i in layers if stack.block_pattern(i).feed_forward]
     sparse = [config.moe_of_layer(stack, layer=layer) for layer in with_feed_forward]
     routed = [moe for moe in sparse if isinstance(moe, MoE)]

@@ -78,8 +78,7 @@ def activation_bytes(config: ModelConfig, *, sizes: BatchDims) -> int:
 
 def _row_values(config: ModelConfig, *, side: str, tokens: int) -> int:
     """Values that a stack's mixers save for a row of ``tokens`` tokens, beside those of each."""
-    stack, shape = config.stack_of(side), config.mixer_shape(side)
-    mixers = (m for i in range(stack.layers) for m in config.mixers_of_layer(stack, layer=i))
+    mixers, shape = config.mixers_of_stack(config.stack_of(side)), config.mixer_shape(side)
     return sum(mixer.saved_per_row(shape, tokens=tokens) for mixer in mixers)
 
 

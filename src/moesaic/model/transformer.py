@@ -94,7 +94,7 @@ class Transformer(nn.Module):
 
     def _make_modules(self, config: ModelConfig) -> None:
         self.embedding = config.input.build(config.input_shape)
-        self.position = config.position.build(dim=config.dim, head_dim=config.head_dim)
+        self.position = config.position.build(config.dim)
         self.dropout = Dropout(config.dropout, name="embedding")
         self.encoder = nn.ModuleList(
             EncoderBlock(config, layer=i) for i in range(config.encoder.layers)

@@ -28,7 +28,7 @@ from moesaic.model.inputs import ModelInput, Patches, with_condition
 from moesaic.nn.noise_schedule import NoiseSchedule, RectifiedFlow
 from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import ParameterSpec
-from moesaic.ops.counter_rng import bits_to_uniform, hash_combine, hash_name
+from moesaic.ops.counter_rng import bits_to_normal, bits_to_uniform, hash_combine, hash_name
 
 
 class PointLoss(Choice):
@@ -221,11 +221,10 @@ def _uniform(key: Int[Tensor, "B"], purpose: str) -> Float[Tensor, "B"]:
 
 
 def _normal(key: Int[Tensor, "B"], *, shape: tuple[int, ...]) -> Float[Tensor, "B *shape"]:
-    """Return standard normal numbers of each row (Box and Muller 1958), functions of its key."""
+    """Return standard normal numbers of each row, functions of its key."""
     index = torch.arange(torch.Size(shape).numel(), device=key.device)
     radius, angle = (
-        bits_to_uniform(hash_combine(hash_combine(key, hash_name(name))[:, None], index))
+        hash_combine(hash_combine(key, hash_name(name))[:, None], index)
         for name in ("noise radius", "noise angle")
     )
-    normal = (-2 * (1 - radius).log()).sqrt() * (2 * torch.pi * angle).cos()
-    return normal.view(-1, *shape)
+    return bits_to_normal(radius, angle).view(-1, *shape)

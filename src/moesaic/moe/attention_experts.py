@@ -101,7 +101,7 @@ class AttentionMixture(SequenceMixerModule, CustomInitializers):
         )
 
     def context_sharding(self) -> ContextSharding:
-        """Return no bound: the attention inside is asked by itself."""
+        """Return no bound: the attention inside declares its own."""
         return ContextSharding()
 
     def use_context_parallel(self, scope: ContextScope) -> None:

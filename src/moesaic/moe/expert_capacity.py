@@ -1,7 +1,8 @@
 """Expert capacity and drop priority: which edges are dropped when an expert is full.
 
 The priority is decided over the whole batch by keys that are functions of the token, so the same
-edges are dropped for any number of ranks.
+edges are dropped for any number of ranks; keys of router weights are so up to the rounding of the
+weights (see ``WeightPriority``).
 
 Letters: T tokens, E experts, K experts per token, N edges, C columns of a key.
 """
@@ -71,7 +72,8 @@ class BatchPriority(Priority):
     """Batch prioritised routing (2106.05974): tokens by their greatest probability.
 
     All first choices go before any second choice; among them, tokens whose largest softmax
-    probability over all experts is greater go first. Ties go by position.
+    probability over all experts is greater go first. Ties go by position. Rounding matters as in
+    ``WeightPriority``.
     """
 
     num_key_columns: ClassVar[int] = 4
@@ -86,7 +88,10 @@ class BatchPriority(Priority):
 class WeightPriority(Priority):
     """Edges of the largest weights first, whichever choice they are. Ties go by position.
 
-    Batch prioritised routing, which orders tokens within each choice, is ``BatchPriority``.
+    Batch prioritised routing, which orders tokens within each choice, is ``BatchPriority``. Where
+    weights are equal but for rounding, another number of ranks may drop other edges: a matrix
+    product of one token rounds otherwise than one of many. With ``TagOnly`` all tokens of a row
+    have equal weights, so a priority by position or at random fits it better.
     """
 
     num_key_columns: ClassVar[int] = 4

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.ops.counter_rng import bits_to_uniform, hash_combine, hash_name
+from moesaic.ops.counter_rng import bits_to_normal, bits_to_uniform, hash_combine, hash_name
 
 RuleState = Mapping[str, Tensor]
 
@@ -62,10 +62,11 @@ class TokenContext:
         return bits_to_uniform(self.random_bits(purpose, width=width))
 
     def normal(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
-        """Return standard normal float32 (Box and Muller 1958), drawn like ``random_bits``."""
-        one = 1 - self.uniform(purpose + " radius", width=width)  # never zero
-        angle = 2 * torch.pi * self.uniform(purpose + " angle", width=width)
-        return (-2 * one.log()).sqrt() * angle.cos()
+        """Return standard normal float32, drawn like ``random_bits``."""
+        radius, angle = (
+            self.random_bits(f"{purpose} {part}", width=width) for part in ("radius", "angle")
+        )
+        return bits_to_normal(radius, angle)
 
 
 @dataclass(frozen=True, slots=True)

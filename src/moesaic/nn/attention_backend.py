@@ -79,7 +79,9 @@ class LocalAttention:
         self, heads: QueryKeyValue, *, packing: Packing, scores: AttentionScores
     ) -> Float[Tensor, "T HD"]:
         keys = self.project_source(heads.key, heads.value, packing=packing)
-        query, mask = pad_heads(heads.query, packing), packing.key_mask
+        # causal attention needs no mask: padding is on the right, after every real token
+        mask = None if scores.mask.causal else packing.key_mask
+        query = pad_heads(heads.query, packing)
         return packing.pack(attend(query, keys, mask=mask, scores=scores))
 
     def project_source(

@@ -1,4 +1,4 @@
-"""Decode slots: where the caches of all layers keep the tokens decoded so far, and whose they are.
+"""Decode slots: the places of the tokens decoded so far in the KV caches of all layers, by row.
 
 Rows that continue one source (the beams of a search) share slots: a step appends the newest tokens
 of all of them, and nothing is moved when a beam continues another one. Which slots a row reads is a

@@ -217,8 +217,8 @@ class LatentAttentionModule(SequenceMixerModule):
         query = self.query_up(narrow).unflatten(-1, (self.heads, config.key_dim))
         latent, key = self.kv_down(x).split([config.kv_rank, config.rope_dim], -1)
         rotate = context.rotation(self.position, head_dim=config.rope_dim)
-        nope, turned = query.split([config.nope_dim, config.rope_dim], -1)
-        query = torch.cat([nope, rotate(turned)], -1)
+        nope, rope = query.split([config.nope_dim, config.rope_dim], -1)
+        query = torch.cat([nope, rotate(rope)], -1)
         return query, self.kv_norm(latent), rotate(key[:, None])[:, 0]
 
     def _expand(
@@ -244,8 +244,8 @@ class LatentAttentionModule(SequenceMixerModule):
         config = self.config
         up = self.kv_up.weight.unflatten(0, (self.heads, -1))
         key_up, value_up = up.split([config.nope_dim, config.value_dim], 1)  # [H, n or v, c]
-        nope, turned = query.split([config.nope_dim, config.rope_dim], -1)
-        query = torch.cat([torch.einsum("thd,hdc->thc", nope, key_up), turned], -1)
+        nope, rope = query.split([config.nope_dim, config.rope_dim], -1)
+        query = torch.cat([torch.einsum("thd,hdc->thc", nope, key_up), rope], -1)
         mixed = attend_newest(
             QueryKeyValue(query, cached, cached[..., :0]),
             packing=context.packing,

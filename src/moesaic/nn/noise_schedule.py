@@ -75,9 +75,11 @@ class DDPM(NoiseSchedule):
             start = math.cos(0.008 / 1.008 * math.pi / 2)
             return ((angle.cos() / start) ** 2).clamp(1e-5, 1.0)
         scale = 1000 / self.steps  # the paper's betas are those of 1000 steps
-        beta = torch.linspace(1e-4 * scale, 0.02 * scale, self.steps, dtype=torch.float64)
-        table = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
-        place = time.double().cpu() * self.steps
+        place = time.double() * self.steps
+        beta = torch.linspace(
+            1e-4 * scale, 0.02 * scale, self.steps, dtype=place.dtype, device=place.device
+        )
+        table = torch.cat([place.new_ones(1), (1 - beta).cumprod(0)])
         low = place.floor().clamp(0, self.steps - 1)
         index = low.long()
         return torch.lerp(table[index], table[index + 1], place - low).to(time)

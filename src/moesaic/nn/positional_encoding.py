@@ -4,7 +4,7 @@ Letters: T tokens, D model dim, H heads, d head dim.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
-from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Int, Shaped, Tensor
 from moesaic.nn.attention_scores import RelativeBuckets
+from moesaic.nn.parameter_spec import ParameterSpec
 from moesaic.nn.relative_bias import RelativeBiasModule
 from moesaic.nn.rotary_scaling import NoRotaryScaling, RotaryScaling
 
@@ -45,9 +45,13 @@ class PositionalEncoding(Choice):
     The module adds to embeddings, once per stack; ``rotation`` is for attention, in every block.
     """
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
-        """Return the module."""
-        raise NotImplementedError
+    def build(self, _dim: int, /) -> PositionalEncodingModule:
+        """Return the module that adds to embeddings of ``dim`` channels; nothing by default."""
+        return PositionalEncodingModule()
+
+    def parameter_specs(self, _dim: int, /) -> Sequence[ParameterSpec]:
+        """Return the parameters of that module."""
+        return ()
 
     def rotation(
         self, _position: Int[Tensor, "T"], *, head_dim: int, length: Int[Tensor, "T"] | None = None
@@ -74,6 +78,10 @@ class PositionalEncoding(Choice):
         del causal
         return None
 
+    def score_bias_specs(self, _heads: int, /) -> Sequence[ParameterSpec]:
+        """Return the parameters of the module of that bias."""
+        return ()
+
     def rotated_channels(self, _head_dim: int, /) -> int:
         """Return the channels of a head that are rotated: as many values are saved per token."""
         return 0
@@ -90,9 +98,6 @@ class PositionalEncoding(Choice):
 class NoPositionalEncoding(PositionalEncoding):
     """NoPE: none at all; causal attention alone can represent positions (2203.16634)."""
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
-        return PositionalEncodingModule()
-
 
 class Rotary(PositionalEncoding):
     """Rotary position embedding (RoPE, 2104.09864): pairs of channels rotate with the position.
@@ -107,11 +112,6 @@ class Rotary(PositionalEncoding):
     fraction: float = Field(default=1.0, gt=0, le=1)
     scaling: RotaryScaling = NoRotaryScaling()
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
-        if problem := self.problems(head_dim):
-            raise ConfigError([f"position: expected {problem}"])
-        return PositionalEncodingModule()
-
     def rotation(
         self, position: Int[Tensor, "T"], *, head_dim: int, length: Int[Tensor, "T"] | None = None
     ) -> Rotation:
@@ -120,14 +120,14 @@ class Rotary(PositionalEncoding):
             channels // 2, theta=self.theta, length=length, device=position.device
         )
         angle = position.float()[:, None] * frequency
-        turn = torch.polar(torch.full_like(angle, scaling.magnitude()), angle)[:, None]
+        phasor = torch.polar(torch.full_like(angle, scaling.magnitude()), angle)[:, None]
         rotate = _rotate_neighbours if self.pairing == "neighbouring" else _rotate_halves
 
         def rotate_heads(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
             if channels == head_dim:
-                return rotate(heads.float(), turn).to(heads.dtype)
+                return rotate(heads.float(), phasor).to(heads.dtype)
             first, rest = heads.split([channels, head_dim - channels], -1)
-            return torch.cat([rotate(first.float(), turn).to(heads.dtype), rest], -1)
+            return torch.cat([rotate(first.float(), phasor).to(heads.dtype), rest], -1)
 
         return rotate_heads
 
@@ -161,7 +161,7 @@ class Sinusoidal(PositionalEncoding):
 
     offset: int = Field(default=0, ge=0)
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
+    def build(self, dim: int, /) -> PositionalEncodingModule:
         return _SinusoidalModule(dim, offset=self.offset)
 
 
@@ -170,8 +170,11 @@ class LearnedPositions(PositionalEncoding):
 
     max_length: int = Field(default=512, ge=1)
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
+    def build(self, dim: int, /) -> PositionalEncodingModule:
         return _LearnedPositionsModule(self, dim=dim)
+
+    def parameter_specs(self, dim: int, /) -> Sequence[ParameterSpec]:
+        return (ParameterSpec("embedding", (self.max_length, dim)),)
 
 
 class RelativeBias(PositionalEncoding):
@@ -185,15 +188,15 @@ class RelativeBias(PositionalEncoding):
     buckets: int = Field(default=32, ge=4)
     max_distance: int = Field(default=128, ge=2)
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
-        return PositionalEncodingModule()
-
     @property
     def biases_scores(self) -> bool:
         return True
 
     def build_score_bias(self, heads: int, *, causal: bool) -> RelativeBiasModule:
         return RelativeBiasModule(self._rule(causal=causal), heads=heads)
+
+    def score_bias_specs(self, heads: int, /) -> Sequence[ParameterSpec]:
+        return (ParameterSpec("embedding", (self.buckets, heads)),)
 
     def problems(self, _head_dim: int, /) -> str | None:
         if self.buckets % 4 or self.max_distance <= self.buckets // 2:
@@ -208,19 +211,19 @@ class RelativeBias(PositionalEncoding):
 
 
 def _rotate_neighbours(
-    heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
+    heads: Float[Tensor, "T H d"], phasor: Shaped[Tensor, "T 1 d/2"]
 ) -> Float[Tensor, "T H d"]:
     pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2)
+    return torch.view_as_real(pairs * phasor).flatten(-2)
 
 
 def _rotate_halves(
-    heads: Float[Tensor, "T H d"], turn: Shaped[Tensor, "T 1 d/2"]
+    heads: Float[Tensor, "T H d"], phasor: Shaped[Tensor, "T 1 d/2"]
 ) -> Float[Tensor, "T H d"]:
     first, second = heads.chunk(2, -1)
     # not as complex numbers: autograd would save both halves
-    turned = (first * turn.real - second * turn.imag, second * turn.real + first * turn.imag)
-    return torch.cat(turned, -1)
+    cos, sin = phasor.real, phasor.imag
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 class _SinusoidalModule(PositionalEncodingModule):

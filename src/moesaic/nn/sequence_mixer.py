@@ -254,14 +254,14 @@ class ParallelMixersModule(SequenceMixerModule):
         return JointState([mixer.init_state(rows, like=like) for mixer in mixers])
 
     def tensor_sharding(self) -> TensorSharding:
-        """Return nothing sharded: each mixer inside is asked by itself."""
+        """Return nothing sharded: each mixer inside declares its own."""
         return TensorSharding()
 
     def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
         """Do nothing: each mixer inside is adapted by itself, norms are per token."""
 
     def context_sharding(self) -> ContextSharding:
-        """Return no bound: each mixer inside is asked by itself."""
+        """Return no bound: each mixer inside declares its own."""
         return ContextSharding()
 
     def use_context_parallel(self, scope: ContextScope) -> None:

@@ -1,8 +1,8 @@
 """Shardable modules: how tensor and context parallel ranks share a module, declared by the module.
 
 A module that mixes the tokens of a row, or whose matrices tensor ranks share, says here which dims
-of its parameters are sharded and what each rank exchanges, or why it cannot be shared. Everything
-in ``parallel/`` asks these methods and no other question about the kind of a module.
+of its parameters are sharded and what each rank exchanges, or why it cannot be shared. Code in
+``parallel/`` calls these methods and does not check the class of a mixer or an attention.
 """
 
 from collections.abc import Iterator, Mapping
@@ -72,7 +72,7 @@ class ContextScope(Protocol):
 
 
 class ShardableModule(nn.Module):
-    """Base of modules that are asked how ranks share them; by default they cannot."""
+    """Base of modules that declare how ranks share them; by default they cannot be shared."""
 
     def tensor_sharding(self) -> TensorSharding:
         """Return how tensor ranks share the whole module."""

@@ -9,7 +9,7 @@ Letters: T tokens, D channels, E time steps.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from pydantic import Field
@@ -103,8 +103,6 @@ class SpikeEvents:
 class SpikeCoding(Choice):
     """Family: how the integer of a channel is expanded into events (SpikingBrain, 2509.05276)."""
 
-    signed: ClassVar[bool] = True
-
     def events(self, counts: Int[Tensor, "T D"]) -> SpikeEvents:
         """Return as many time steps as the largest count needs.
 
@@ -115,8 +113,6 @@ class SpikeCoding(Choice):
 
 class BinarySpikes(SpikeCoding):
     """One event of 1 for each unit of a count that is not negative (a rate code)."""
-
-    signed: ClassVar[bool] = False
 
     def events(self, counts: Int[Tensor, "T D"]) -> SpikeEvents:
         if (counts < 0).any():

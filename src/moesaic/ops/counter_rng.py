@@ -33,6 +33,12 @@ def bits_to_uniform(bits: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     return _logical_shift_right(bits, 40).float() * 2.0**-24
 
 
+def bits_to_normal(radius: Int[Tensor, "*N"], angle: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """Return a standard normal float32 for each pair of hashes (Box and Muller 1958)."""
+    one = 1 - bits_to_uniform(radius)  # never zero
+    return (-2 * one.log()).sqrt() * (2 * torch.pi * bits_to_uniform(angle)).cos()
+
+
 def hash_name(text: str) -> int:
     """Return the FNV-1a hash of a name as int64, the same in every process."""
     value = 0xCBF29CE484222325

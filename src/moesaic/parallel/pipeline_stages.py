@@ -289,7 +289,7 @@ def _block_cost(config: ModelConfig, *, side: str, layer: int, sizes: BatchDims)
 def _position_paths(config: ModelConfig) -> set[str]:
     """Return the modules that add positions to embeddings; rotary embeddings have none."""
     with torch.device("meta"):
-        position = config.position.build(dim=config.dim, head_dim=config.head_dim)
+        position = config.position.build(config.dim)
     return {f"position.{name}" for name, _ in position.named_children()}
 
 

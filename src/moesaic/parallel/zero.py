@@ -122,8 +122,8 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
     if pipe == 1:
         yield model
         return
-    for method in ("embed_replicated", "loss", "logits"):
-        if isinstance(model.embedding, Embedding):
+    if isinstance(model.embedding, Embedding):
+        for method in ("embed_replicated", "loss", "logits"):
             register_fsdp_forward_method(model.embedding, method)
 
 

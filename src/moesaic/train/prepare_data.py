@@ -100,9 +100,11 @@ class PreparedText(PreparedData):
         """Raise ConfigError unless ids, tags and roles are there for this model and its tasks."""
         vocabulary, problems = self.encoded.tokenizer.vocabulary, list[str]()
         if vocabulary.size > model.vocab_size:
+            has = f"the tokenizer has {vocabulary.size} ids, and every id"
+            if vocabulary.id_map is not None:
+                has = f"the tokenizer's id map has rows up to {vocabulary.size - 1}, and each"
             problems.append(
-                f"model.vocab_size={model.vocab_size}: the tokenizer has {vocabulary.size} ids, "
-                "and every id needs a row of the embedding"
+                f"model.vocab_size={model.vocab_size}: {has} needs a row of the embedding"
             )
         names = self.loader.collator.frame.names
         languages = self.encoded.tokenizer.languages

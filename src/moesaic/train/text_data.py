@@ -81,12 +81,12 @@ def require_text(data: TrainingData, *, what: str) -> TextData:
     )
 
 
-def _vocab_sizes_match(data: TextData, model: ModelConfig) -> Iterator[str]:
+def _rows_for_every_id(data: TextData, model: ModelConfig) -> Iterator[str]:
     size, tokenizer = model.vocab_size, data.tokenizer.size()
-    if tokenizer is not None and size != tokenizer:
+    if tokenizer is not None and size < tokenizer:
         yield (
-            f"model.vocab_size={size} and data.tokenizer.vocab_size={tokenizer} must be equal: "
-            "every id needs a row of the embedding"
+            f"model.vocab_size={size}: data.tokenizer.vocab_size={tokenizer}, and every id needs a "
+            "row of the embedding; further rows are never generated"
         )
 
 
@@ -169,7 +169,7 @@ def _batches_can_be_filled(data: TextData, model: ModelConfig) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[TextData, ModelConfig], Iterator[str]], ...] = (
-    _vocab_sizes_match,
+    _rows_for_every_id,
     _known_languages,
     _collator_fits_the_model,
     _packing_fits_the_collator,
