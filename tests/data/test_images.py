@@ -45,3 +45,8 @@ def test_a_damaged_package_is_refused(tmp_path, monkeypatch):
     next(tmp_path.rglob("scikit*.whl")).write_bytes(b"no archive")
     with pytest.raises(DataError, match="damaged"):
         PackagedDigits().read(print)
+
+
+def test_the_test_split_of_images_is_the_held_out_one():
+    data = ImagePatches(source=SyntheticBars(number=200)).open(print)
+    assert data.sizes("test").tolist() == data.sizes("valid").tolist()

@@ -116,12 +116,13 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     rows = ((part, f"{size:,}") for part, size in by_part.items())
     print_table(console, ("part", "parameters"), rows)
     batch = found["batch"]
+    read = f"{batch['source']} + " if batch["source"] else ""
     print_table(
         console,
         ("bytes", ""),
         ((name, show_bytes(size)) for name, size in found["bytes"].items()),
         title=(
-            f"\none training step in float32, {batch['rows']} rows of {batch['source']} + "
+            f"\none training step in float32, {batch['rows']} rows of {read}"
             f"{batch['target']} tokens"
         ),
     )

@@ -150,6 +150,8 @@ def _bounded(raw: bytes, name: str) -> bytes:
 
 def _unescape(word: str) -> str:
     r"""Return a stop string with ``\n``, ``\t`` and ``\\`` replaced."""
+    if not word:
+        raise UserError("--stop: found an empty text, expected the text to end before")
     parts, rest = [], word
     while "\\" in rest:
         before, _, after = rest.partition("\\")

@@ -95,7 +95,10 @@ class ImagePatches(RowSource):
 
 
 class ImageDataset(RowDataset):
-    """Given images [N, H, W] and classes [N]. Group g is class g."""
+    """Given images [N, H, W] and classes [N]. Group g is class g.
+
+    The held-out images are the rows of ``valid`` and of ``test``, as for series.
+    """
 
     def __init__(self, rows: ImagePatches, images: FloatArray, classes: IntArray) -> None:
         self.rows = rows
@@ -107,7 +110,7 @@ class ImageDataset(RowDataset):
         held_out = random_uniform(_SPLIT, np.arange(len(images))) < rows.held_out
         self._members = {
             split: [np.flatnonzero((classes == c) & chosen) for c in range(len(names))]
-            for split, chosen in (("train", ~held_out), ("valid", held_out))
+            for split, chosen in (("train", ~held_out), ("valid", held_out), ("test", held_out))
         }
         digest = hashlib.sha256(repr(rows.to_dict()).encode())
         digest.update(images.tobytes())

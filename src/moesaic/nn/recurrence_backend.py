@@ -232,7 +232,8 @@ class _ExchangePlan:
 
     def spans_before(self) -> list[list[int]]:
         """Return ``before`` with ``depth`` entries each, of which the first are the identity."""
-        return [[self.num_sent] * (self.depth - len(spans)) + spans for spans in self.before]
+        depth = self.depth
+        return [[self.num_sent] * (depth - len(spans)) + spans for spans in self.before]
 
     def last_tokens(self, count: int) -> list[list[int]]:
         """Return the last tokens of each span to send; -1 before its first."""

@@ -113,9 +113,12 @@ class AttentionTile:
 
     def block_scores(self, scores: AttentionScores, *, groups: int, like: Tensor) -> BlockScores:
         """Return how the scores of the tile are computed, for ``groups`` key/value heads."""
+        scale = scores.scale_of(like.shape[-1])
+        if not self.masked and scores.bias is None:
+            return BlockScores(scale, softcap=scores.softcap)
         query, key = self.positions(like.device)
         return BlockScores(
-            scores.scale_of(like.shape[-1]),
+            scale,
             scores.mask.visible(query, key) if self.masked else None,
             scores.softcap,
             scores.bias and scores.bias.at(query, key).float().unflatten(0, (groups, -1)),
