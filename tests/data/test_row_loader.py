@@ -87,3 +87,9 @@ def test_a_position_of_other_data_is_refused():
 def test_a_group_without_training_rows_is_refused():
     with pytest.raises(DataError, match="one or more"):
         RowLoader(Numbers([2, 0]), rows=4, seed=1)
+
+
+def test_a_split_that_is_not_held_out_is_refused():
+    loader = RowLoader(Numbers(), rows=8, seed=1, prefetch=0)
+    with pytest.raises(DataError, match='no split "news": its held-out rows are valid and test'):
+        next(loader.held_out_batches("news"))

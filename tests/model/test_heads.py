@@ -135,3 +135,16 @@ def test_a_head_that_does_not_fit_the_input_is_refused() -> None:
         Regression(horizons=(4, 1))
     assert Huber(delta=1.0)(torch.tensor([0.5, 3.0])).tolist() == [0.125, 2.5]
     assert Contrastive().dim is None
+
+
+@pytest.mark.parametrize("data", HEADS)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_counts_the_labels_of_its_kind_and_refuses_others_with_a_sentence(name, data):
+    model, batch = Transformer(HEADS[name]), head_batch(data)
+    refusal = ""
+    try:
+        model.config.head.num_predicted(batch)
+        assert model.loss(model(batch)).total.isfinite()
+    except ConfigError as error:
+        refusal = str(error)
+    assert not refusal or (name != data and "expects" in refusal and "data gives" in refusal)

@@ -28,6 +28,7 @@ from moesaic.data.ragged import IntArray
 
 STATE_FORMAT = 1
 _EPOCH, _ROW_KEY, _HELD_OUT = 31, 32, 33
+HELD_OUT_SPLITS = ("valid", "test")  # the same rows
 _SINGLE_REPLICA = DataReplica()
 
 
@@ -90,7 +91,7 @@ class RowDataset(ABC):
 
     @abstractmethod
     def sizes(self, split: str) -> IntArray:
-        """Return the number of rows of each group [G] in ``train`` or ``valid``."""
+        """Return the number of rows of each group [G] in ``train``, ``valid`` or ``test``."""
 
     @abstractmethod
     def make_batch(self, draws: RowDraws, *, split: str) -> Batch:
@@ -196,8 +197,12 @@ class RowLoader:
     def held_out_batches(self, split: str = "valid", *, rows: int | None = None) -> Iterator[Batch]:
         """Yield this replica's part of a held-out split: the same in every call.
 
-        At most ``rows`` rows of each group are used, chosen by hash.
+        At most ``rows`` rows of each group are used, chosen by hash. Raises DataError for a split
+        that is not held out.
         """
+        if split not in HELD_OUT_SPLITS:
+            names = " and ".join(HELD_OUT_SPLITS)
+            raise DataError(f'this data has no split "{split}": its held-out rows are {names}')
         draws = held_out_rows(sizes=self._dataset.sizes(split), rows=rows)
         for first in range(0, len(draws), self._rows):
             window = slice(first, first + self._rows)

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
+from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import IGNORE_LABEL, Batch
 from moesaic.distributed.process_groups import Group
@@ -81,6 +82,32 @@ class HeadLoss:
     def values(self) -> Float[Tensor, "K N"]:
         """The loss and the metrics of each prediction."""
         return torch.stack([self.each, *self.metrics.values()])
+
+
+@dataclass(frozen=True, slots=True)
+class LabelKind:
+    """The labels that a head reads: their number of dims, and whether they are numbers or ids."""
+
+    text: str
+    dims: int
+    dtype_is_floating: bool
+
+    def require(self, labels: Tensor) -> None:
+        """Raise ConfigError if the labels of a batch are of another kind."""
+        if (labels.dim(), labels.is_floating_point()) != (self.dims, self.dtype_is_floating):
+            found = f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"
+            raise ConfigError(
+                [
+                    f"model.head expects {self.text} as labels, but data gives {found}: choose "
+                    "another head, or other data"
+                ]
+            )
+
+
+ROW_LABELS = LabelKind("one id of each row [B]", 1, dtype_is_floating=False)
+TOKEN_LABELS = LabelKind("one id of each token [B, L]", 2, dtype_is_floating=False)
+POINT_LABELS = LabelKind("one number of each point [B, L]", 2, dtype_is_floating=True)
+PATCH_LABELS = LabelKind("the numbers of each patch [B, S, C]", 3, dtype_is_floating=True)
 
 
 class HeadModule(nn.Module):
@@ -191,6 +218,7 @@ class LanguageModelHead(Head):
         return shape.dim, shape.vocab_size * shape.dim
 
     def num_predicted(self, batch: Batch) -> int:
+        TOKEN_LABELS.require(batch.labels)
         return batch.num_predicted
 
     def select(self, batch: Batch, *, packing: Packing) -> Predictions:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
+from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.nn.embedding import Embedding, EmbeddingConfig
 from moesaic.nn.initializer import CustomInitializers, Initializer
@@ -116,6 +117,14 @@ class Patches(ModelInput):
         return [*specs, ParameterSpec("embedding", (self.classes + 1, dim))]
 
 
+def _require_channels(values: Tensor, channels: int) -> None:
+    if values.shape[1:] != (channels,):
+        found = f"values of shape {list(values.shape[1:])}"
+        raise ConfigError(
+            [f"model.input expects {channels} channels of each token, but data gives {found}"]
+        )
+
+
 class VectorEmbedding(InputModule):
     """``W x + b`` of each vector."""
 
@@ -124,6 +133,7 @@ class VectorEmbedding(InputModule):
         self.linear = nn.Linear(channels, dim)
 
     def forward(self, values: Float[Tensor, "T C"], *, packing: Packing) -> Float[Tensor, "t D"]:
+        _require_channels(values, self.linear.in_features)
         return self.linear(values[packing.local_tokens])
 
 
@@ -136,6 +146,7 @@ class PointEmbedding(InputModule):
         self.value = nn.Linear(channels, dim, bias=False)
 
     def forward(self, values: Float[Tensor, "T C"], *, packing: Packing) -> Float[Tensor, "t D"]:
+        _require_channels(values, self.gate.in_features)
         x = values[packing.local_tokens]
         return F.silu(self.gate(x)) * self.value(x)
 
@@ -155,6 +166,7 @@ class PatchEmbedding(InputModule):
         self.kind = nn.Embedding(classes + 1, dim)
 
     def forward(self, values: Float[Tensor, "T C2"], *, packing: Packing) -> Float[Tensor, "t D"]:
+        _require_channels(values, self.channels + 2)  # with time and class
         x = values[packing.local_tokens]
         patch, (time, kind) = x[:, : self.channels], x[:, self.channels :].unbind(1)
         condition = self.time(F.silu(self.time_hidden(time_features(time))))

@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
-from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.data.batch import IGNORE_LABEL, Batch
 from moesaic.distributed.collectives import all_gather_rows
 from moesaic.distributed.process_groups import group_rank, group_size
 from moesaic.model.head import (
+    ROW_LABELS,
     Head,
     HeadLoss,
     HeadModule,
@@ -234,22 +234,13 @@ class ScoreHead(HeadModule):
         return HeadLoss(each.sum(), each.detach(), {"accuracy": accuracy})
 
 
-def _require_row_labels(batch: Batch) -> None:
-    """Raise ConfigError if the labels are those of tokens."""
-    if batch.labels.dim() != 1:
-        raise ConfigError(
-            "this model.head expects one label of each row, but data= gives one of each token: "
-            "choose a head for tokens or points, or data with labels of rows"
-        )
-
-
 def _labelled_rows(batch: Batch) -> Bool[Tensor, "B"]:
-    _require_row_labels(batch)
+    ROW_LABELS.require(batch.labels)
     return (batch.labels != IGNORE_LABEL) & (batch.target.lengths > 0)
 
 
 def _labelled_pairs(batch: Batch) -> Bool[Tensor, "P"]:
-    _require_row_labels(batch)
+    ROW_LABELS.require(batch.labels)
     first, second = (batch.target.lengths > 0).view(-1, 2).unbind(1)
     return (batch.labels[::2] != IGNORE_LABEL) & first & second
 

@@ -15,6 +15,8 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.data.batch import Batch, InputRows
 from moesaic.model.head import (
+    PATCH_LABELS,
+    POINT_LABELS,
     Head,
     HeadLoss,
     HeadModule,
@@ -90,6 +92,7 @@ class Regression(Head):
         return 3 * sum(self.horizons), 0
 
     def num_predicted(self, batch: Batch) -> int:
+        POINT_LABELS.require(batch.labels)
         return int((~batch.labels.isnan() & batch.target.real).sum())
 
     def select(self, batch: Batch, *, packing: Packing) -> Predictions:
@@ -177,6 +180,7 @@ class PatchDenoising(Head):
 
     def training_batch(self, batch: Batch) -> Batch:
         clean = batch.target.values
+        PATCH_LABELS.require(clean)
         time = _uniform(batch.key, "time")
         noise = _normal(batch.key, shape=tuple(clean.shape[1:]))
         noisy = self.schedule.noisy(clean, noise=noise, time=time)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.config import Config
+from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.nn.initializer import fan_in_std, normal_parameter
 from moesaic.nn.packing import Packing
@@ -92,7 +93,13 @@ class Embedding(nn.Module):
         self.backend: EmbeddingBackend = LocalEmbedding()
 
     def forward(self, ids: Int[Tensor, "T"], *, packing: Packing) -> Float[Tensor, "t D"]:
-        """Return the vectors of this rank's tokens, given the ids of all tokens."""
+        """Return the vectors of this rank's tokens, given the ids of all tokens.
+
+        Raises ConfigError for values that are no ids.
+        """
+        if ids.is_floating_point():
+            found = f"numbers of shape {list(ids.shape[1:])}"
+            raise ConfigError([f"model.input expects ids of tokens, but data gives {found}"])
         return self.backend.embed_tokens(ids, table=self.weight, packing=packing) * self.scale
 
     def embed_replicated(self, ids: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
