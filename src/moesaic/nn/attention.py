@@ -33,8 +33,7 @@ from moesaic.nn.positional_encoding import PositionalEncoding
 from moesaic.nn.qk_norm import QKNorm
 from moesaic.nn.sequence_mixer import MixerContext, MixerShape, SequenceMixer, SequenceMixerModule
 from moesaic.nn.shardable_module import (
-    ContextScope,
-    ContextSharding,
+    HeadShardedModule,
     ShardedTensor,
     TensorSharding,
     column_parallel,
@@ -132,7 +131,7 @@ class Attention(SequenceMixer):
         return self.replace(head_dim=width, window=self.window and self.window.shrink())
 
 
-class SelfAttention(SequenceMixerModule, FusedProjections, CustomInitializers):
+class SelfAttention(HeadShardedModule, SequenceMixerModule, FusedProjections, CustomInitializers):
     """Self-attention with the heads of ``shape.attention``; q, k and v are one projection."""
 
     def __init__(self, shape: MixerShape) -> None:
@@ -171,16 +170,6 @@ class SelfAttention(SequenceMixerModule, FusedProjections, CustomInitializers):
             row_parallel=("out",),
             refusal=self.config.qk_norm.tensor_refusal(),
         )
-
-    def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
-        self.heads, self.kv_heads = self.heads // ranks, self.kv_heads // ranks
-        self.tensor_parallel = group
-
-    def context_sharding(self) -> ContextSharding:
-        return ContextSharding(heads=self.heads)
-
-    def use_context_parallel(self, scope: ContextScope) -> None:
-        self.backend = scope.attention_backend(kv_heads=self.kv_heads)
 
     def init_state(self, rows: int, *, like: Tensor) -> AttentionState:
         empty = KVState.empty(rows, kv_heads=self.kv_heads, head_dim=self.head_dim, like=like)

@@ -18,9 +18,7 @@ from moesaic.nn.fused_projections import FusedProjections, fused_linear
 from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import ParameterSpec, linear_specs
 from moesaic.nn.shardable_module import (
-    ContextScope,
-    ContextSharding,
-    ShardableModule,
+    HeadShardedModule,
     TensorSharding,
     column_parallel,
     row_parallel,
@@ -67,7 +65,7 @@ class CrossAttentionCount:
         return normed + width * (bool(normed) + clipped)
 
 
-class CrossAttention(ShardableModule, FusedProjections):
+class CrossAttention(HeadShardedModule, FusedProjections):
     """Attention from target tokens to the encoder's states, without positions."""
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
@@ -99,16 +97,6 @@ class CrossAttention(ShardableModule, FusedProjections):
             row_parallel=("out",),
             refusal=self.config.qk_norm.tensor_refusal(),
         )
-
-    def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
-        self.heads, self.kv_heads = self.heads // ranks, self.kv_heads // ranks
-        self.tensor_parallel = group
-
-    def context_sharding(self) -> ContextSharding:
-        return ContextSharding(heads=self.heads)
-
-    def use_context_parallel(self, scope: ContextScope) -> None:
-        self.backend = scope.attention_backend(kv_heads=self.kv_heads)
 
     def project_source(self, encoder_states: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
         """Return keys and values of the source, once per layer and batch."""

@@ -32,8 +32,7 @@ from moesaic.nn.parameter_spec import ParameterSpec, linear_specs
 from moesaic.nn.positional_encoding import PositionalEncoding
 from moesaic.nn.sequence_mixer import MixerContext, MixerShape, SequenceMixer, SequenceMixerModule
 from moesaic.nn.shardable_module import (
-    ContextScope,
-    ContextSharding,
+    HeadShardedModule,
     TensorSharding,
     column_parallel,
     row_parallel,
@@ -137,12 +136,13 @@ class LatentAttention(SequenceMixer):
         )
 
 
-class LatentAttentionModule(SequenceMixerModule):
+class LatentAttentionModule(HeadShardedModule, SequenceMixerModule):
     """The module of ``LatentAttention``."""
 
     def __init__(self, config: LatentAttention, shape: MixerShape) -> None:
         super().__init__()
         self.config, self.heads = config, config.num_heads(shape)
+        self.kv_heads = self.heads
         self.position = config.encoding(shape)
         self.scale = config.key_dim**-0.5 * self.position.score_factor()
         dim, bias, rank = shape.dim, shape.bias, config.query_rank
@@ -167,15 +167,6 @@ class LatentAttentionModule(SequenceMixerModule):
             divided={"heads": self.heads},
             row_parallel=("out",),
         )
-
-    def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
-        self.heads, self.tensor_parallel = self.heads // ranks, group
-
-    def context_sharding(self) -> ContextSharding:
-        return ContextSharding(heads=self.heads)
-
-    def use_context_parallel(self, scope: ContextScope) -> None:
-        self.backend = scope.attention_backend(kv_heads=self.heads)
 
     def init_state(self, rows: int, *, like: Tensor) -> AttentionState:
         """Return an empty state: latents and rotated keys are the keys, values have no channels."""

@@ -7,7 +7,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.nn.attention_backend import KeyValue, QueryKeyValue, pad_heads
 from moesaic.nn.attention_scores import AttentionScores
 from moesaic.nn.decode_slots import DecodeSlots
-from moesaic.nn.decode_state import KVState, WindowKVState
+from moesaic.nn.decode_state import CachedKeys, KVState, WindowKVState
 from moesaic.nn.packing import Packing
 from moesaic.nn.softmax_attention import attend_allowed, attend_positions, attend_rows
 
@@ -30,9 +30,8 @@ def store_newest(
 ) -> None:
     """Add the keys and values of the newest tokens to a state."""
     if isinstance(state, WindowKVState):
-        count = None if packing.mask is None else packing.lengths
         new = KeyValue(pad_heads(key, packing), pad_heads(value, packing))
-        state.append(new, position=slots.newest_positions, count=count)
+        _append_to_window(new, packing=packing, slots=slots, state=state)
     else:
         state.append(*(pad_heads(x, packing, sources=slots.sources) for x in (key, value)))
 
@@ -51,8 +50,8 @@ def attend_newest(
     """
     if isinstance(state, WindowKVState):
         query, key, value = (pad_heads(each, packing) for each in heads)
-        count = None if packing.mask is None else packing.lengths
-        cached = state.append(KeyValue(key, value), position=slots.newest_positions, count=count)
+        new = KeyValue(key, value)
+        cached = _append_to_window(new, packing=packing, slots=slots, state=state)
         mixed = attend_positions(
             query,
             cached.keys.key,
@@ -78,6 +77,13 @@ def attend_newest(
                 bias=scores.bias and scores.bias.at(position, slots.position),
             )
     return packing.pack(mixed.transpose(1, 2).flatten(2))
+
+
+def _append_to_window(
+    new: KeyValue, *, packing: Packing, slots: DecodeSlots, state: WindowKVState
+) -> CachedKeys:
+    count = None if packing.mask is None else packing.lengths
+    return state.append(new, position=slots.newest_positions, count=count)
 
 
 def _values(keys: KeyValue) -> Tensor:

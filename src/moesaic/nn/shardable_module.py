@@ -91,6 +91,25 @@ class ShardableModule(nn.Module):
         raise NotImplementedError
 
 
+class HeadShardedModule(ShardableModule):
+    """Base of attentions: tensor ranks share the heads, context ranks by an attention backend."""
+
+    heads: int
+    kv_heads: int
+    tensor_parallel: TensorParallelGroup
+    backend: AttentionBackend
+
+    def use_tensor_parallel(self, group: TensorParallelGroup, *, ranks: int) -> None:
+        self.heads, self.kv_heads = self.heads // ranks, self.kv_heads // ranks
+        self.tensor_parallel = group
+
+    def context_sharding(self) -> ContextSharding:
+        return ContextSharding(heads=self.heads)
+
+    def use_context_parallel(self, scope: ContextScope) -> None:
+        self.backend = scope.attention_backend(kv_heads=self.kv_heads)
+
+
 def shardable_modules(model: nn.Module) -> Iterator[tuple[str, ShardableModule]]:
     """Yield the path of each shardable module of a model, and the module."""
     for path, module in model.named_modules():
