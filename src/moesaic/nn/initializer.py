@@ -68,12 +68,11 @@ def allocate_parameters(model: nn.Module, *, allocate: Allocate, device: torch.d
             module.register_parameter(name, made[old])
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                raise ConfigError(
-                    [
-                        f"model: buffer {path}.{name} of {type(module).__name__} has no values: make "
-                        "it with torch.zeros, torch.full or another function than torch.empty"
-                    ]
+                where = f"buffer {path}.{name} of {type(module).__name__}"
+                way_out = (
+                    "make it with torch.zeros, torch.full or another function than torch.empty"
                 )
+                raise ConfigError([f"model: {where} has no values: {way_out}"])
             setattr(module, name, buffer.to(device))
 
 
