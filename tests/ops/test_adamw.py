@@ -1,6 +1,7 @@
 """AdamW's kernels agree bit for bit, and a tensor updated in parts equals one updated whole."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from moesaic.ops.cpu.cpu_adamw import load_adamw
 
 SETTINGS = AdamWSettings(lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
 KERNELS = {"operations": adamw_by_operations, "compiled": load_adamw().kernel}
-STATE = ("param", "exp_avg", "exp_avg_sq")
 needs_compiler = pytest.mark.skipif(KERNELS["compiled"] is None, reason=load_adamw().reason)
 
 
@@ -30,10 +30,10 @@ def problem(*shape, step=1, grad_dtype=torch.float32, rounds=False, grad_scale=1
 
 def values(tensor):
     rounded = [] if tensor.rounded is None else [tensor.rounded]
-    return [*(vars_of(tensor)[name] for name in STATE), *rounded]
+    return [*state(tensor).values(), *rounded]
 
 
-def vars_of(tensor):
+def state(tensor):
     return {"param": tensor.param, "exp_avg": tensor.exp_avg, "exp_avg_sq": tensor.exp_avg_sq}
 
 
@@ -81,8 +81,8 @@ def test_a_tensor_updated_in_parts_equals_one_updated_whole(name):
     whole, parts = problem(1_003), problem(1_003)
     kernel([whole])
     cuts = (0, 1, 13, 500, 1_003)
-    for start, end in zip(cuts, cuts[1:], strict=False):
-        tensors = {n: t[start:end] for n, t in vars_of(parts).items()}
+    for start, end in pairwise(cuts):
+        tensors = {n: t[start:end] for n, t in state(parts).items()}
         kernel([replace(parts, grad=parts.grad[start:end], **tensors)])
     for a, b in zip(values(whole), values(parts), strict=True):
         assert torch.equal(a, b)

@@ -56,7 +56,12 @@ class AdamWRule:
         select_adamw()(
             [
                 AdamWTensor(
-                    param, grad, state["exp_avg"], state["exp_avg_sq"], at(float(state["step"])), narrow
+                    param,
+                    grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    at(float(state["step"])),
+                    narrow,
                 )
                 for param, grad, state, narrow in zip(
                     update.params, update.grads, update.states, update.narrow, strict=True

@@ -1,9 +1,9 @@
 """CPU library: compile a C source on this machine, cache it, load it and check its results.
 
-A library is compiled once per source, compiler and CPU. The file name in the user's cache contains the
-hash of its inputs and of its own content, so readers need no lock: a file whose content does not
-match is compiled again. It is written to a temporary file and renamed; of two concurrent builds the
-later wins.
+A library is compiled once per source, compiler and CPU. Its file name in the user's cache contains
+the hash of its inputs and of its own content, so readers need no lock: a file whose content does
+not match is compiled again. It is written to a temporary file and renamed; of two concurrent builds
+the later wins.
 """
 
 import os
@@ -41,9 +41,7 @@ class BuildError(Exception):
     """The library cannot be built; the message is the reason."""
 
 
-def build_library(
-    name: str = "moe", *, cache: Path | None = None, path: str | None = None
-) -> Path:
+def build_library(name: str = "moe", *, cache: Path | None = None, path: str | None = None) -> Path:
     """Return the path of the library of ``name.c``; compile it if it is not in the cache.
 
     ``cache`` and ``path`` (searched for compilers) default to those of the user. Raises BuildError
