@@ -48,6 +48,12 @@ FEW_PAIRS, FEW_TEXT = (
 )
 
 
+RESIDENT = MemoryPlan()
+OFFLOADED = MemoryPlan(
+    parameters=HostMemory(), gradients=HostMemory(), optimizer_states=HostMemory()
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A preset and a plan on ``world`` ranks."""
@@ -56,7 +62,7 @@ class Case:
     world: int
     plan: ParallelPlan
     words: str
-    memory: MemoryPlan = MemoryPlan()
+    memory: MemoryPlan = RESIDENT
 
     @property
     def sizes(self) -> tuple[BatchDims, BatchDims]:
@@ -70,9 +76,6 @@ def plan(**degrees: Any) -> ParallelPlan:
 
 
 TEN = "zcode-m3-64"
-OFFLOADED = MemoryPlan(
-    parameters=HostMemory(), gradients=HostMemory(), optimizer_states=HostMemory()
-)
 CASES = (
     Case(TEN, 64, plan(expert=64), "E"),
     Case(TEN, 64, plan(expert=16), "E+D"),
@@ -95,7 +98,10 @@ CASES = (
 def estimated(case: Case) -> dict[str, Any]:
     """Return the estimated memory and communication of rank 0."""
     started = time.perf_counter()
-    config, parallel = preset(case.preset).config, ParallelConfig(plan=case.plan, memory=case.memory)
+    config, parallel = (
+        preset(case.preset).config,
+        ParallelConfig(plan=case.plan, memory=case.memory),
+    )
     parameters = ParameterInventory(config).on_rank(parallel, world=case.world)
     sizes = case.sizes[0]
     memory, lines = (
@@ -178,7 +184,7 @@ def capacity() -> dict[str, Any]:
     }
     found = {}
     for name, (base, degrees, host) in asked.items():
-        memory = OFFLOADED if degrees is hosted else MemoryPlan()
+        memory = OFFLOADED if degrees is hosted else RESIDENT
         parallel = ParallelConfig(plan=degrees, memory=memory)
         setting = EstimateSettings(parallel, 512, PAIRS, MIXED_PRECISION)
         found[name] = _shown(

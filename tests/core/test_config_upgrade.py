@@ -70,7 +70,7 @@ def test_attention_experts_become_the_mixer_called_attention() -> None:
 
 
 def test_offloading_is_a_memory_plan_with_host_tiers() -> None:
-    def upgraded(offload: bool) -> dict[str, object]:  # noqa: FBT001
+    def upgraded(offload: bool) -> dict[str, object]:
         parallel = {"plan": {"zero": 2, "offload": offload}}
         value, renamed = upgrade_config({"parallel": parallel})
         assert renamed == {"parallel.plan.offload": "parallel.memory"}

@@ -1,4 +1,4 @@
-"""Stores lend tensors from every tier alike, count what moves, and freeze a generation."""
+"""Stores bring tensors from every tier alike, count what moves, and freeze a generation."""
 
 import errno
 import gc
@@ -30,12 +30,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> TensorStore:
 
 
 def update(store: TensorStore, part: Part, value: float) -> None:
-    with store.lend([part], access=Access.UPDATE) as (tensor,):
+    with store.fetch([part], access=Access.UPDATE) as (tensor,):
         tensor.add_(value)
 
 
 def content(store: TensorStore, name: str) -> torch.Tensor:
-    with store.lend([Part(name)], access=Access.READ) as (tensor,):
+    with store.fetch([Part(name)], access=Access.READ) as (tensor,):
         return tensor.clone()
 
 
@@ -72,21 +72,21 @@ def test_an_update_after_a_freeze_leaves_the_frozen_tensors_as_they_were(
 def test_what_moves_is_counted_by_place(store: TensorStore, tmp_path: Path) -> None:
     expected = {"DeviceStore": (0, 64), "HostStore": (64, 0), "DiskStore": (64, 64)}
     for place, num_bytes in zip(Place, expected[type(store).__name__], strict=True):
-        moved = store.moved.lent, store.moved.returned
-        with store.lend([Part("a"), Part("b", 1, 3)], access=Access.UPDATE, place=place):
+        moved = store.moved.fetched, store.moved.written
+        with store.fetch([Part("a"), Part("b", 1, 3)], access=Access.UPDATE, place=place):
             pass
-        assert store.moved.returned - moved[1] == min(num_bytes, 52)
-        assert store.moved.lent - moved[0] == min(num_bytes, 52)
-    with store.lend([Part("a")], access=Access.READ):
+        assert store.moved.written - moved[1] == min(num_bytes, 52)
+        assert store.moved.fetched - moved[0] == min(num_bytes, 52)
+    with store.fetch([Part("a")], access=Access.READ):
         pass
-    assert store.moved.returned in (52, 104)
+    assert store.moved.written in (52, 104)
     store.close()
     assert not list(tmp_path.rglob("*.bin"))
 
 
 def test_rows_that_a_tensor_does_not_have_are_refused(store: TensorStore) -> None:
     with pytest.raises(ValueError, match="4 rows"):
-        store.lend([Part("a", 2, 5)], access=Access.READ)
+        store.fetch([Part("a", 2, 5)], access=Access.READ)
     with pytest.raises(ValueError, match="stored already"):
         store.allocate("a", (1,), torch.float32)
 
@@ -108,10 +108,10 @@ def test_buffers_of_a_disk_stay_within_their_bound(tmp_path: Path) -> None:
     assert [float(content(store, f"t{n}")[5]) for n in range(4)] == [2, 2, 1, 1]
     assert store.peak_in_flight <= 600
     with (
-        store.lend([Part("t0"), Part("t1")], access=Access.READ),
+        store.fetch([Part("t0"), Part("t1")], access=Access.READ),
         pytest.raises(RuntimeError, match="over the bound of 600"),
     ):
-        store.lend([Part("t2")], access=Access.READ)
+        store.fetch([Part("t2")], access=Access.READ)
     store.close()
 
 
@@ -136,8 +136,10 @@ def test_a_full_disk_is_met_before_anything_changes_and_names_the_file(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     update(store, Part("t0"), 1.0)  # its blocks are there
-    with pytest.raises(DiskFullError, match=rf"{tmp_path}/moesaic-.*states-0.bin: no room") as error:
-        store.lend([Part("t0"), Part("t1")], access=Access.UPDATE)
+    with pytest.raises(
+        DiskFullError, match=rf"{tmp_path}/moesaic-.*states-0.bin: no room"
+    ) as error:
+        store.fetch([Part("t0"), Part("t1")], access=Access.UPDATE)
     assert "256 B" in str(error.value)
     assert float(content(store, "t0")[0]) == 2
     store.close()

@@ -17,12 +17,12 @@ import torch
 from moesaic.core.shapes import Tensor
 from moesaic.memory.tensor_store import (
     Access,
-    Loan,
+    FetchedTensors,
     Part,
     Place,
     TensorSpec,
     TensorStore,
-    lend_views,
+    fetch_views,
     rows_of,
 )
 
@@ -123,7 +123,7 @@ class HostChunk(Chunk):
     def __init__(self, num_bytes: int, *, pinned: bool) -> None:
         super().__init__(num_bytes)
         self._pinned = pinned
-        self._memory = (
+        self._memory: Any = (
             torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
             if pinned
             else mmap.mmap(-1, num_bytes)  # anonymous and shared
@@ -135,7 +135,8 @@ class HostChunk(Chunk):
     def copy(self) -> "HostChunk":
         copied = HostChunk(self.num_bytes, pinned=self._pinned)
         copied.used = self.used
-        memoryview(copied._memory)[: self.used] = memoryview(self._memory)[: self.used]
+        target, source = copied.mapping(), self.mapping()
+        target[: self.used] = source[: self.used]
         return copied
 
 
@@ -148,9 +149,9 @@ class HostStore(ChunkedStore):
     def _moves_to(self, place: Place) -> bool:
         return place is Place.DEVICE
 
-    def _lend(self, parts: Sequence[Part], *, access: Access, place: Place) -> Loan:
+    def _fetch(self, parts: Sequence[Part], *, access: Access, place: Place) -> FetchedTensors:
         chunks = [self._chunks[self._locations[part.name].chunk] for part in parts]
         pairs = zip(parts, chunks, strict=True)
         views = [rows_of(self._tensor(part.name, chunk.mapping()), part) for part, chunk in pairs]
         to = self.device if place is Place.DEVICE else torch.device("cpu")
-        return lend_views(views, to=to, access=access)
+        return fetch_views(views, to=to, access=access)

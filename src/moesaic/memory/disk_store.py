@@ -20,7 +20,7 @@ from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes
 from moesaic.memory.chunked_store import Chunk, ChunkedStore
-from moesaic.memory.tensor_store import Access, Loan, Part, Place, TensorSpec, lend_views
+from moesaic.memory.tensor_store import Access, FetchedTensors, Part, Place, TensorSpec, fetch_views
 
 COPY_BYTES = 2**22
 CALL_BYTES = 2**30  # Linux moves at most 2 GiB in one call
@@ -74,9 +74,10 @@ class FileChunk(Chunk):
 
 
 class DiskStore(ChunkedStore):
-    """Tensors in files of ``folder``. ``in_flight_bytes`` bounds the buffers, or one loan is lent.
+    """Tensors in files of ``folder``.
 
-    ``peak_in_flight`` is the most that they took.
+    ``in_flight_bytes`` bounds what is being read, in use and being written; one ``fetch`` may
+    exceed it alone. ``peak_in_flight`` is the most that there was.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class DiskStore(ChunkedStore):
     def _moves_to(self, place: Place) -> bool:  # noqa: ARG002
         return True
 
-    def _lend(self, parts: Sequence[Part], *, access: Access, place: Place) -> Loan:
+    def _fetch(self, parts: Sequence[Part], *, access: Access, place: Place) -> FetchedTensors:
         specs = [self.specs[part.name].of(part) for part in parts]
         num_bytes = sum(spec.num_bytes for spec in specs)
         self._make_room(num_bytes)
@@ -126,31 +127,31 @@ class DiskStore(ChunkedStore):
         buffers = [torch.empty(s.shape, dtype=s.dtype, pin_memory=pinned) for s in specs]
         reading = self._submit(os.preadv, parts, buffers)
         to = self.device if place is Place.DEVICE else torch.device("cpu")
-        moved: list[Loan] = []
+        moved: list[FetchedTensors] = []
 
         def wait() -> list[Tensor]:
             reading.result()
             if not moved:
-                moved.append(lend_views(buffers, to=to, access=access))
+                moved.append(fetch_views(buffers, to=to, access=access))
             return moved[0].wait()
 
-        def give_back() -> None:
+        def release() -> None:
             wait()
-            moved[0].give_back()
+            moved[0].release()
             if access is Access.UPDATE:
                 self._writes.append((self._submit(os.pwritev, parts, buffers), num_bytes))
             else:
                 self.in_flight -= num_bytes
 
-        return Loan(wait, give_back)
+        return FetchedTensors(wait, release)
 
     def _make_room(self, num_bytes: int) -> None:
         while self._writes and self.in_flight + num_bytes > self.in_flight_bytes:
             self._finish_write()
         if self.in_flight and self.in_flight + num_bytes > self.in_flight_bytes:
             raise RuntimeError(
-                f"{self.label}: {self.in_flight} bytes are lent and {num_bytes} are asked for, "
-                f"over the bound of {self.in_flight_bytes}: give something back first"
+                f"{self.label}: {self.in_flight} bytes are in use and {num_bytes} are asked for, "
+                f"over the bound of {self.in_flight_bytes}: release something first"
             )
         self.in_flight += num_bytes
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
@@ -171,7 +172,7 @@ class DiskStore(ChunkedStore):
         """Read (``os.preadv``) or write (``os.pwritev``) whole buffers."""
         for part, buffer in zip(parts, buffers, strict=True):
             file, offset = self._position(part)
-            memory = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+            memory: Any = buffer.view(-1).view(torch.uint8).numpy()
             done = 0
             while done < len(memory):
                 count = action(file, [memory[done : done + CALL_BYTES]], offset + done)

@@ -11,7 +11,7 @@ from moesaic.memory.tier import MAX_IN_FLIGHT_BYTES, DeviceMemory, Tier
 class MemoryPlan(Config):
     """The memory tier of each purpose, all on the device by default (ZeRO-Offload, 2101.06840).
 
-    ``in_flight_bytes`` bounds, for each purpose, the copies that are on their way or lent at once.
+    ``in_flight_bytes`` bounds, for each purpose, the copies that are under way or in use at once.
     """
 
     parameters: Tier = DeviceMemory()

@@ -1,9 +1,9 @@
-"""Tensor store: named tensors on a memory tier, lent to where they are computed with.
+"""Tensor store: named tensors on a memory tier, fetched to where they are computed with.
 
-``lend`` hands out parts of tensors, ``Loan.give_back`` returns what was changed. Where the memory
-of the tier is addressable from that place, a loan is a view and nothing is copied; it is counted
-as moved all the same where it crosses between device and host, so that the counts of a CPU run are
-those beside a GPU. Content starts as zeros, and memory is taken when it is first written.
+``fetch`` brings parts of tensors there, ``FetchedTensors.release`` writes back what was changed.
+Where the tier's memory is addressable from that place, they are views and nothing is copied; they
+are counted as moved all the same where they cross between device and host, so that the counts of a
+CPU run are those beside a GPU. Content starts as zeros; memory is taken when it is first written.
 
 ``freeze`` returns the content at one moment: no later update changes it, so a checkpoint may be
 written in the background while steps go on.
@@ -21,14 +21,14 @@ from moesaic.core.shapes import Tensor
 
 
 class Place(Enum):
-    """Where lent tensors are computed with: the model's device, or the host's processor."""
+    """Where fetched tensors are computed with: the model's device, or the host's processor."""
 
     DEVICE = "device"
     HOST = "host"
 
 
 class Access(Enum):
-    """Whether the borrower changes what is lent."""
+    """Whether fetched tensors are changed."""
 
     READ = "read"
     UPDATE = "update"
@@ -65,29 +65,31 @@ class TensorSpec:
 
 
 @dataclass(slots=True)
-class MovedBytes:
-    """Bytes that a store has lent out of its tier and got back changed, since it was opened."""
+class TransferCounter:
+    """Bytes that have left a store's tier, and bytes written back to it, since it was opened."""
 
-    lent: int = 0
-    returned: int = 0
+    fetched: int = 0
+    written: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Loan:
-    """Lent tensors: ``wait`` returns them, ``give_back`` ends the loan and stores changes.
+class FetchedTensors:
+    """Parts of tensors at the place of use, until ``release``, which writes changes back.
 
-    As a context manager it does both; after an exception nothing is stored.
+    ``wait`` returns them once they are there.
+
+    As a context manager it does both; after an exception nothing is written.
     """
 
     wait: Callable[[], list[Tensor]]
-    give_back: Callable[[], None]
+    release: Callable[[], None]
 
     def __enter__(self) -> list[Tensor]:
         return self.wait()
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            self.give_back()
+            self.release()
 
 
 class TensorStore(ABC):
@@ -95,7 +97,7 @@ class TensorStore(ABC):
 
     def __init__(self, device: torch.device, *, label: str) -> None:
         self.device, self.label = device, label
-        self.moved = MovedBytes()
+        self.moved = TransferCounter()
         self.specs: dict[str, TensorSpec] = {}
 
     def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -111,25 +113,27 @@ class TensorStore(ABC):
         """Bytes of all tensors."""
         return sum(spec.num_bytes for spec in self.specs.values())
 
-    def lend(self, parts: Sequence[Part], *, access: Access, place: Place = Place.DEVICE) -> Loan:
-        """Lend parts to ``place``; transfers may be under way until ``Loan.wait``.
+    def fetch(
+        self, parts: Sequence[Part], *, access: Access, place: Place = Place.DEVICE
+    ) -> FetchedTensors:
+        """Bring parts to ``place``; transfers may be under way until ``FetchedTensors.wait``.
 
         Raises DiskFullError if a disk has no room for what is to be written.
         """
         num_bytes = sum(self.specs[part.name].of(part).num_bytes for part in parts)
         if access is Access.UPDATE:
             self.reserve(parts)
-        loan = self._lend(parts, access=access, place=place)
+        fetched = self._fetch(parts, access=access, place=place)
         if not self._moves_to(place):
-            return loan
-        self.moved.lent += num_bytes
+            return fetched
+        self.moved.fetched += num_bytes
 
-        def give_back() -> None:
-            loan.give_back()
+        def release() -> None:
+            fetched.release()
             if access is Access.UPDATE:
-                self.moved.returned += num_bytes
+                self.moved.written += num_bytes
 
-        return Loan(loan.wait, give_back)
+        return FetchedTensors(fetched.wait, release)
 
     @abstractmethod
     def reserve(self, parts: Sequence[Part]) -> None:
@@ -148,7 +152,7 @@ class TensorStore(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until everything that was given back is stored."""
+        """Wait until everything that was released is stored."""
 
     @abstractmethod
     def close(self) -> None:
@@ -162,7 +166,7 @@ class TensorStore(ABC):
         """Whether tensors cross between device, host and disk to be used at ``place``."""
 
     @abstractmethod
-    def _lend(self, parts: Sequence[Part], *, access: Access, place: Place) -> Loan: ...
+    def _fetch(self, parts: Sequence[Part], *, access: Access, place: Place) -> FetchedTensors: ...
 
 
 class DeviceStore(TensorStore):
@@ -193,11 +197,11 @@ class DeviceStore(TensorStore):
     def _moves_to(self, place: Place) -> bool:
         return place is Place.HOST
 
-    def _lend(self, parts: Sequence[Part], *, access: Access, place: Place) -> Loan:
+    def _fetch(self, parts: Sequence[Part], *, access: Access, place: Place) -> FetchedTensors:
         views = [rows_of(self._tensors[part.name], part) for part in parts]
         if place is Place.DEVICE:
-            return Loan(lambda: views, lambda: None)
-        return lend_views(views, to=torch.device("cpu"), access=access)
+            return FetchedTensors(lambda: views, lambda: None)
+        return fetch_views(views, to=torch.device("cpu"), access=access)
 
 
 def rows_of(tensor: Tensor, part: Part) -> Tensor:
@@ -205,13 +209,13 @@ def rows_of(tensor: Tensor, part: Part) -> Tensor:
     return tensor if not part.start and part.stop is None else tensor[part.start : part.stop]
 
 
-def lend_views(views: Sequence[Tensor], *, to: torch.device, access: Access) -> Loan:
-    """Lend tensors to a device: themselves where they are on it, else copies."""
-    lent = [view.to(to) for view in views]
+def fetch_views(views: Sequence[Tensor], *, to: torch.device, access: Access) -> FetchedTensors:
+    """Return tensors on a device: themselves where they are on it, else copies."""
+    fetched = [view.to(to) for view in views]
 
-    def give_back() -> None:
-        for view, tensor in zip(views, lent, strict=True):
+    def release() -> None:
+        for view, tensor in zip(views, fetched, strict=True):
             if tensor is not view:
                 view.copy_(tensor)
 
-    return Loan(lambda: lent, give_back if access is Access.UPDATE else lambda: None)
+    return FetchedTensors(lambda: fetched, release if access is Access.UPDATE else lambda: None)

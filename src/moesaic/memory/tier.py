@@ -34,7 +34,7 @@ class Tier(Choice):
         """Return an empty store of this tier that lends tensors to ``device``.
 
         ``label`` names it in messages and files (``rank0-optimizer-states``). ``in_flight_bytes``
-        bounds what is lent at a time, where that is a copy.
+        bounds the copies that are under way or in use.
         """
 
 
@@ -46,7 +46,11 @@ class DeviceMemory(Tier):
         return True
 
     def open(
-        self, *, device: torch.device, label: str, in_flight_bytes: int = MAX_IN_FLIGHT_BYTES
+        self,
+        *,
+        device: torch.device,
+        label: str,
+        in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,  # noqa: ARG002
     ) -> TensorStore:
         return DeviceStore(device, label=label)
 
@@ -55,7 +59,11 @@ class HostMemory(Tier):
     """Host memory: pinned beside a GPU, else a shared mapping."""
 
     def open(
-        self, *, device: torch.device, label: str, in_flight_bytes: int = MAX_IN_FLIGHT_BYTES
+        self,
+        *,
+        device: torch.device,
+        label: str,
+        in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,  # noqa: ARG002
     ) -> TensorStore:
         return HostStore(device, label=label)
 
