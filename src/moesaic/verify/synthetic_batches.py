@@ -115,9 +115,7 @@ class UnevenBatches(SyntheticBatches):
     def __init__(
         self, shape: SyntheticShape, *, seed: int, shard: int = 0, num_shards: int = 1
     ) -> None:
-        super().__init__(
-            shard=shard, num_shards=num_shards, rows_per_label=shape.rows_per_label
-        )
+        super().__init__(shard=shard, num_shards=num_shards, rows_per_label=shape.rows_per_label)
         self._shape, self._seed = shape, seed
 
     def full_batch(self, number: int) -> Batch:
