@@ -35,8 +35,8 @@ with deferred():
         largest_fitting_model,
     )
     from moesaic.parallel.plan_estimate import ScaleConfig, estimate_plan
+    from moesaic.planner.dry_run import simulate_step
     from moesaic.recipes.lookup import RECIPES, find_recipe
-    from moesaic.train.dry_run import simulate_step
 
 app = command_app()
 
