@@ -15,6 +15,7 @@ from moesaic.distributed.world import local_tensor
 from moesaic.model.transformer import Transformer
 from moesaic.optim.gradient_clipping import GradNorm, global_norm, scale_gradients
 from moesaic.parallel.batch_ranks import group_world, world_over
+from moesaic.parallel.parameter_streaming import ParameterStream
 from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.sharding_plan import (
     GradientSync,
@@ -51,6 +52,7 @@ class ParallelModel:
     ) -> None:
         self.model, self.mesh, self.sharding_plan = model, mesh, sharding_plan
         self.gradient_sync, self.pipeline = dict(gradient_sync), pipeline
+        self.parameter_stream: ParameterStream | None = None  # of a plan with parameters on a tier
         # the shapes of a DTensor are those before ZeRO shards it, after other axes have
         self._shapes_before_zero = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.stage_world = world_over(mesh, *STAGE_AXES)
