@@ -24,14 +24,19 @@ from moesaic.distributed.world import local_tensor
 
 @runtime_checkable
 class MatrixSharding(Protocol):
-    """All-gathers sharded matrices for rules that need whole ones, by parameter name."""
+    """Gives rules that need whole matrices those that this rank owns."""
 
-    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return the whole matrices of these shards. Collective."""
-        ...
+    def update_maps(
+        self,
+        parts: Mapping[str, Tensor],
+        *,
+        fused: Mapping[str, Sequence[int]],
+        function: Callable[[Sequence[Tensor]], None],
+    ) -> None:
+        """Apply ``function``, which changes whole maps in place, to the maps of these shards.
 
-    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
-        """Return this rank's shards of whole matrices."""
+        ``parts`` are by parameter name, ``fused`` as in ``GroupUpdate``. Collective.
+        """
         ...
 
 
@@ -39,7 +44,7 @@ class MatrixSharding(Protocol):
 class GroupUpdate:
     """The parameters of one group that have a gradient, and what an update rule needs of them.
 
-    ``sharding`` is None where every rank has whole matrices. ``fused`` has the output widths of
+    ``sharding`` is None where one process has all matrices. ``fused`` has the output widths of
     matrices that hold several maps, by name (``nn/fused_projections.py``).
     """
 
