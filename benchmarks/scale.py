@@ -27,7 +27,6 @@ from moesaic.ops.moe_kernel import UnfusedMoEKernel
 from moesaic.parallel.communication_volume import communication_volume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.memory_estimate import (
-    MIXED_PRECISION,
     EstimateSettings,
     LargestModel,
     MemoryBudget,
@@ -35,6 +34,7 @@ from moesaic.parallel.memory_estimate import (
     largest_fitting_model,
 )
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import BFloat16
 from moesaic.train.dry_run import simulate_step, with_round_robin_routing
 
 OUT = Path(__file__).parent / "results" / "scale.json"
@@ -172,7 +172,7 @@ def capacity() -> dict[str, Any]:
     }
     found = {}
     for name, (base, degrees, host) in asked.items():
-        setting = EstimateSettings(ParallelConfig(plan=degrees), 512, PAIRS, MIXED_PRECISION)
+        setting = EstimateSettings(ParallelConfig(plan=degrees), 512, PAIRS, BFloat16())
         found[name] = _shown(
             largest_fitting_model(base, settings=setting, budget=MemoryBudget(40e9, host))
         )

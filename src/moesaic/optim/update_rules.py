@@ -15,6 +15,7 @@ Letters: B stacked matrices, M rows, N columns.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.optim.adamw import adamw
@@ -29,6 +30,7 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 class AdamWRule:
     """State per parameter: ``exp_avg`` and ``exp_avg_sq`` of its shape, ``step`` a scalar."""
 
+    elementwise: ClassVar[bool] = True
     betas: tuple[float, float]
     eps: float
 
@@ -75,6 +77,7 @@ class MuonRule:
     others' update.
     """
 
+    elementwise: ClassVar[bool] = False
     momentum: float
     steps: int
     scale: Callable[[int, int], float]
