@@ -35,7 +35,7 @@ from moesaic.parallel.memory_estimate import (
 )
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16
-from moesaic.train.dry_run import simulate_step, with_round_robin_routing
+from moesaic.planner.dry_run import simulate_step, with_round_robin_routing
 
 OUT = Path(__file__).parent / "results" / "scale.json"
 PAIRS, TEXT = BatchDims(rows=16, source=128, target=128), BatchDims(rows=1, source=0, target=6144)

@@ -33,8 +33,8 @@ with deferred():
         largest_fitting_model,
     )
     from moesaic.parallel.plan_estimate import ScaleConfig, estimate_plan
+    from moesaic.planner.dry_run import simulate_step
     from moesaic.recipes.lookup import RECIPES, find_recipe
-    from moesaic.train.dry_run import simulate_step
 
 app = command_app()
 
@@ -82,7 +82,6 @@ def scale(
             parallel=config.parallel,
             world_size=world_size,
             sizes=sizes,
-            precision=config.precision,
             optimizer=config.optimizer,
         )
         found["dry_run"] = asdict(step) | {"sent_total": sum(line.bytes for line in step.sent)}

@@ -119,9 +119,9 @@ class Pipeline:
         self.model, self.stages = model, stages
         self.shared_worlds: dict[tuple[int, ...], World] = {}
         for ranks in stages.shared_rank_sets:
-            lists = [[line[rank] for rank in ranks] for line in mesh.dense_grid.groups(("pipe",))]
-            group = mesh.new_group(lists)
             if mesh.coordinates()["pipe"] in ranks:
+                line = mesh.ranks("pipe")
+                group = mesh.group_of(tuple(line[rank] for rank in ranks))
                 self.shared_worlds[ranks] = ProcessGroupWorld(mesh.device, group=group)
         self.group, self.device = mesh.group("pipe"), mesh.device
         self.rank = distributed.get_rank(self.group)
