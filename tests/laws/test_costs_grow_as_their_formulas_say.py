@@ -64,9 +64,7 @@ def _compared_bytes(ranks: int) -> int:
     """A rank of so many compares its config with the others'."""
     with fake_process_group(ranks), CommunicationCounter() as counter:
         world = ProcessGroupWorld()
-        with patch.object(
-            ProcessGroupWorld, "any_rank", lambda *_: False
-        ):
+        with patch.object(ProcessGroupWorld, "any_rank", lambda *_: False):
             require_same_on_all_ranks({"lr": 0.1}, world=world, what="config")
     return counter.total_bytes()
 
