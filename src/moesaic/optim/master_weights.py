@@ -6,6 +6,7 @@ rounded to the nearest.
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
@@ -22,7 +23,12 @@ class ShardUpdate:
 
 
 class MasterWeights(Choice):
-    """Family: a float32 copy of narrow parameters, or none and random rounding."""
+    """Family: a float32 copy of narrow parameters, or none and random rounding.
+
+    ``rounds_to_nearest``: update rules round the float32 values into parameters themselves.
+    """
+
+    rounds_to_nearest: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -43,11 +49,13 @@ class MasterWeights(Choice):
     def write_back(
         self, parameter: Float[Tensor, "*N"], values: Float[Tensor, "*N"], *, update: ShardUpdate
     ) -> None:
-        """Round updated values into a parameter."""
+        """Round updated values into a parameter, where the update rule did not."""
 
 
 class Float32Master(MasterWeights):
     """A float32 copy in the optimizer is updated, then rounded into the parameter (1710.03740)."""
+
+    rounds_to_nearest: ClassVar[bool] = True
 
     @property
     def bytes_per_value(self) -> int:
@@ -65,8 +73,7 @@ class Float32Master(MasterWeights):
     def write_back(
         self, parameter: Float[Tensor, "*N"], values: Float[Tensor, "*N"], *, update: ShardUpdate
     ) -> None:
-        del update
-        parameter.copy_(values)
+        del parameter, values, update
 
 
 class StochasticRounding(MasterWeights):

@@ -43,18 +43,31 @@ class MatrixSharding(Protocol):
 class GroupUpdate:
     """The parameters of one group that have a gradient, and what an update rule needs of them.
 
-    ``sharding`` is None where every rank has whole matrices. ``fused`` has the output widths of
-    matrices that hold several maps, by name (``nn/fused_projections.py``).
+    ``grads`` have the types of the gradients. ``narrow`` has the parameter whose float32 master is
+    in ``params``, or None: a rule rounds the master into it. ``sharding`` is None where every rank
+    has whole matrices. ``fused`` has the output widths of matrices that hold several maps, by name
+    (``nn/fused_projections.py``).
     """
 
     names: Sequence[str]
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     states: Sequence[dict[str, Tensor]]
+    narrow: Sequence[Tensor | None]
     lr: float
     weight_decay: float
     sharding: MatrixSharding | None = None
     fused: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def float_grads(self) -> list[Tensor]:
+        """Return the gradients in float32."""
+        return [grad.float() for grad in self.grads]
+
+    def round_masters(self) -> None:
+        """Round every float32 master into its parameter."""
+        for narrow, master in zip(self.narrow, self.params, strict=True):
+            if narrow is not None:
+                narrow.copy_(master)
 
 
 @runtime_checkable
@@ -71,7 +84,7 @@ class UpdateRule(Protocol):
         ...
 
     def apply(self, update: GroupUpdate) -> None:
-        """Update ``params`` and ``states`` in place."""
+        """Update ``params``, ``states`` and ``narrow`` in place."""
         ...
 
 
@@ -149,8 +162,12 @@ class NamedOptimizer(torch.optim.Optimizer):
             GroupUpdate(
                 names,
                 working,
-                [local_tensor(p.grad).float() for p in params if p.grad is not None],
+                [local_tensor(p.grad) for p in params if p.grad is not None],
                 states,
+                [
+                    p if w is not p and self.master_weights.rounds_to_nearest else None
+                    for w, p in zip(working, local, strict=True)
+                ],
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 sharding=self.matrix_sharding,

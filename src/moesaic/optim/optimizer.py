@@ -65,7 +65,7 @@ class Optimizer(Choice):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (arXiv:1711.05101), fused where torch has the kernel.
+    """Adam with decoupled weight decay (arXiv:1711.05101), of many tensors at once.
 
     ``decayed_kinds`` are the kinds of parameters with weight decay; norms and biases have none.
     ``router_lr`` is the learning rate of the routers (None: that of all).

@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer state are exact. Activations are those of
 ``model/training_memory.py`` for this rank's tokens; what ZeRO gathers at the peak is an upper
-bound. Where a plan offloads, the shards of ZeRO are in the host's memory.
+bound. What the memory plan keeps away from the device is in the host's memory.
 """
 
 import itertools
@@ -73,7 +73,7 @@ def estimate_memory(
     shards = rank_parameters.shards
     state = [_parameter_bytes(shard, precision, optimizer) for shard in shards]
     weights, gradients, optimizer_state = (sum(column) for column in zip(*state, strict=True))
-    offloaded = [sum(s) for s, shard in zip(state, shards, strict=True) if shard.zero_axes]
+    tiers = rank_parameters.parallel.memory
     activations = _activation_bytes(rank_parameters, sizes=sizes, kernel=kernel)
     return RankMemory(
         weights,
@@ -81,7 +81,14 @@ def estimate_memory(
         optimizer_state,
         gathered=_zero_gathered_bytes(rank_parameters, precision),
         activations=activations * precision.compute_dtype.itemsize // FLOAT32_BYTES,
-        host=sum(offloaded) if rank_parameters.plan.offload else 0,
+        host=sum(
+            0 if tier.is_device else size
+            for tier, size in (
+                (tiers.parameters, weights),
+                (tiers.gradients, gradients),
+                (tiers.optimizer_states, optimizer_state),
+            )
+        ),
     )
 
 

@@ -37,7 +37,7 @@ def estimate_plan(config: ScaleConfig, *, world_size: int, sizes: BatchDims) -> 
     lines = communication_volume(rank, sizes=sizes, micro_batches=micro_batches)
     return {
         "world": world_size,
-        "plan": rank.plan.acronym,
+        "plan": rank.parallel.acronym,
         "parameters": sum(math.prod(part.parameter.placement.shape) for part in rank.shards),
         "mesh": _mesh_axes(rank),
         "batch": asdict(sizes) | {"micro_batches": micro_batches},

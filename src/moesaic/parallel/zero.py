@@ -14,10 +14,8 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -197,16 +195,9 @@ def _fully_shard(
             reduce_dtype=precision.reduce_dtype,
             cast_forward_inputs=False,
         ),
-        offload_policy=_offload_policy(mesh),
         ignored_params=ignored,
     )
     # a rank's loss is its share (moe/batch_group.py): gradients are summed, never averaged
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
     _ViewWarningFilter(module)  # after FSDP2's own hooks: it has to enclose them
-
-
-def _offload_policy(mesh: Mesh) -> OffloadPolicy:
-    if not mesh.plan.offload:
-        return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
