@@ -1,4 +1,4 @@
-"""Streamed expert weights train to the same bits, are fetched as often as stated, and then leave."""
+"""Streamed expert weights train to the same bits and are fetched as often as stated."""
 
 import pytest
 import torch

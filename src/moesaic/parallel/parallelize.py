@@ -101,7 +101,9 @@ def parallelize_on_mesh(
         pipeline=pipeline,
     )
     if not parallel.memory.parameters.is_device:
-        parallel_model.parameter_stream = stream_parameters(model, memory=parallel.memory, mesh=mesh)
+        parallel_model.parameter_stream = stream_parameters(
+            model, memory=parallel.memory, mesh=mesh
+        )
     return parallel_model
 
 

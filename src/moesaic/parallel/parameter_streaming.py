@@ -2,7 +2,7 @@
 
 A layer's weights are on the device from its forward to the end of it, and again in its backward;
 those of the layer that computes next are fetched meanwhile. Dense parameters stay: ZeRO-3 shards
-them and gathers slices from peers, the other dimension of SE-MoE's prefetch (2205.10034, section 4).
+them and gathers slices from peers, the other dimension of SE-MoE's prefetch (2205.10034).
 
 Between uses a parameter is a view of the tier's memory, so optimizers and checkpoints read and
 write it there. In use it is a buffer on the device whose memory is released afterwards; views that
