@@ -51,7 +51,9 @@ def our_step(shapes: list[tuple[int, ...]], *, dtype: torch.dtype) -> Callable[[
     return AdamW(lr=1e-3, weight_decay=0.01).build(named.items(), kinds=kinds).step
 
 
-def kernel_step(shapes: list[tuple[int, ...]], *, kernel: Callable[..., None]) -> Callable[[], None]:
+def kernel_step(
+    shapes: list[tuple[int, ...]], *, kernel: Callable[..., None]
+) -> Callable[[], None]:
     """Return an update by a kernel alone: float32 master, bfloat16 gradient and parameter."""
     made = parameters(shapes, dtype=torch.bfloat16)
     tensors = [

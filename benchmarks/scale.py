@@ -29,7 +29,6 @@ from moesaic.ops.moe_kernel import UnfusedMoEKernel
 from moesaic.parallel.communication_volume import communication_volume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.memory_estimate import (
-    MIXED_PRECISION,
     EstimateSettings,
     LargestModel,
     MemoryBudget,
@@ -37,6 +36,7 @@ from moesaic.parallel.memory_estimate import (
     largest_fitting_model,
 )
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import BFloat16
 from moesaic.planner.dry_run import simulate_step, with_round_robin_routing
 
 OUT = Path(__file__).parent / "results" / "scale.json"
@@ -186,7 +186,7 @@ def capacity() -> dict[str, Any]:
     for name, (base, degrees, host) in asked.items():
         memory = OFFLOADED if degrees is hosted else RESIDENT
         parallel = ParallelConfig(plan=degrees, memory=memory)
-        setting = EstimateSettings(parallel, 512, PAIRS, MIXED_PRECISION)
+        setting = EstimateSettings(parallel, 512, PAIRS, BFloat16())
         found[name] = _shown(
             largest_fitting_model(base, settings=setting, budget=MemoryBudget(40e9, host))
         )

@@ -19,7 +19,6 @@ from moesaic.parallel.communication_volume import communication_volume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.memory_estimate import (
-    MIXED_PRECISION,
     EstimateSettings,
     MemoryBudget,
     RankMemory,
@@ -28,6 +27,7 @@ from moesaic.parallel.memory_estimate import (
     with_experts,
 )
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
+from moesaic.parallel.precision import BFloat16
 from parallel.communication_cases import BOTH, DECODER, SIZES, parallel
 
 
@@ -77,7 +77,7 @@ def test_tiers_take_gradients_and_states_with_or_without_copies_off_the_device()
 def test_mixed_precision_halves_activations_but_not_state() -> None:
     parameters = on_rank(BOTH, parallel(expert=2), 4)
     plain, mixed = (
-        estimate_memory(parameters, sizes=SIZES, bytes_per_value=s) for s in (None, MIXED_PRECISION)
+        estimate_memory(parameters, sizes=SIZES, precision=p) for p in (None, BFloat16())
     )
     assert mixed.weights * 2 == plain.weights
     assert mixed.state == plain.state

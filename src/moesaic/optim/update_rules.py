@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch.optim.adamw import adamw
@@ -32,6 +33,7 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 class AdamWRule:
     """State per parameter: ``exp_avg`` and ``exp_avg_sq`` of its shape, ``step`` a scalar."""
 
+    elementwise: ClassVar[bool] = True
     betas: tuple[float, float]
     eps: float
 
@@ -105,6 +107,7 @@ class MuonRule:
     others' update.
     """
 
+    elementwise: ClassVar[bool] = False
     momentum: float
     steps: int
     scale: Callable[[int, int], float]
@@ -118,17 +121,12 @@ class MuonRule:
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         directions = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov
         torch._foreach_mul_(params, 1 - update.lr * update.weight_decay)
-        sharding = update.sharding
-        if sharding is not None:
-            directions = sharding.all_gather_matrices(update.names, directions)
-        maps = [
-            one
-            for name, direction in zip(update.names, directions, strict=True)
-            for one in split_maps(direction, update.fused.get(name, ()))
-        ]
-        self._orthogonalize(maps)
-        if sharding is not None:
-            directions = sharding.local_shards(update.names, directions)
+        named = dict(zip(update.names, directions, strict=True))
+        if update.sharding is None:
+            pairs = ((each, update.fused.get(name, ())) for name, each in named.items())
+            self._orthogonalize([one for each, widths in pairs for one in split_maps(each, widths)])
+        else:
+            update.sharding.update_maps(named, fused=update.fused, function=self._orthogonalize)
         torch._foreach_add_(params, directions, alpha=-update.lr)
         update.round_masters()
 
