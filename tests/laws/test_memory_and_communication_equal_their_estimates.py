@@ -25,7 +25,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.memory_estimate import estimate_memory
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.parameter_inventory import ParameterInventory
-from moesaic.train.dry_run import (
+from moesaic.planner.dry_run import (
     dummy_batch,
     measured_volume,
     mesh_groups,

@@ -167,7 +167,7 @@ def draw_block(
     offset: Sequence[int],
     shape: Sequence[int],
 ) -> None:
-    """Fill a block, at ``offset`` of a whole parameter of ``shape``, in place.
+    """Fill a block, at ``offset`` of a whole parameter of ``shape``, in place, rounded to float32.
 
     ``key`` is that of the parameter (``parameter_key``). Takes the memory of some
     ``VALUES_AT_ONCE`` values beside the block.
@@ -177,7 +177,7 @@ def draw_block(
         return
     strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     for piece, index in _pieces(block, first=tuple(offset), strides=strides, base=0):
-        piece.copy_(distribution.draw(hash_combine(index, key)))
+        piece.copy_(distribution.draw(hash_combine(index, key)).float())
 
 
 def parameter_key(seed: int, name: str) -> int:

@@ -10,33 +10,39 @@ from moesaic.checkpoint.snapshot import Shard, as_shard
 from moesaic.model.weights import export_weights
 from moesaic.nn.initializer import (
     Allocate,
+    allocate_on,
     allocate_parameters,
     draw_block,
     parameter_key,
 )
 from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.precision import set_gradient_dtype
 
 
 def allocate_shards(parallel_model: ParallelModel, *, allocate: Allocate | None = None) -> None:
     """Give memory to this rank's parameters; of what ZeRO shards, to the rank's shard only.
 
     ``allocate`` returns the memory of a parameter's part by name, shape and dtype; by default on
-    the device, and on the host what the plan offloads.
+    the device, and on its tier where the plan streams the parameter.
     """
-    device = parallel_model.mesh.device
+    device, stream = parallel_model.mesh.device, parallel_model.parameter_stream
     allocate_parameters(
         parallel_model.model, allocate=allocate or _by_plan(parallel_model), device=device
     )
+    set_gradient_dtype(parallel_model.model, parallel_model.precision)
+    if stream is not None:
+        stream.move_to_tier()
 
 
 def _by_plan(parallel_model: ParallelModel) -> Allocate:
-    mesh = parallel_model.mesh
-    sync = parallel_model.gradient_sync.items() if mesh.plan.offload else ()
-    offloaded = {name for name, each in sync if each.zero_axes}
+    stream = parallel_model.parameter_stream
+    on_device = allocate_on(parallel_model.mesh.device)
+    if stream is None:
+        return on_device
+    streamed = frozenset(stream.names)
 
     def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        device = torch.device("cpu") if name in offloaded else mesh.device
-        return torch.empty(shape, dtype=dtype, device=device)
+        return (stream.memory if name in streamed else on_device)(name, shape, dtype)
 
     return allocate
 
