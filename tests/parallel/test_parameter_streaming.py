@@ -65,3 +65,18 @@ def test_between_steps_no_streamed_weight_is_on_the_device():
         assert parameters[name].data_ptr() == stream.store.live(name).data_ptr()
     assert stream.device_bytes == 0
     assert stream.peak_device_bytes <= 2 * max(expert_bytes(trainer))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_offloaded_activations_train_to_the_same_bits(tier):
+    run = RUNS["adamw"].replace(model=RUN.model.replace(dim=64, dropout=0.1))
+    resident, losses = trained(run, memory=MemoryPlan())
+    offloaded, others = trained(run, memory=MemoryPlan(activations=TIERS[tier]))
+    for a, b in zip(losses, others, strict=True):
+        assert torch.equal(a, b)
+    theirs = dict(offloaded.model.named_parameters())
+    for parameter_name, parameter in resident.model.named_parameters():
+        assert torch.equal(parameter, theirs[parameter_name]), parameter_name
+    moved = offloaded.model.run_block.store.moved
+    assert moved.written
+    assert moved.fetched >= moved.written
