@@ -40,13 +40,13 @@ from moesaic.moe.soft_moe import SoftMoE
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.precision import Float32
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LABELS,
     random_batch,
     tiny_model_config,
 )
-from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories, RunningMetrics
 from moesaic.train.step import Objective
 from moesaic.verify.synthetic_batches import shard_batch

@@ -5,6 +5,8 @@ import math
 import pytest
 
 from moesaic.core.errors import ConfigError, UserError
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import DeviceMemory, HostMemory
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.training_memory import estimate_training_memory
@@ -17,7 +19,6 @@ from moesaic.parallel.communication_volume import communication_volume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.memory_estimate import (
-    MIXED_PRECISION,
     EstimateSettings,
     MemoryBudget,
     RankMemory,
@@ -26,6 +27,7 @@ from moesaic.parallel.memory_estimate import (
     with_experts,
 )
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
+from moesaic.parallel.precision import BFloat16
 from parallel.communication_cases import BOTH, DECODER, SIZES, parallel
 
 
@@ -57,27 +59,25 @@ def test_zero_shards_each_value_once_over_all_ranks() -> None:
     assert sum(memory) == 4 * (count_parameters(DECODER).total + twice)
 
 
-def test_offloading_moves_the_shards_of_zero_only() -> None:
+OFFLOADED = MemoryPlan(
+    parameters=HostMemory(), gradients=HostMemory(), optimizer_states=HostMemory()
+)
+
+
+def test_tiers_take_gradients_and_states_with_or_without_copies_off_the_device() -> None:
+    resident = parallel(expert=4, zero=2)
     on, off = (
-        estimate_memory(on_rank(BOTH, parallel(expert=2, zero=2, offload=offload), 4), sizes=SIZES)
-        for offload in (False, True)
+        estimate_memory(on_rank(BOTH, resident.replace(memory=memory), 4), sizes=SIZES)
+        for memory in (MemoryPlan(), OFFLOADED.replace(parameters=DeviceMemory()))
     )
-    assert off.host == on.state == off.state
+    assert off.host == on.gradients + on.optimizer
     assert off.device == on.device - off.host
-
-
-def test_experts_without_a_copy_stay_on_the_device() -> None:
-    memory = estimate_memory(
-        on_rank(BOTH, parallel(expert=4, zero=2, offload=True), 4), sizes=SIZES
-    )
-    experts = 2 * 16 * (2 * 24 + 24) * 4  # two layers of one expert each
-    assert memory.state - memory.host >= 4 * experts
 
 
 def test_mixed_precision_halves_activations_but_not_state() -> None:
     parameters = on_rank(BOTH, parallel(expert=2), 4)
     plain, mixed = (
-        estimate_memory(parameters, sizes=SIZES, bytes_per_value=s) for s in (None, MIXED_PRECISION)
+        estimate_memory(parameters, sizes=SIZES, precision=p) for p in (None, BFloat16())
     )
     assert mixed.weights * 2 == plain.weights
     assert mixed.state == plain.state
@@ -145,7 +145,7 @@ def test_the_largest_model_fits_and_one_expert_more_does_not() -> None:
 
 
 def test_host_memory_is_a_limit_too() -> None:
-    settings = EstimateSettings(parallel(expert=4, zero=3, offload=True), 8, SIZES)
+    settings = EstimateSettings(parallel(expert=4, zero=3).replace(memory=OFFLOADED), 8, SIZES)
     free = largest_fitting_model(DECODER, settings=settings, budget=MemoryBudget(3e5))
     bound = largest_fitting_model(DECODER, settings=settings, budget=MemoryBudget(3e5, host=1e5))
     assert free is not None

@@ -28,8 +28,6 @@ with deferred():
     from moesaic.model.presets import PRESETS, preset
     from moesaic.moe.config import MoE
     from moesaic.parallel.memory_estimate import (
-        MIXED_PRECISION,
-        BytesPerValue,
         EstimateSettings,
         MemoryBudget,
         largest_fitting_model,
@@ -57,13 +55,6 @@ def scale(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory of a device, e.g. 80GB.")
     ] = "80GB",
-    mixed_precision: Annotated[
-        bool,
-        typer.Option(
-            "--mixed-precision",
-            help="Weights and gradients of 2 bytes with a float32 copy, instead of 4.",
-        ),
-    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Also simulate one step of rank 0 with fake tensors.")
     ] = False,
@@ -80,9 +71,10 @@ def scale(
     """
     import_user_files(files)
     config, sizes = _read_config(which, changes), _parse_micro_batch(micro_batch)
-    storage = MIXED_PRECISION if mixed_precision else BytesPerValue()
-    settings = EstimateSettings(config.parallel, world_size, sizes, storage, config.optimizer)
-    found = estimate_plan(config, world_size=world_size, sizes=sizes, storage=storage)
+    settings = EstimateSettings(
+        config.parallel, world_size, sizes, config.precision, config.optimizer
+    )
+    found = estimate_plan(config, world_size=world_size, sizes=sizes)
     found |= {"name": which, "capacity": _capacity(config.model, settings, memory)}
     if dry_run:
         step = simulate_step(
@@ -104,6 +96,7 @@ def _read_config(which: str, changes: list[str] | None) -> ScaleConfig:
     return ScaleConfig(
         model=run.model,
         parallel=run.parallel,
+        precision=run.precision,
         optimizer=run.optimizer,
         gradient_accumulation_steps=run.gradient_accumulation_steps,
     )

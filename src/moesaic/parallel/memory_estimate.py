@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer state are exact. Activations are those of
 ``model/training_memory.py`` for this rank's tokens; what ZeRO gathers at the peak is an upper
-bound. Where a plan offloads, the shards of ZeRO are in the host's memory.
+bound. What the memory plan keeps away from the device is in the host's memory.
 """
 
 import itertools
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.config import ModelConfig
@@ -25,24 +24,9 @@ from moesaic.ops.moe_kernel import KernelMemory, KernelShape, UnfusedMoEKernel
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory, ParameterShard, RankParameters
+from moesaic.parallel.precision import Float32, Precision
 
 FLOAT32_BYTES = 4
-
-
-class BytesPerValue(Config):
-    """Bytes of a weight, of its gradient, and of its master copy in the optimizer.
-
-    The default is what this package does: float32 weights (autocast computes in bfloat16) without a
-    master copy. ``MIXED_PRECISION`` is that of ZeRO (1910.02054, section 3.1): 2 + 2 bytes, and 12
-    of optimizer state with AdamW.
-    """
-
-    weight: int = 4
-    gradient: int = 4
-    master: int = 0
-
-
-MIXED_PRECISION = BytesPerValue(weight=2, gradient=2, master=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +60,7 @@ def estimate_memory(
     *,
     sizes: BatchDims,
     optimizer: Optimizer | None = None,
-    bytes_per_value: BytesPerValue | None = None,
+    precision: Precision | None = None,
     kernel: KernelMemory | None = None,
 ) -> RankMemory:
     """Estimate a step whose micro-batch of ``sizes`` is sharded over context and tensor ranks.
@@ -85,19 +69,26 @@ def estimate_memory(
     """
     activation = rank_parameters.inventory.config.feed_forward.activation
     kernel = kernel or estimated_kernel(activation)
-    bytes_per_value, optimizer = bytes_per_value or BytesPerValue(), optimizer or AdamW()
+    precision, optimizer = precision or Float32(), optimizer or AdamW()
     shards = rank_parameters.shards
-    state = [_parameter_bytes(shard, bytes_per_value, optimizer) for shard in shards]
+    state = [_parameter_bytes(shard, precision, optimizer) for shard in shards]
     weights, gradients, optimizer_state = (sum(column) for column in zip(*state, strict=True))
-    offloaded = [sum(s) for s, shard in zip(state, shards, strict=True) if shard.zero_axes]
+    tiers = rank_parameters.parallel.memory
     activations = _activation_bytes(rank_parameters, sizes=sizes, kernel=kernel)
     return RankMemory(
         weights,
         gradients,
         optimizer_state,
-        gathered=_zero_gathered_bytes(rank_parameters, bytes_per_value),
-        activations=activations * bytes_per_value.weight // FLOAT32_BYTES,
-        host=sum(offloaded) if rank_parameters.plan.offload else 0,
+        gathered=_zero_gathered_bytes(rank_parameters, precision),
+        activations=activations * precision.compute_dtype.itemsize // FLOAT32_BYTES,
+        host=sum(
+            0 if tier.is_device else size
+            for tier, size in (
+                (tiers.parameters, weights),
+                (tiers.gradients, gradients),
+                (tiers.optimizer_states, optimizer_state),
+            )
+        ),
     )
 
 
@@ -115,7 +106,7 @@ def tokens_per_rank(rank_parameters: RankParameters, sizes: BatchDims) -> tuple[
 
 
 def _parameter_bytes(
-    shard: ParameterShard, each: BytesPerValue, optimizer: Optimizer
+    shard: ParameterShard, each: Precision, optimizer: Optimizer
 ) -> tuple[int, int, int]:
     """Return the bytes of weight, gradient and optimizer state."""
     values, parameter = (
@@ -124,10 +115,13 @@ def _parameter_bytes(
     )
     rule = optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
     state = sum(s.numel() * s.element_size() for s in rule.initial_state(parameter).values())
-    return values * each.weight, values * each.gradient, values * each.master + state
+    narrow = each.parameter_dtype != torch.float32
+    state += values * each.master_weights.bytes_per_value if narrow else 0
+    sizes = each.parameter_dtype.itemsize, each.gradient_dtype.itemsize
+    return values * sizes[0], values * sizes[1], state
 
 
-def _zero_gathered_bytes(parameters: RankParameters, each: BytesPerValue) -> int:
+def _zero_gathered_bytes(parameters: RankParameters, each: Precision) -> int:
     """Return an upper bound of the unsharded weights and gradients beside the shards."""
     stage, units = parameters.plan.zero, dict[str, int]()
     for shard in parameters.shards:
@@ -140,7 +134,7 @@ def _zero_gathered_bytes(parameters: RankParameters, each: BytesPerValue) -> int
     two, every = max((a + b for a, b in pairs), default=0), sum(units.values())
     weights = root + (two if stage == 3 else every)
     gradients = root + (every if stage == 1 else two)
-    return weights * each.weight + gradients * each.gradient
+    return weights * each.parameter_dtype.itemsize + gradients * each.gradient_dtype.itemsize
 
 
 def _activation_bytes(parameters: RankParameters, *, sizes: BatchDims, kernel: KernelMemory) -> int:
@@ -225,7 +219,7 @@ class EstimateSettings:
     parallel: ParallelConfig
     world: int
     sizes: BatchDims
-    bytes_per_value: BytesPerValue | None = None
+    precision: Precision | None = None
     optimizer: Optimizer | None = None
 
     def estimate(self, config: ModelConfig) -> RankMemory:
@@ -234,7 +228,7 @@ class EstimateSettings:
         return estimate_memory(
             parameters,
             sizes=self.sizes,
-            bytes_per_value=self.bytes_per_value,
+            precision=self.precision,
             optimizer=self.optimizer,
         )
 

@@ -13,9 +13,11 @@ from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.process_groups import Group
 from moesaic.distributed.world import local_tensor
 from moesaic.model.transformer import Transformer
+from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradient_clipping import GradNorm, global_norm, scale_gradients
 from moesaic.parallel.batch_ranks import group_world, world_over
 from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.precision import Precision
 from moesaic.parallel.sharding_plan import (
     GradientSync,
     Placement,
@@ -45,11 +47,13 @@ class ParallelModel:
         model: Transformer,
         *,
         mesh: Mesh,
+        precision: Precision,
         sharding_plan: ShardingPlan,
         gradient_sync: Mapping[str, GradientSync],
         pipeline: Pipeline | None = None,
     ) -> None:
         self.model, self.mesh, self.sharding_plan = model, mesh, sharding_plan
+        self.precision = precision
         self.gradient_sync, self.pipeline = dict(gradient_sync), pipeline
         # the shapes of a DTensor are those before ZeRO shards it, after other axes have
         self._shapes_before_zero = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -74,6 +78,10 @@ class ParallelModel:
     def before_backward(self, *, last: bool) -> None:
         """Prepare ZeRO for a micro-batch; ``last``: it is the step's last."""
         if self.mesh.plan.zero:
+            for parameter in self.model.parameters():
+                # FSDP2 adds a gradient of the parameter's dtype to what is there
+                if parameter.grad is None and parameter.dtype != self.precision.gradient_dtype:
+                    parameter.grad = self._zero_gradient(parameter)
             set_gradient_accumulation(self.model, last=last, zero_stage=self.mesh.plan.zero)
 
     def sum_gradients(self) -> None:
@@ -85,14 +93,20 @@ class ParallelModel:
         by_group: dict[Group, list[Tensor]] = {}
         for _, parameter, placement, sync in self._parameters():
             if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self._zero_gradient(parameter)
             group = self.mesh.group(*sync.all_reduce_axes, num_experts=placement.num_experts)
             if group is not None:
                 by_group.setdefault(group, []).append(parameter)
+        dtype = self.precision.reduce_dtype
         for group, parameters in by_group.items():
-            group_world(group, device=self.mesh.device).all_reduce_gradients(parameters)
+            group_world(group, device=self.mesh.device).all_reduce_gradients(
+                parameters, dtype=dtype
+            )
         if self.pipeline is not None:
-            self.pipeline.sum_shared_gradients()
+            self.pipeline.sum_shared_gradients(dtype=dtype)
+
+    def _zero_gradient(self, parameter: nn.Parameter) -> Tensor:
+        return torch.zeros_like(parameter, dtype=self.precision.gradient_dtype)
 
     def clip_gradients(self, max_norm: float = math.inf) -> GradNorm:
         """Scale all gradients so that their global norm is at most ``max_norm``.
@@ -136,6 +150,10 @@ class ParallelModel:
         size = -(-shape[dim] // len(ranks))  # FSDP2 shards as torch.chunk does
         start = min(ranks.index(mesh.rank) * size, shape[dim])
         return clip_spans(spans, dim=dim, start=start, length=min(size, shape[dim] - start))
+
+    def position_of(self, name: str) -> ShardPosition:
+        """Return where this rank's shard of a parameter lies in the whole one."""
+        return ShardPosition(self.local_spans(name), self.sharding_plan[name].shape)
 
     def zero_dim(self, name: str) -> int:
         """Return the dim along which ZeRO shards a parameter, where it does."""

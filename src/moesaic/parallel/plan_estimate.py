@@ -12,34 +12,36 @@ from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.communication_volume import communication_volume
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.memory_estimate import BytesPerValue, estimate_memory
+from moesaic.parallel.memory_estimate import estimate_memory
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
+from moesaic.parallel.precision import Float32, Precision
 
 
 class ScaleConfig(Config):
-    """What an estimate depends on: model, parallel plan, optimizer, gradient accumulation."""
+    """What an estimate depends on: model, plan, precision, optimizer, gradient accumulation."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    precision: Precision = Float32()
     optimizer: Optimizer = AdamW()
     gradient_accumulation_steps: int = Field(default=1, ge=1)
 
 
-def estimate_plan(
-    config: ScaleConfig, *, world_size: int, sizes: BatchDims, storage: BytesPerValue
-) -> dict[str, Any]:
+def estimate_plan(config: ScaleConfig, *, world_size: int, sizes: BatchDims) -> dict[str, Any]:
     """Return the memory and communication of rank 0 as JSON data."""
     micro_batches = config.gradient_accumulation_steps
     rank = ParameterInventory(config.model).on_rank(config.parallel, world=world_size)
-    memory = estimate_memory(rank, sizes=sizes, bytes_per_value=storage, optimizer=config.optimizer)
+    memory = estimate_memory(
+        rank, sizes=sizes, precision=config.precision, optimizer=config.optimizer
+    )
     lines = communication_volume(rank, sizes=sizes, micro_batches=micro_batches)
     return {
         "world": world_size,
-        "plan": rank.plan.acronym,
+        "plan": rank.parallel.acronym,
         "parameters": sum(math.prod(part.parameter.placement.shape) for part in rank.shards),
         "mesh": _mesh_axes(rank),
         "batch": asdict(sizes) | {"micro_batches": micro_batches},
-        "storage": storage.to_dict(),
+        "precision": config.precision.to_dict(),
         "bytes": asdict(memory) | {"state": memory.state, "device": memory.device},
         "sent": [asdict(line) for line in lines],
         "sent_total": sum(line.bytes for line in lines),

@@ -78,12 +78,19 @@ class Trainer:
         self.model = model
         fused = fused_outputs(model)  # of the whole model, before it is sharded
         self.parallel_model = parallelize(
-            model, parallel=run.parallel, world=world, timeout_s=run.collective_timeout_s
+            model,
+            parallel=run.parallel,
+            world=world,
+            precision=run.precision,
+            timeout_s=run.collective_timeout_s,
         )
         self.optimizer = run.optimizer.build(
-            model.named_parameters(), kinds=model.parameter_kinds()
+            model.named_parameters(),
+            kinds=model.parameter_kinds(),
+            master_weights=run.precision.master_weights,
         )
         self.optimizer.fused_outputs = fused
+        self.optimizer.position_of = self.parallel_model.position_of
         if not self.parallel_model.is_replicated:
             self.optimizer.matrix_sharding = ShardedMatrices(self.parallel_model)
         categories = LossCategories.of(data.labels)
@@ -274,4 +281,4 @@ class Trainer:
             state.get("spikes", {})
         )  # absent in earlier checkpoints
         self.event_log.restore(state.get("events") or state[PREVIOUS_NAMES["events"]])
-        self.step = snapshot.step
+        self.step = self.optimizer.steps_taken = snapshot.step
