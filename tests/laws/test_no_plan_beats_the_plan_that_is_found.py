@@ -1,16 +1,16 @@
-"""The search certificate, by brute force: a search opens few plans, and none of them all is faster."""
+"""The search certificate, by brute force: a search opens few plans, and no other is faster."""
 
 import random
 from collections.abc import Iterator
 
 import pytest
+from plan_cases import small_plan_model, small_space
 
 from moesaic.planner.machine import Machine, find_machine
 from moesaic.planner.plan_model import Limits, PlanForecast, PlanModel
-from moesaic.planner.plan_space import GRADIENTS_ON_HOST, RESIDENT, STREAMED, PlanChoice
+from moesaic.planner.plan_space import GRADIENTS_ON_HOST, RESIDENT, STREAMED, CompletePlan
 from moesaic.planner.search import search
 from moesaic.planner.step_cost import DEVICE, DISK, HOST
-from plan_cases import small_plan_model, small_space
 
 MB = 10**6
 FEW_TIERS = (RESIDENT, GRADIENTS_ON_HOST, STREAMED)
@@ -32,7 +32,7 @@ def _all_forecasts(model: PlanModel) -> Iterator[PlanForecast]:
     for degrees in model.space.degrees(model.settings.inventory.config):
         for option in model.space.options():
             if model.bound_seconds(degrees) < float("inf"):
-                yield model.forecast(PlanChoice(degrees, option))
+                yield model.forecast(CompletePlan(degrees, option))
 
 
 @pytest.mark.parametrize("ranks", [1, 4, 8])

@@ -1,5 +1,7 @@
 """A tiny model, a hand-made step of it, and machines, for the planner's tests."""
 
+from typing import Any
+
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import TopK
@@ -8,10 +10,11 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import Float32
 from moesaic.planner.machine import Machine, find_machine
 from moesaic.planner.plan_model import PlanModel, PlanModelSettings
 from moesaic.planner.plan_space import PlanSpace
-from moesaic.planner.sharded_state import ShardedState, ValueBytes
+from moesaic.planner.state_bytes import ShardedState
 from moesaic.planner.step_cost import (
     DEVICE,
     HeldBytes,
@@ -55,7 +58,7 @@ def hand_made_step(*, experts: int = 4) -> StepCost:
     return StepCost(0, held=(saved,), peak={}, operations=tuple(operations), sent=(), moved=())
 
 
-def small_space(ranks: int, **changes: object) -> PlanSpace:
+def small_space(ranks: int, **changes: Any) -> PlanSpace:
     """Return every plan of so many ranks for 16 rows."""
     return PlanSpace(ranks=ranks, rows=16, target=TOKENS, **changes)
 
@@ -65,14 +68,13 @@ def small_plan_model(
 ) -> PlanModel:
     """Return the plan model of the hand-made step."""
     inventory = ParameterInventory(small_model(experts=experts))
-    each = ValueBytes()
+    precision = Float32()
     settings = PlanModelSettings(
         inventory=inventory,
         reference=hand_made_step(experts=experts),
         machine=machine or find_machine("h100"),
-        state=ShardedState(inventory, optimizer=AdamW(), each=each),
-        each=each,
-        dtype="float32",
+        state=ShardedState(inventory, optimizer=AdamW(), each=precision),
+        precision=precision,
         base=ParallelConfig(),
     )
     return PlanModel(settings, space)

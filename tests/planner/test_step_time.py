@@ -1,18 +1,20 @@
 import pytest
+from plan_cases import hand_made_step
 
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.planner.machine import find_machine
 from moesaic.planner.step_cost import DEVICE, DISK, HOST, MovedBytes, Purpose, StepCost
 from moesaic.planner.step_time import group_shape, sent_seconds, step_time, together
-from plan_cases import hand_made_step
 
 H100 = find_machine("h100")
 PLAN = ParallelPlan(data=4, tensor=2, expert=4).resolve(8)
 
 
 def _step(
-    sent: tuple[CommunicationVolume, ...] = (), moved: tuple[MovedBytes, ...] = (), bubble: float = 0
+    sent: tuple[CommunicationVolume, ...] = (),
+    moved: tuple[MovedBytes, ...] = (),
+    bubble: float = 0,
 ) -> StepCost:
     made = hand_made_step()
     return StepCost(0, made.held, {}, made.operations, sent, moved, bubble=bubble)
@@ -49,9 +51,7 @@ def test_gradient_sums_hide_under_compute_and_exchanges_between_layers_do_not():
 
 def test_copies_between_tiers_are_waited_for_where_compute_does_not_cover_them():
     alone = step_time(_step(), machine=H100, plan=PLAN)
-    few, many = (
-        int(n * alone.total * H100.host_to_device.bytes_per_s.value) for n in (0.5, 10)
-    )
+    few, many = (int(n * alone.total * H100.host_to_device.bytes_per_s.value) for n in (0.5, 10))
     covered, bound = (
         step_time(
             _step(moved=(MovedBytes(HOST, DEVICE, Purpose.WEIGHTS, size),)), machine=H100, plan=PLAN

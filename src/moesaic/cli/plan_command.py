@@ -107,6 +107,7 @@ def _read_request(
         space=_space(gpus, batch or f"{rows}x{sizes.source}+{sizes.target}"),
         parallel=run.parallel,
         optimizer=run.optimizer,
+        precision=run.precision,
     )
 
 
@@ -167,9 +168,10 @@ def _show(report: PlanReport, result: dict[str, Any], console: Console) -> None:
     print_table(console, columns, rows, align="llrrrll")
     _show_seconds(first["seconds"], console)
     if first["streaming"]:
+        rule = first["streaming"]
         console.print(
-            f"\nweights stream free from the host at M >= {first['streaming']['needed']:,.0f} "
-            f"tokens per expert and micro-batch; this plan has {first['streaming']['tokens_per_expert']:,.0f}"
+            f"\nweights stream free from the host at M >= {rule['needed']:,.0f} tokens per expert "
+            f"and micro-batch; this plan has {rule['tokens_per_expert']:,.0f}"
         )
     if "budget" in first:
         budget = first["budget"]

@@ -75,7 +75,7 @@ def calibrate(
 
     ``quick`` takes a few seconds instead of under a minute. ``folder`` is where the disk is
     measured. What this machine cannot measure (links between nodes; collectives of one GPU) is
-    taken from ``like``, or set equal to what is nearest, and its source says so.
+    taken from ``like``, or set equal to what is nearest, and its source is that.
     """
     started = time.perf_counter()
     cuda = torch.cuda.device_count() > 0
@@ -153,9 +153,11 @@ def _measure_machine(
     run.keep("optimizer update", update)
     by_kind = [m for m in sent if not m.what.startswith("product")]
     within = run.link("collectives", by_kind) if by_kind else _borrowed(like, measured)
-    beside = [m for m in sent if m.what.startswith("product")]
+    overlapping = [m for m in sent if m.what.startswith("product")]
     slow = {name: run.slow_down(found) for name, found in pairs.items()}
-    slow["product_collective"] = run.slow_down(beside[0]) if beside else slow["product_copy"]
+    slow["product_collective"] = (
+        run.slow_down(overlapping[0]) if overlapping else slow["product_copy"]
+    )
     cuda_bytes = torch.cuda.mem_get_info()[1] if run.cuda else _host_bytes()
     return Machine(
         name=torch.cuda.get_device_name() if run.cuda else "this machine",

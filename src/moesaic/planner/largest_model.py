@@ -18,11 +18,11 @@ from moesaic.planner.plan_report import PlanRequest, plan_model, plan_words
 from moesaic.planner.plan_space import (
     GRADIENTS_ON_HOST,
     RESIDENT,
+    CompletePlan,
     Degrees,
     Option,
-    PlanChoice,
 )
-from moesaic.planner.sharded_state import ShardedState, ValueBytes
+from moesaic.planner.state_bytes import ShardedState
 
 NOTE = (
     "experts are added to every MoE layer of this base until a tier is full, one row per "
@@ -72,44 +72,39 @@ class _Fit:
     """A plan and the number of experts of a layer that fills it."""
 
     experts: int
-    choice: PlanChoice
+    choice: CompletePlan
 
 
-def largest_models(
-    request: PlanRequest, *, machine: Machine, limits: Limits, each: ValueBytes | None = None
-) -> dict[str, Any]:
+def largest_models(request: PlanRequest, *, machine: Machine, limits: Limits) -> dict[str, Any]:
     """Return the largest model of each combination as JSON data.
 
     Raises UserError for a model whose layers differ in their number of experts.
     """
-    each = each or ValueBytes()
     few = 2 ** max(1, request.space.ranks.bit_length() - 1)
-    states = [_sharded(request, n, each=each) for n in (few, 2 * few)]
+    states = [_sharded(request, n) for n in (few, 2 * few)]
     widest = request.replace(model=with_experts(request.model, few))
     inventory = ParameterInventory(request.model)
-    base = plan_model(request, inventory=inventory, machine=machine, each=each)
-    models = [
-        PlanModel(replace(base.settings, state=state), request.space) for state in states
-    ]
+    base = plan_model(request, inventory=inventory, machine=machine)
+    models = [PlanModel(replace(base.settings, state=state), request.space) for state in states]
     degrees = list(request.space.degrees(widest.model))
     rows = []
     for combination in COMBINATIONS:
         option = Option(combination.zero, combination.memory, CheckpointBlocks())
         fits = [
             _Fit(_most_experts(models, choice, few=few, limits=limits), choice)
-            for choice in (PlanChoice(d, option) for d in degrees if combination.holds(d))
+            for choice in (CompletePlan(d, option) for d in degrees if combination.holds(d))
         ]
         rows.append(_row(request, combination, max(fits, key=lambda f: f.experts, default=None)))
     return {"name": request.name, "ranks": request.space.ranks, "rows": rows, "note": NOTE}
 
 
-def _sharded(request: PlanRequest, experts: int, *, each: ValueBytes) -> ShardedState:
+def _sharded(request: PlanRequest, experts: int) -> ShardedState:
     inventory = ParameterInventory(with_experts(request.model, experts))
-    return ShardedState(inventory, optimizer=request.optimizer, each=each)
+    return ShardedState(inventory, optimizer=request.optimizer, each=request.precision)
 
 
 def _most_experts(
-    models: list[PlanModel], choice: PlanChoice, *, few: int, limits: Limits
+    models: list[PlanModel], choice: CompletePlan, *, few: int, limits: Limits
 ) -> int:
     """Return the most experts of a layer with which a plan fits: bytes are linear in them."""
     low, high = (tier_sums(model.held(choice.degrees, choice.option)) for model in models)

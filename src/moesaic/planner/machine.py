@@ -168,14 +168,14 @@ def read_machine(path: Path) -> Machine:
 
 def machine_names() -> tuple[str, ...]:
     """Return the names of the machines that ship with the package."""
-    found = files(__package__).joinpath("machines").iterdir()
+    found = files("moesaic.planner").joinpath("machines").iterdir()
     return tuple(sorted(f.name.removesuffix(".yaml") for f in found if f.name.endswith(".yaml")))
 
 
 def find_machine(name: str) -> Machine:
     """Return a shipped machine by name, or read a file. Raises ConfigError or UserError."""
     if name in machine_names():
-        file = files(__package__).joinpath("machines", f"{name}.yaml")
+        file = files("moesaic.planner").joinpath("machines", f"{name}.yaml")
         return Machine.from_dict(read_yaml(file.read_text(encoding="utf-8")))
     if Path(name).suffix in (".yaml", ".yml", ".json") or Path(name).exists():
         return read_machine(Path(name))

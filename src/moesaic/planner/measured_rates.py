@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +139,7 @@ def attention(watch: Stopwatch, *, tokens: int, dtype: torch.dtype) -> Measureme
 
 
 def memory_bound(watch: Stopwatch, *, size: int) -> Measurement:
-    """Time an elementwise operation of ``size`` bytes read and written, in a chain with autograd."""
+    """Time an elementwise operation on ``size`` bytes in all, in a chain with autograd."""
     x, scale = _leaves(watch, (size // 12,), (size // 12,), dtype=torch.float32)
 
     def call() -> None:
@@ -179,7 +180,7 @@ def optimizer_update(watch: Stopwatch, *, values: int) -> Measurement:
 
 def collectives(*, point_s: float, cuda: bool, sizes: tuple[int, ...]) -> list[Measurement]:
     """Time collectives of two ranks, by the bytes that a rank sends; and a product beside one."""
-    per_rank = run_on_ranks(2, _measure_collectives, point_s, cuda, sizes)
+    per_rank = run_on_ranks(2, _measure_collectives, point_s, "cuda" if cuda else "cpu", sizes)
     return [Measurement(*found) for found in per_rank[0]]
 
 
@@ -197,12 +198,12 @@ def contended(
     loops = [_loop(call, n) for call, n in zip(pair, repeats, strict=True)]
     stream = torch.cuda.Stream(watch.device) if watch.device.type == "cuda" else None
 
-    def beside() -> None:
+    def second() -> None:
         with torch.cuda.stream(stream):  # None: no stream, on a CPU
             loops[1]()
 
     def both() -> None:
-        thread = threading.Thread(target=beside)
+        thread = threading.Thread(target=second)
         thread.start()
         loops[0]()
         thread.join()
@@ -241,9 +242,7 @@ def _leaves(watch: Stopwatch, *shapes: tuple[int, ...], dtype: torch.dtype) -> l
     ]
 
 
-def _copy_call(
-    watch: Stopwatch, size: int, *, to_device: bool
-) -> tuple[Callable[[], object], str]:
+def _copy_call(watch: Stopwatch, size: int, *, to_device: bool) -> tuple[Callable[[], object], str]:
     cuda = watch.device.type == "cuda"
     host = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
     device = torch.zeros(size, dtype=torch.uint8, device=watch.device)
@@ -277,19 +276,19 @@ def _loop(call: Callable[[], object], repeats: int) -> Callable[[], None]:
 
 
 def _measure_collectives(
-    point_s: float, cuda: bool, sizes: tuple[int, ...]
+    point_s: float, kind: str, sizes: tuple[int, ...]
 ) -> list[tuple[str, float, tuple[float, ...]]]:
     """Run on each of two ranks; all ranks do the same number of rounds."""
     rank = distributed.get_rank()
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    group = distributed.new_group(backend="nccl" if cuda else "gloo")
+    device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
+    group: Any = distributed.new_group(backend="nccl" if kind == "cuda" else "gloo")
     watch, found = Stopwatch(device, point_s), []
     for size in sizes:
-        for kind in COLLECTIVES:
-            call = _collective_call(kind, size, device=device, group=group)
+        for name in COLLECTIVES:
+            call = _collective_call(name, size, device=device, group=group)
             rounds = max(MIN_ROUNDS, min(50, round(point_s * 2**28 / (size + 2**18))))
             seconds = tuple(watch._time(call) for _ in range(rounds))[1:]
-            found.append((f"{kind} {size}", float(size), seconds))
+            found.append((f"{name} {size}", float(size), seconds))
     return [*found, _measure_product_beside(watch, sizes[-1], group=group)]
 
 

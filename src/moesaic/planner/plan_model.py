@@ -3,7 +3,7 @@
 The ``reference`` is the cost of a step of one rank and one row, each kind of block run once on fake
 tensors. A plan scales its operations by kind: products and attention with the tokens and with the
 tensor degree, the experts' products with the rows that meet at one expert. Volumes of collectives
-are those of ``parallel/communication_volume.py``; states are exact (``sharded_state.py``).
+are those of ``parallel/communication_volume.py``; states are exact (``state_bytes.py``).
 
 Letters: m micro-batches, s share of the reference's tokens on a rank.
 """
@@ -21,9 +21,10 @@ from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.parallel.communication_volume import CommunicationVolume, communication_volume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import Precision
 from moesaic.planner.machine import Machine
-from moesaic.planner.plan_space import Degrees, Option, PlanChoice, PlanSpace
-from moesaic.planner.sharded_state import ShardedState, StateBytes, ValueBytes
+from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
+from moesaic.planner.state_bytes import PlanKey, ShardedState, StateBytes
 from moesaic.planner.step_cost import (
     DEVICE,
     DISK,
@@ -63,7 +64,7 @@ class Limits:
 class PlanForecast:
     """Seconds of a step, and bytes of a rank by (tier, purpose)."""
 
-    choice: PlanChoice
+    choice: CompletePlan
     time: StepTime
     held: Mapping[tuple[str, Purpose], int]
 
@@ -89,8 +90,7 @@ class PlanModelSettings:
     reference: StepCost
     machine: Machine
     state: ShardedState
-    each: ValueBytes
-    dtype: str
+    precision: Precision
     base: ParallelConfig
 
 
@@ -101,7 +101,7 @@ class PlanModel:
         self.settings, self.space = settings, space
         self._config = settings.inventory.config
         self._layers = max(self._config.encoder.layers, self._config.decoder.layers)
-        self._rates = operation_rates(settings.machine, dtype=settings.dtype)
+        self._rates = operation_rates(settings.machine, dtype=dtype_name(settings.precision))
         self._lines = [op for op in settings.reference.operations if op.phase is not Phase.UPDATE]
         self._saved = settings.reference.held_bytes(purpose=Purpose.ACTIVATIONS)
         self._dims = max(1, self._config.dim)
@@ -144,7 +144,7 @@ class PlanModel:
         held[DEVICE, Purpose.TRANSIENT] += inner
         return {key: size for key, size in held.items() if size}
 
-    def forecast(self, choice: PlanChoice) -> PlanForecast:
+    def forecast(self, choice: CompletePlan) -> PlanForecast:
         """Return time and bytes of a plan."""
         self.evaluations += 1
         degrees, option = choice.degrees, choice.option
@@ -157,11 +157,11 @@ class PlanModel:
         )
         whole = overlapped(
             time,
-            sync=self._sync_seconds(degrees, option, state),
+            sync=self._sync_seconds(degrees, state),
             machine=self.settings.machine,
             bubble=_bubble(degrees),
         )
-        return PlanForecast(PlanChoice(degrees, option), whole, self.held(degrees, option))
+        return PlanForecast(CompletePlan(degrees, option), whole, self.held(degrees, option))
 
     # --- time ---------------------------------------------------------------------------------
 
@@ -208,7 +208,11 @@ class PlanModel:
             size = often * line.bytes * degrees.rows
             found[f"{line.kind} {line.axis}"] = self._seconds_of(line, size, degrees)
         if degrees.pipe > 1:
-            row = (self.space.source + self.space.target) * self._dims * self.settings.each.weight
+            row = (
+                (self.space.source + self.space.target)
+                * self._dims
+                * self.settings.precision.compute_dtype.itemsize
+            )
             rows = degrees.rows / (degrees.context * degrees.tensor)
             size = 2 * degrees.micro_batches * rows * row
             line = CommunicationVolume("send", "pipe", round(size))
@@ -220,7 +224,8 @@ class PlanModel:
         return sent_seconds(size, kind=line.kind, shape=shape, machine=self.settings.machine)
 
     def _group(self, axis: str, axes: tuple[int, ...]) -> GroupShape:
-        plan = _plan(axes, zero=0)
+        pipe, *stage = axes
+        plan = PlanKey(*stage, zero=0).plan.replace(pipe=pipe)
         node = int(self.settings.machine.devices_per_node.value)
         return group_shape(plan, axis, devices_per_node=node)
 
@@ -260,7 +265,7 @@ class PlanModel:
         found = (replace(x, bytes=x.bytes - once.get((x.kind, x.axis), 0)) for x in two)
         return tuple(line for line in found if line.axis in axes and line.bytes)
 
-    def _sync_seconds(self, degrees: Degrees, option: Option, state: StateBytes) -> float:
+    def _sync_seconds(self, degrees: Degrees, state: StateBytes) -> float:
         share, total = self._share(degrees), 0.0
         for kind, axis, once, often in state.synced:
             size = share * (once + often * degrees.micro_batches)
@@ -274,9 +279,7 @@ class PlanModel:
             return self.settings.machine.memory.seconds(size)
         return size / self.settings.machine.update.value
 
-    def _transfers(
-        self, degrees: Degrees, option: Option, state: StateBytes
-    ) -> dict[str, float]:
+    def _transfers(self, degrees: Degrees, option: Option, state: StateBytes) -> dict[str, float]:
         share, m = self._share(degrees), degrees.micro_batches
         tiers = tier_names(option.memory)
         moved: Counter[tuple[str, str]] = Counter()
@@ -303,9 +306,8 @@ class PlanModel:
 
     def _state(self, degrees: Degrees, option: Option) -> StateBytes:
         _, data, context, tensor, expert, slices, _, _ = degrees
-        return self.settings.state.of_plan(
-            _plan((1, data, context, tensor, expert, slices), zero=option.zero)
-        )
+        key = PlanKey(data, context, tensor, expert, slices, option.zero)
+        return self.settings.state.of_plan(key)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.
@@ -318,9 +320,18 @@ class PlanModel:
         if not option.recomputes:
             return 0, round(whole * flying)
         sizes = self.space.micro_batch(1)
-        row = (sizes.source + sizes.target) * self._dims * self.settings.each.weight
+        row = (
+            (sizes.source + sizes.target)
+            * self._dims
+            * self.settings.precision.compute_dtype.itemsize
+        )
         inputs = row * self._layers * self._tokens(degrees)
         return block, round(min(inputs, whole) * flying)
+
+
+def dtype_name(precision: Precision) -> str:
+    """Return the name of the dtype of matrix products, as in a machine file."""
+    return str(precision.compute_dtype).removeprefix("torch.")
 
 
 def tier_names(memory: MemoryPlan) -> dict[str, str]:
@@ -336,20 +347,6 @@ def tier_names(memory: MemoryPlan) -> dict[str, str]:
 def model_flops_per_step(model_inventory: ParameterInventory, sizes: BatchDims) -> float:
     """Return the FLOPs of a training step that active parameters need (recomputation is none)."""
     return 3 * count_parameters(model_inventory.config).forward_flops(sizes)
-
-
-@lru_cache(maxsize=100_000)
-def _plan(axes: tuple[int, ...], *, zero: int) -> ParallelPlan:
-    pipe, data, context, tensor, expert, slices = axes
-    return ParallelPlan(
-        pipe=pipe,
-        data=data,
-        context=context,
-        tensor=tensor,
-        expert=expert,
-        expert_tensor=slices,
-        zero=zero,
-    )
 
 
 def _bubble(degrees: Degrees) -> float:

@@ -1,4 +1,4 @@
-"""Plan report: the best plans of a request with bytes, time, cost, and why the others are slower."""
+"""Plan report: the best plans of a request with bytes, time, cost, and why others are slower."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,17 +13,19 @@ from moesaic.moe.config import MoE
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import BFloat16, Precision
 from moesaic.planner.machine import Machine
 from moesaic.planner.plan_model import (
     Limits,
     PlanForecast,
     PlanModel,
     PlanModelSettings,
+    dtype_name,
     tier_names,
 )
-from moesaic.planner.plan_space import Degrees, Option, PlanChoice, PlanSpace
+from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
 from moesaic.planner.search import Certificate, SearchResult, search
-from moesaic.planner.sharded_state import ShardedState, ValueBytes
+from moesaic.planner.state_bytes import ShardedState
 from moesaic.planner.step_cost import (
     DEVICE,
     DISK,
@@ -45,6 +47,12 @@ class PlanRequest(Config):
     space: PlanSpace
     parallel: ParallelConfig = ParallelConfig()
     optimizer: Optimizer = AdamW()
+    precision: Precision = BFloat16()
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of matrix products, as in a machine file."""
+        return dtype_name(self.precision)
 
     @property
     def batch(self) -> BatchDims:
@@ -61,7 +69,6 @@ class PlanReport:
     limits: Limits
     best: tuple[PlanForecast, ...]
     certificate: Certificate
-    dtype: str
 
     def rows(self, *, token_budget: float | None = None) -> list[dict[str, Any]]:
         """Return each plan as JSON data; the first is the fastest."""
@@ -74,7 +81,7 @@ class PlanReport:
     def mfu(self, found: PlanForecast) -> float:
         """FLOPs that active parameters need, over what the devices could do in the time."""
         flops = 3 * count_parameters(self.request.model).forward_flops(self.request.batch)
-        peak = self.machine.products_of(self.dtype).peak.value
+        peak = self.machine.products_of(self.request.dtype).peak.value
         return flops / found.time.total / (peak * self.request.space.ranks)
 
     def _row(self, found: PlanForecast, token_budget: float | None) -> dict[str, Any]:
@@ -85,7 +92,7 @@ class PlanReport:
             "zero": option.zero,
             "memory": tier_names(option.memory),
             "checkpointing": type(option.checkpointing).__name__,
-            "combination": found.choice.plan.acronym,
+            "combination": found.choice.parallel_config(self.request.parallel).acronym,
             "bytes": _nested(found.held),
             "seconds": {
                 "step": time.total,
@@ -112,7 +119,7 @@ class PlanReport:
             found.choice,
             sizes=self.request.space.micro_batch(found.choice.degrees.rows),
             machine=self.machine,
-            dtype=self.dtype,
+            dtype=self.request.dtype,
         )
         return None if rule is None else {"tokens_per_expert": rule.tokens, "needed": rule.needed}
 
@@ -137,7 +144,7 @@ class StreamingRule:
 
 
 def streaming_rule(
-    model: ModelConfig, choice: PlanChoice, *, sizes: BatchDims, machine: Machine, dtype: str
+    model: ModelConfig, choice: CompletePlan, *, sizes: BatchDims, machine: Machine, dtype: str
 ) -> StreamingRule | None:
     """Return M and M* of a plan whose micro-batch has ``sizes``; None for a dense model."""
     moe = model.moe
@@ -157,17 +164,15 @@ def find_plans(
     machine: Machine,
     limits: Limits,
     keep: int = 5,
-    each: ValueBytes | None = None,
-    dtype: str = "float32",
 ) -> PlanReport:
     """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
     inventory = ParameterInventory(request.model)
-    model = plan_model(request, inventory=inventory, machine=machine, each=each, dtype=dtype)
+    model = plan_model(request, inventory=inventory, machine=machine)
     legal = _can_be_cut(request, inventory)
     found = search(model, limits=limits, keep=keep, legal=legal)
     if not found.best:
         raise ConfigError([nothing_fits(request, found)])
-    return PlanReport(request, machine, limits, found.best, found.certificate, dtype)
+    return PlanReport(request, machine, limits, found.best, found.certificate)
 
 
 def plan_model(
@@ -175,12 +180,9 @@ def plan_model(
     *,
     inventory: ParameterInventory,
     machine: Machine,
-    each: ValueBytes | None = None,
-    dtype: str = "float32",
     reference: StepCost | None = None,
 ) -> PlanModel:
     """Return the model that forecasts a request's plans; one step is measured on fake tensors."""
-    each = each or ValueBytes()
     settings = CostSettings(
         model=request.model, optimizer=request.optimizer, sizes=request.space.micro_batch(1)
     )
@@ -189,23 +191,20 @@ def plan_model(
             inventory=inventory,
             reference=reference or step_cost(settings),
             machine=machine,
-            state=ShardedState(inventory, optimizer=request.optimizer, each=each),
-            each=each,
-            dtype=dtype,
+            state=ShardedState(inventory, optimizer=request.optimizer, each=request.precision),
+            precision=request.precision,
             base=request.parallel,
         ),
         request.space,
     )
 
 
-def _can_be_cut(
-    request: PlanRequest, inventory: ParameterInventory
-) -> Callable[[Degrees], bool]:
+def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable[[Degrees], bool]:
     """Return a check of whether the model's layers and stages can be cut by some degrees."""
     option = Option(0, request.space.memory[0], request.space.checkpointing[0])
 
     def legal(degrees: Degrees) -> bool:
-        plan = PlanChoice(degrees, option).plan
+        plan = CompletePlan(degrees, option).plan
         try:
             request.parallel.replace(plan=plan).pipeline_stages(request.model)
             stage = request.parallel.replace(plan=plan.replace(pipe=1))
@@ -253,7 +252,7 @@ def nothing_fits(request: PlanRequest, found: SearchResult) -> str:
     )
 
 
-def plan_words(choice: PlanChoice) -> str:
+def plan_words(choice: CompletePlan) -> str:
     """Return a plan in words: its degrees above 1, ZeRO, tiers, checkpointing, micro-batch."""
     degrees, option = choice.degrees, choice.option
     words = [f"{n} {v}" for n, v in zip(degrees._fields[:6], degrees[:6], strict=True) if v > 1]

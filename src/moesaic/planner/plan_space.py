@@ -71,7 +71,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanChoice:
+class CompletePlan:
     """One plan of the space."""
 
     degrees: Degrees
@@ -101,7 +101,7 @@ class PlanChoice:
 
 
 class PlanSpace(Config):
-    """The plans of ``ranks`` devices for steps of ``rows`` rows of ``source`` and ``target`` tokens.
+    """The plans of ``ranks`` devices for steps of ``rows`` rows of source and target tokens.
 
     All plans train on the same rows in a step. ``folded`` False ties the experts' tensor degree to
     that of the dense layers and their ranks to data x context, as before MoE Parallel Folding

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 from moesaic.core.units import show_bytes
 from moesaic.planner.plan_model import Limits, PlanForecast, PlanModel, tier_sums
-from moesaic.planner.plan_space import Degrees, Option, PlanChoice
+from moesaic.planner.plan_space import CompletePlan, Degrees, Option
 
 
 @dataclass(frozen=True, slots=True)
 class NearestPlan:
-    """The plan that exceeds its limits least: ``needed`` bytes of ``tier`` where ``allowed`` are."""
+    """The plan that exceeds its limits least: ``needed`` bytes of a tier of ``allowed``."""
 
-    choice: PlanChoice
+    choice: CompletePlan
     tier: str
     needed: float
     allowed: float
@@ -85,7 +85,7 @@ class _Kept:
         elif found.time.total < self.slowest:
             heapq.heapreplace(self.heap, entry)
 
-    def offer_nearest(self, choice: PlanChoice, held: dict[str, int], limits: Limits) -> None:
+    def offer_nearest(self, choice: CompletePlan, held: dict[str, int], limits: Limits) -> None:
         ratio, tier = limits.excess(held)
         allowed = limits.bytes.get(tier, 0)
         near = self.nearest
@@ -140,7 +140,7 @@ def _open(
     """Offer the fastest option of some degrees that fits; if nothing has yet, the nearest."""
     fits: list[PlanForecast] = []
     for option in _distinct(options, degrees):
-        choice, held = PlanChoice(degrees, option), tier_sums(model.held(degrees, option))
+        choice, held = CompletePlan(degrees, option), tier_sums(model.held(degrees, option))
         if limits.excess(held)[0] <= 1:
             fits.append(model.forecast(choice))
         elif not kept.heap:
@@ -150,7 +150,7 @@ def _open(
 
 
 def _distinct(options: Sequence[Option], degrees: Degrees) -> Iterable[Option]:
-    """Yield the options; without replicas ZeRO has nothing to shard, and its stages are one plan."""
+    """Yield the options, of one ZeRO stage where there are no replicas to shard over."""
     alone = degrees.data * degrees.context == 1
     first = min((option.zero for option in options), default=0)
     return (option for option in options if not alone or option.zero == first)

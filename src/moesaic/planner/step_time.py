@@ -29,7 +29,7 @@ SYNC_KINDS = ("all-reduce", "reduce-scatter", "all-gather")
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of a step by what the rank waits for; ``hidden`` are copies and messages under compute.
+    """Seconds of a step by what the rank waits for; ``hidden`` is what compute covers.
 
     ``compute`` is by kind of operation, ``communication`` by collective and axis, ``transfers`` by
     source and target tier. ``bubble`` is the wait of a pipeline's rank for others.
@@ -159,9 +159,7 @@ def expert_axes(plan: ParallelPlan) -> dict[str, int]:
     return plan.axes(num_experts=plan.expert)
 
 
-def collective_seconds(
-    line: CommunicationVolume, *, machine: Machine, plan: ParallelPlan
-) -> float:
+def collective_seconds(line: CommunicationVolume, *, machine: Machine, plan: ParallelPlan) -> float:
     """Return the time of a step's collectives of one kind over one axis."""
     shape = group_shape(plan, line.axis, devices_per_node=int(machine.devices_per_node.value))
     return sent_seconds(line.bytes, kind=line.kind, shape=shape, machine=machine)

@@ -1,4 +1,4 @@
-"""Presets of published MoE models: Z-code M3, NLLB-MoE, DeepSpeed-MoE, DeepSeekMoE, Mixtral, Kimi K2.
+"""Presets of published MoE models: Z-code M3, NLLB, DeepSpeed, DeepSeek, Mixtral, Kimi K2.
 
 The comment above each family says which numbers are published, and where; the others are guesses.
 """
@@ -244,8 +244,8 @@ def deepseek_moe_2b() -> Preset:
     )
 
 
-# Mixtral 8x22B: the released config (56 layers, width 6144, 48 heads of which 8 have keys and values,
-# 8 experts 16,384 wide of which 2 are chosen, vocabulary 32,768, untied). Its parameters are quoted
+# Mixtral 8x22B: the released config (56 layers, width 6144, 48 heads, 8 of keys and values, 8
+# experts 16,384 wide of which 2 are chosen, vocabulary 32,768, untied). Its parameters are quoted
 # in secondary texts.
 
 MIXTRAL_SOURCE = "the released config of Mixtral-8x22B-v0.3 (mistralai), as quoted elsewhere"

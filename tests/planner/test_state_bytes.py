@@ -1,13 +1,14 @@
 import math
 
 import pytest
+from plan_cases import small_model
 
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
-from moesaic.planner.sharded_state import ShardedState, ValueBytes
-from plan_cases import small_model
+from moesaic.parallel.precision import Float32
+from moesaic.planner.state_bytes import PlanKey, ShardedState
 
 INVENTORY = ParameterInventory(small_model())
 PLANS = [
@@ -18,13 +19,14 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.acronym}-{p.zero}-{p.tensor}")
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.acronym()}-{p.zero}-{p.tensor}")
 @pytest.mark.parametrize("optimizer", [AdamW(), Muon()], ids=["adamw", "muon"])
 def test_counted_classes_hold_the_values_of_every_parameter(plan: ParallelPlan, optimizer):
-    state = ShardedState(INVENTORY, optimizer=optimizer, each=ValueBytes())
+    state = ShardedState(INVENTORY, optimizer=optimizer, each=Float32())
     rank = INVENTORY.on_rank(ParallelConfig(plan=plan), world=8)
     values = sum(math.prod(shard.shape) for shard in rank.shards)
-    found = state.of_plan(plan)
+    key = PlanKey(*[getattr(plan, name) for name in PlanKey._fields])
+    found = state.of_plan(key)
     assert found.values == values
     assert found.weights == found.gradients == 4 * values
     assert state.values == sum(math.prod(p.placement.shape) for p in INVENTORY.parameters)

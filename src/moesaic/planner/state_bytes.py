@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -16,17 +17,8 @@ from torch import nn
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import Precision
 from moesaic.parallel.sharding_plan import Placement, local_spans, zero_dim
-
-
-@dataclass(frozen=True, slots=True)
-class ValueBytes:
-    """Bytes of a weight and of its gradient, of a gradient in a collective, and of a master copy."""
-
-    weight: int = 4
-    gradient: int = 4
-    reduced: int = 4
-    master: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +32,22 @@ class ParameterClass:
     in_block: bool
     copies: int
     state_per_value: float
+
+
+class PlanKey(NamedTuple):
+    """A plan of one pipeline stage, as a key of caches."""
+
+    data: int
+    context: int
+    tensor: int
+    expert: int
+    expert_tensor: int
+    zero: Literal[0, 1, 2, 3]
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """The plan."""
+        return ParallelPlan(**self._asdict())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,46 +69,53 @@ class ShardedState:
     """The parameters of a model by class."""
 
     def __init__(
-        self, inventory: ParameterInventory, *, optimizer: Optimizer, each: ValueBytes
+        self, inventory: ParameterInventory, *, optimizer: Optimizer, each: Precision
     ) -> None:
         self._each = each
+        narrow = each.parameter_dtype != torch.float32
+        master = each.master_weights.bytes_per_value if narrow else 0
         counted = Counter((p.placement, p.kind, bool(p.fsdp_unit)) for p in inventory.parameters)
         self.classes = tuple(
-            ParameterClass(placement, in_block, copies, _state(placement, kind, optimizer) + each.master)
+            ParameterClass(placement, in_block, copies, _state(placement, kind, optimizer) + master)
             for (placement, kind, in_block), copies in counted.items()
         )
         self._units = _unit_shapes(inventory)
-        self.of_plan = lru_cache(maxsize=100_000)(self._of_plan)
+        self.of_plan = lru_cache(maxsize=100_000)(self._of_plan)  # of a ``PlanKey``
 
     @property
     def values(self) -> int:
         """The parameters of the whole model."""
         return sum(math.prod(c.placement.shape) * c.copies for c in self.classes)
 
-    def _of_plan(self, plan: ParallelPlan) -> StateBytes:
-        """Return the bytes of a plan with one pipeline stage; ``data`` is filled in."""
+    def _of_plan(self, key: PlanKey) -> StateBytes:
+        """Return the bytes of a plan."""
+        plan = key.plan
         sums = Counter[str]()
         synced: Counter[tuple[str, str, bool]] = Counter()
         for each in self.classes:
-            shard = _shard(each.placement, plan)
+            shard = _shard(each.placement, key)
             sums["values"] += each.copies * shard.values
             sums["states"] += round(each.copies * shard.values * each.state_per_value)
             for kind, axis, size, often in _sync(shard, plan=plan, in_block=each.in_block):
-                itemsize = self._each.weight if kind == "all-gather" else self._each.reduced
+                itemsize = (
+                    self._each.parameter_dtype.itemsize
+                    if kind == "all-gather"
+                    else self._each.reduce_dtype.itemsize
+                )
                 synced[kind, axis, often] += each.copies * round(size * itemsize)
         return StateBytes(
             values=sums["values"],
-            weights=sums["values"] * self._each.weight,
-            gradients=sums["values"] * self._each.gradient,
+            weights=sums["values"] * self._each.parameter_dtype.itemsize,
+            gradients=sums["values"] * self._each.gradient_dtype.itemsize,
             states=sums["states"],
-            gathered=self._gathered(plan),
+            gathered=self._gathered(key),
             synced=tuple(
                 (kind, axis, 0.0 if often else size, size if often else 0.0)
                 for (kind, axis, often), size in synced.items()
             ),
         )
 
-    def _gathered(self, plan: ParallelPlan) -> int:
+    def _gathered(self, plan: PlanKey) -> int:
         """Unsharded weights and gradients beside the shards: of all, or two units, and the root."""
         if not plan.zero:
             return 0
@@ -114,7 +129,10 @@ class ShardedState:
         two = 2 * max(blocks, default=0)
         weights = root + (two if plan.zero == 3 else every - root)
         gradients = root + (every - root if plan.zero == 1 else two)
-        return weights * self._each.weight + gradients * self._each.gradient
+        return (
+            weights * self._each.parameter_dtype.itemsize
+            + gradients * self._each.gradient_dtype.itemsize
+        )
 
     @property
     def _root(self) -> tuple[tuple[Placement, int], ...]:
@@ -138,7 +156,8 @@ class _Shard:
 
 
 @lru_cache(maxsize=200_000)
-def _shard(placement: Placement, plan: ParallelPlan) -> _Shard:
+def _shard(placement: Placement, key: PlanKey) -> _Shard:
+    plan = key.plan
     grid = RankGrid(plan.axes(num_experts=placement.num_experts))
     spans = local_spans(placement, grid=grid, coordinates=dict.fromkeys(grid.axes, 0))
     shape = tuple(sum(length for _, length in dim) for dim in spans)
