@@ -17,7 +17,6 @@ from functools import lru_cache
 from moesaic.core.errors import UserError
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.memory.memory_plan import MemoryPlan
-from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.parallel.communication_volume import CommunicationVolume, communication_volume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
@@ -342,11 +341,6 @@ def tier_names(memory: MemoryPlan) -> dict[str, str]:
         "optimizer_states": type(memory.optimizer_states).__name__,
         "activations": type(memory.activations).__name__,
     }
-
-
-def model_flops_per_step(model_inventory: ParameterInventory, sizes: BatchDims) -> float:
-    """Return the FLOPs of a training step that active parameters need (recomputation is none)."""
-    return 3 * count_parameters(model_inventory.config).forward_flops(sizes)
 
 
 def _bubble(degrees: Degrees) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, UserError
-from moesaic.core.units import show_bytes, show_seconds
+from moesaic.core.units import show_seconds
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE
@@ -289,12 +289,3 @@ def _nested(held: Mapping[tuple[str, Purpose], int]) -> dict[str, dict[str, int]
     for (tier, purpose), size in held.items():
         found.setdefault(tier, {})[str(purpose)] = size
     return found
-
-
-def fits_machine(cost: StepCost, limits: Limits) -> list[str]:
-    """Return a sentence for each tier of which a rank needs more than there is."""
-    return [
-        f"{tier}: needs {show_bytes(needed)}, has {show_bytes(limits.bytes.get(tier, 0))}"
-        for tier, needed in cost.peak.items()
-        if needed > limits.bytes.get(tier, 0)
-    ]

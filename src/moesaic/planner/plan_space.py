@@ -142,12 +142,14 @@ class PlanSpace(Config):
         layers = max(model.encoder.layers, model.decoder.layers)
         experts = _expert_numbers(model)
         for pipe in _divisors(self.ranks, at_most=min(self.max_pipe, layers)):
-            stage = self.ranks // pipe
-            for tensor in _divisors(stage, at_most=self.max_tensor):
-                for context in _divisors(stage // tensor, at_most=self.max_context):
-                    if self._divides_tokens(context * tensor):
-                        data = stage // tensor // context
-                        yield from self._with_experts(pipe, data, context, tensor, experts)
+            for data, context, tensor in self._dense_degrees(self.ranks // pipe):
+                yield from self._with_experts(pipe, data, context, tensor, experts)
+
+    def _dense_degrees(self, stage: int) -> Iterator[tuple[int, int, int]]:
+        for tensor in _divisors(stage, at_most=self.max_tensor):
+            for context in _divisors(stage // tensor, at_most=self.max_context):
+                if self._divides_tokens(context * tensor):
+                    yield stage // tensor // context, context, tensor
 
     def _with_experts(
         self, pipe: int, data: int, context: int, tensor: int, experts: tuple[int, ...]
