@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def in_turns(models: dict[str, Experts], tokens: Tensor, *, rounds: int) -> dict
 
 def crossing(points: list[tuple[float, float]], level: float) -> float | None:
     """Return the M at which times that grow with M reach a level, linear between points."""
-    for (m0, t0), (m1, t1) in zip(points, points[1:], strict=False):
+    for (m0, t0), (m1, t1) in pairwise(points):
         if t0 <= level <= t1:
             return m0 + (m1 - m0) * (level - t0) / (t1 - t0)
     return None

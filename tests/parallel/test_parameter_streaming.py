@@ -9,7 +9,6 @@ from moesaic.moe.layer import moe_layers
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks, NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parameter_streaming import streamed_bytes_per_step
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.trainer import Trainer
 
@@ -34,6 +33,14 @@ def trained(run, *, memory):
 def expert_bytes(trainer: Trainer) -> list[int]:
     layers = moe_layers(trainer.model)
     return [sum(p.nbytes for p in layer.experts.parameters()) for layer in layers]
+
+
+def streamed_bytes_per_step(layer_bytes, *, micro_batches: int) -> int:
+    """Return the bytes that a step fetches, given those of each layer's experts in order.
+
+    Each layer is fetched for forward and for backward; the last one stays between both.
+    """
+    return micro_batches * (2 * sum(layer_bytes) - layer_bytes[-1])
 
 
 @pytest.mark.parametrize("tier", TIERS)
