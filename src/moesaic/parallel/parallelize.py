@@ -107,9 +107,10 @@ def parallelize_on_mesh(
         pipeline=pipeline,
     )
     if not parallel.memory.parameters.is_device:
-        parallel_model.parameter_stream = stream_parameters(
-            model, memory=parallel.memory, mesh=mesh
-        )
+        stream = ParameterStream(model, store=open_tier(parallel.memory, "parameters", mesh=mesh))
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            stream.move_to_tier()
+        parallel_model.parameter_stream = stream
     return parallel_model
 
 
