@@ -28,6 +28,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import ContextRanks, SequenceSharder
 from moesaic.parallel.expert_dispatch import DispatchGroups
 from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.parameter_streaming import ParameterStream
 from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.precision import Float32, Precision, set_gradient_dtype
 from moesaic.parallel.sharding_plan import (
