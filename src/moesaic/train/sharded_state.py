@@ -12,7 +12,12 @@ from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.sharded_checkpoint import load_verified
 from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
 from moesaic.distributed.world import World
-from moesaic.optim.named_optimizer import NamedOptimizer, export_state
+from moesaic.optim.named_optimizer import (
+    NamedOptimizer,
+    export_masters,
+    export_state,
+    round_masters,
+)
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.weight_start import weight_shards
 
@@ -23,11 +28,12 @@ def local_shards(
     parallel_model: ParallelModel, optimizer: NamedOptimizer
 ) -> dict[str, dict[str, TensorOrShard]]:
     """Return this rank's shards of weights and optimizer state, without copying."""
+    weights = weight_shards(parallel_model) | parallel_model.shards(export_masters(optimizer))
     state: dict[str, TensorOrShard] = {}
     for name, tensor in export_state(optimizer).items():
         parameter = name.partition("/")[2]
         state[name] = parallel_model.shard_of(parameter, tensor) if tensor.dim() else tensor
-    return {"model": dict(weight_shards(parallel_model)), "optimizer": state}
+    return {"model": dict(weights), "optimizer": state}
 
 
 def restore_shards(
@@ -44,4 +50,5 @@ def restore_shards(
             if name in saved:
                 optimizer.ensure_state(parameter, rule=group["rule"])
     load_verified(path, into=local_shards(parallel_model, optimizer), world=world)
+    round_masters(optimizer)
     return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])
