@@ -21,7 +21,7 @@ _LEVERAGE = "2507.17702"
 _OF_LEVERAGE = "models of 8 x 384 to 22 x 1280 (layers x width), MoE with one shared expert"
 _OF_CHINCHILLA = "dense, 70M to 16B parameters, 5B to 500B tokens"
 _OF_MINICPM = "dense, small models with a WSD schedule"
-_LEAST, _MOST = 1e15, 1e27  # beyond these a fit on 1e18 to 1e21 says nothing
+_LEAST, _MOST = 1e15, 1e27  # far beyond what was fitted, a law has no meaning
 
 
 @dataclass(frozen=True, slots=True)

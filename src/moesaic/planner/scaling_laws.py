@@ -10,7 +10,7 @@ granularity, E experts.
 import math
 from dataclasses import dataclass
 
-FLOPS_PER_PARAMETER = 6.0  # forward and backward, of one token (2001.08361)
+FLOPS_PER_PARAMETER = 6.0  # forward and backward, of one token
 
 
 @dataclass(frozen=True, slots=True)
