@@ -23,7 +23,7 @@ from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.simulation import fake_process_group
 from moesaic.distributed.watchdog import Watchdog
-from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.ops import cross_entropy as cross_entropy_module
 from moesaic.ops.cross_entropy import cross_entropy
@@ -31,7 +31,10 @@ from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
-from moesaic.testing.tiny_models import tiny_model_config
+from moesaic.parallel.precision import Float32
+from moesaic.testing.tiny_models import LABELS, random_batch, tiny_model_config
+from moesaic.train.running_metrics import LossCategories
+from moesaic.train.step import Objective
 
 SLACK = 0.1
 
@@ -139,7 +142,23 @@ def _muon_step(ranks: int, zero: int) -> _MuonStep:
 
 
 MATRIX_BYTES, MUON_FLOPS = 61440, 4055040  # of the tiny model: all matrices, one rank
+
+
+def _step_bytes(micro_batches: int) -> int:
+    """The bytes that the forward and backward passes of a step hold at once."""
+    torch.manual_seed(0)
+    model = Transformer(tiny_model_config())
+    parallel_model = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
+    batches = [random_batch(8, seed=0)] * micro_batches
+    objective = Objective(LossCategories(LABELS), precision=Float32())
+    objective.forward_backward(parallel_model, batches=batches)  # makes gradients
+    return peak_bytes(lambda: objective.forward_backward(parallel_model, batches=batches))
+
+
 LAWS: dict[str, CostLaw] = {
+    "bytes held in a step of n micro-batches": CostLaw(
+        _step_bytes, lambda _: _step_bytes(1), size=2
+    ),
     "passes over the table's gradient in a loss of n tokens": CostLaw(
         lambda n: _table_passes(n, 64), lambda n: n / 16, size=64
     ),
