@@ -23,7 +23,7 @@ from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.simulation import fake_process_group
 from moesaic.distributed.watchdog import Watchdog
-from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.edge_queues import QueuedEdges, keep_first_over_ranks
 from moesaic.moe.expert_capacity import Capacity
@@ -33,7 +33,10 @@ from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
-from moesaic.testing.tiny_models import tiny_model_config
+from moesaic.parallel.precision import Float32
+from moesaic.testing.tiny_models import LABELS, random_batch, tiny_model_config
+from moesaic.train.running_metrics import LossCategories
+from moesaic.train.step import Objective
 
 SLACK = 0.1
 
@@ -153,7 +156,23 @@ def _muon_step(ranks: int, zero: int) -> _MuonStep:
 
 CAPACITY_DIGITS = 1  # of the keys of these edges that are compared
 MATRIX_BYTES, MUON_FLOPS = 61440, 4055040  # of the tiny model: all matrices, one rank
+
+
+def _step_bytes(micro_batches: int) -> int:
+    """The bytes that the forward and backward passes of a step hold at once."""
+    torch.manual_seed(0)
+    model = Transformer(tiny_model_config())
+    parallel_model = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
+    batches = [random_batch(8, seed=0)] * micro_batches
+    objective = Objective(LossCategories(LABELS), precision=Float32())
+    objective.forward_backward(parallel_model, batches=batches)  # makes gradients
+    return peak_bytes(lambda: objective.forward_backward(parallel_model, batches=batches))
+
+
 LAWS: dict[str, CostLaw] = {
+    "bytes held in a step of n micro-batches": CostLaw(
+        _step_bytes, lambda _: _step_bytes(1), size=2
+    ),
     "passes over the table's gradient in a loss of n tokens": CostLaw(
         lambda n: _table_passes(n, 64), lambda n: n / 16, size=64
     ),
