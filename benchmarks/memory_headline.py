@@ -30,13 +30,14 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.optim.optimizer import AdamW
 from moesaic.ops.cpu.cpu_adamw import load_adamw
 from moesaic.ops.cpu.cpu_library import load_library
+from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.precision import BFloat16, Float32, Precision
 from moesaic.testing.tiny_models import BALANCED_TOP1, tiny_run, tiny_trainer
+from moesaic.train.trainer import Trainer
 from moesaic.verify.synthetic_batches import VOCABULARY
 
 MIB = 2**20
@@ -100,15 +101,27 @@ def train(case: Case, layers: int) -> None:
     gc.collect()
     limit = _status("VmData") + case.budget
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    trainer = _trainer(case, layers)
+    for _ in range(case.steps):
+        trainer.train_step()
+
+
+def _trainer(case: Case, layers: int) -> Trainer:
     run = tiny_run(
         model=model_config(layers, experts=case.experts, dim=case.dim),
         optimizer=AdamW(lr=1e-3),
         precision=case.precision,
         parallel=ParallelConfig(memory=case.plan, activation_checkpointing=CheckpointBlocks()),
     )
-    trainer = tiny_trainer(run)
-    for _ in range(case.steps):
-        trainer.train_step()
+    return tiny_trainer(run)
+
+
+def warm_up(precision: Precision) -> None:
+    """Compile kernels and import what a step imports: a child is limited to more than it has."""
+    load_library()
+    load_adamw()
+    case = Case(MemoryPlan(), precision, 0, experts=4, dim=32, steps=1)
+    _trainer(case, 2).train_step()
 
 
 def trial(case: Case, layers: int) -> Trial:
@@ -138,7 +151,7 @@ def _run_child(case: Case, layers: int, *, writer: int) -> None:
     except (MemoryError, RuntimeError, OSError) as error:
         kind = type(error).__name__
         os.write(writer, f"{kind}: {str(error)[:200]}".encode())
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         os.write(writer, traceback.format_exc()[-800:].encode())
     os._exit(0)
 
@@ -185,7 +198,7 @@ def main() -> None:
     parser.add_argument("--note", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    load_library(), load_adamw()  # compiled before memory is limited
+    warm_up(PRECISIONS[given.precision])
     folder = tempfile.mkdtemp(prefix="memory-headline-")
     found: dict[str, Any] = {}
     try:
