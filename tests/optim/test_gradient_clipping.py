@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moesaic.optim.gradient_clipping import GradNorm, global_norm, scale_gradients
+from moesaic.optim.gradient_clipping import GradNorm, scale_gradients, tensor_norms
 
 
 def tensors(scale=1.0, dtype=torch.float32):
@@ -18,7 +18,7 @@ def tensors(scale=1.0, dtype=torch.float32):
 
 def clip_gradients(params, *, max_norm=math.inf) -> GradNorm:
     grads = [p.grad for p in params if p.grad is not None]
-    return scale_gradients(grads, norm=float(global_norm(grads)), max_norm=max_norm)
+    return scale_gradients(grads, norm=float(torch.stack(tensor_norms(grads)).norm()), max_norm=max_norm)
 
 
 def flat(params):

@@ -11,10 +11,12 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.distributed.collectives import reduce_from_group
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.process_groups import Group
-from moesaic.distributed.world import local_tensor
+from moesaic.distributed.world import gradient_buckets, local_tensor
+from moesaic.memory.tensor_store import Part, Place
 from moesaic.model.transformer import Transformer
 from moesaic.ops.stochastic_rounding import ShardPosition
-from moesaic.optim.gradient_clipping import GradNorm, global_norm, scale_gradients
+from moesaic.optim.gradient_clipping import GradNorm
+from moesaic.optim.gradients import Gradients, ResidentGradients
 from moesaic.parallel.batch_ranks import group_world, world_over
 from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.precision import Precision
@@ -55,6 +57,7 @@ class ParallelModel:
         self.model, self.mesh, self.sharding_plan = model, mesh, sharding_plan
         self.precision = precision
         self.gradient_sync, self.pipeline = dict(gradient_sync), pipeline
+        self.gradients: Gradients = ResidentGradients()
         # the shapes of a DTensor are those before ZeRO shards it, after other axes have
         self._shapes_before_zero = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.stage_world = world_over(mesh, *STAGE_AXES)
@@ -78,10 +81,11 @@ class ParallelModel:
     def before_backward(self, *, last: bool) -> None:
         """Prepare ZeRO for a micro-batch; ``last``: it is the step's last."""
         if self.mesh.plan.zero:
-            for parameter in self.model.parameters():
-                # FSDP2 adds a gradient of the parameter's dtype to what is there
-                if parameter.grad is None and parameter.dtype != self.precision.gradient_dtype:
-                    parameter.grad = self._zero_gradient(parameter)
+            dtype = self.precision.gradient_dtype
+            # FSDP2 adds a gradient of the parameter's dtype to what is there
+            self.gradients.prepare(
+                [p for p in self.model.parameters() if p.dtype != dtype], dtype=dtype
+            )
             set_gradient_accumulation(self.model, last=last, zero_stage=self.mesh.plan.zero)
 
     def sum_gradients(self) -> None:
@@ -90,32 +94,44 @@ class ParallelModel:
         A parameter that no backward pass reached has a gradient of zero, with one process as with
         many: weight decay is then the same under every plan.
         """
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradients.complete(trainable, dtype=self.precision.gradient_dtype)
         by_group: dict[Group, list[Tensor]] = {}
         for _, parameter, placement, sync in self._parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = self._zero_gradient(parameter)
             group = self.mesh.group(*sync.all_reduce_axes, num_experts=placement.num_experts)
             if group is not None:
                 by_group.setdefault(group, []).append(parameter)
         dtype = self.precision.reduce_dtype
         for group, parameters in by_group.items():
-            group_world(group, device=self.mesh.device).all_reduce_gradients(
-                parameters, dtype=dtype
-            )
+            world = group_world(group, device=self.mesh.device)
+            for bucket in gradient_buckets([p for p in parameters if p.requires_grad]):
+                with self.gradients.attached(bucket):
+                    world.all_reduce_gradients(bucket, dtype=dtype)
         if self.pipeline is not None:
-            self.pipeline.sum_shared_gradients(dtype=dtype)
+            with self.gradients.attached(self.pipeline.shared_parameters()):
+                self.pipeline.sum_shared_gradients(dtype=dtype)
 
-    def _zero_gradient(self, parameter: nn.Parameter) -> Tensor:
-        return torch.zeros_like(parameter, dtype=self.precision.gradient_dtype)
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and this rank's part of each gradient, one at a time."""
+        for name, parameter in self.model.named_parameters():
+            if self.gradients.has(parameter):
+                part = (Part(name), parameter)
+                with self.gradients.fetch([part], place=Place.HOST) as (grad,):
+                    yield name, grad
 
     def clip_gradients(self, max_norm: float = math.inf) -> GradNorm:
         """Scale all gradients so that their global norm is at most ``max_norm``.
 
         Each value counts once, however many ranks hold it. Collective; identical on every rank.
         """
-        grads = [p.grad for _, p, _, _ in self._parameters() if p.grad is not None]
-        norm = float(global_norm(grads) if self.is_replicated else self._sharded_norm())
-        return scale_gradients([local_tensor(g) for g in grads], norm=norm, max_norm=max_norm)
+        parameters = [p for _, p, _, _ in self._parameters() if self.gradients.has(p)]
+        if not self.is_replicated:
+            norm = self._sharded_norm()
+        elif parameters:
+            norm = torch.stack(self.gradients.norms(parameters)).norm()
+        else:
+            norm = torch.zeros(())
+        return self.gradients.clip(parameters, norm=float(norm), max_norm=max_norm)
 
     def shards(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Shard]:
         """Return this rank's shards of tensors that are sharded as the parameters of these names.
@@ -162,16 +178,21 @@ class ParallelModel:
         return zero_dim(self._shapes_before_zero[name], ranks=ranks)
 
     def _sharded_norm(self) -> Float[Tensor, ""]:
-        square, pipe = torch.zeros((), dtype=torch.float64), self.pipeline
+        pipe, copies = self.pipeline, dict[Tensor, int]()
         for name, parameter, placement, sync in self._parameters():
             # of the pipeline ranks that hold a parameter together, the first counts it
             counts = pipe is None or pipe.stages.is_first_holder(name, rank=pipe.rank)
-            if parameter.grad is not None and counts:
-                copies = self.mesh.size(*sync.all_reduce_axes, num_experts=placement.num_experts)
-                norm = torch.linalg.vector_norm(local_tensor(parameter.grad), dtype=torch.float32)
-                square += norm.double().cpu().square() / copies
+            if counts and self.gradients.has(parameter):
+                copies[parameter] = self.mesh.size(
+                    *sync.all_reduce_axes, num_experts=placement.num_experts
+                )
+        squares = [0.0]
+        if copies:
+            norms = torch.stack(self.gradients.norms(list(copies))).double()
+            divisors = torch.tensor(list(copies.values()), dtype=torch.float64)
+            squares = (norms.cpu().square() / divisors).tolist()
         world = group_world(self.mesh.world_group, device=self.mesh.device)
-        return world.all_reduce(square).sqrt()
+        return world.all_reduce(torch.tensor(sum(squares), dtype=torch.float64)).sqrt()
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter, Placement, GradientSync]]:
         for name, parameter in self.model.named_parameters():

@@ -4,6 +4,7 @@ Names and global shapes are those of the unsharded model, so a checkpoint of one
 be loaded under any other.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from moesaic.checkpoint.block_index import read_index
@@ -11,25 +12,26 @@ from moesaic.checkpoint.full_checkpoint import read_snapshot
 from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.sharded_checkpoint import load_sharded
 from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
+from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import World
 from moesaic.model.weights import export_weights
-from moesaic.optim.named_optimizer import NamedOptimizer, export_state
+from moesaic.optim.named_optimizer import NamedOptimizer, live_state
 from moesaic.parallel.parallel_model import ParallelModel
 
 SHARDED_FILES = ("model", "optimizer")  # their tensors are distributed over ranks
 
 
 def local_shards(
-    parallel_model: ParallelModel, optimizer: NamedOptimizer
+    parallel_model: ParallelModel, optimizer_state: Mapping[str, Tensor]
 ) -> dict[str, dict[str, TensorOrShard]]:
-    """Return this rank's shards of weights and optimizer state, without copying."""
+    """Return this rank's shards of weights and of optimizer state by name, without copying."""
     weights, names = export_weights(parallel_model.model), set(parallel_model.sharding_plan)
     model: dict[str, TensorOrShard] = {
         name: parallel_model.shard_of(name, tensor) if name in names else tensor
         for name, tensor in weights.items()
     }
     state: dict[str, TensorOrShard] = {}
-    for name, tensor in export_state(optimizer).items():
+    for name, tensor in optimizer_state.items():
         parameter = name.partition("/")[2]
         state[name] = parallel_model.shard_of(parameter, tensor) if tensor.dim() else tensor
     return {"model": model, "optimizer": state}
@@ -47,6 +49,6 @@ def restore_shards(
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
-                optimizer.ensure_state(parameter, rule=group["rule"])
-    load_sharded(path, into=local_shards(parallel_model, optimizer), world=world)
+                optimizer.ensure_state(name, parameter, rule=group["rule"])
+    load_sharded(path, into=local_shards(parallel_model, live_state(optimizer)), world=world)
     return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])

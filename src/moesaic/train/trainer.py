@@ -29,6 +29,7 @@ from moesaic.optim.named_optimizer import export_state, restore_state
 from moesaic.parallel.parallel_model import ShardedMatrices
 from moesaic.parallel.parallelize import parallelize
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
+from moesaic.train.memory_tiers import use_memory_plan
 from moesaic.train.random_state import random_state, restore_random_state
 from moesaic.train.run import Run
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
@@ -90,6 +91,7 @@ class Trainer:
             master_weights=run.precision.master_weights,
         )
         self.optimizer.fused_outputs = fused
+        use_memory_plan(run.parallel.memory, optimizer=self.optimizer, model=self.parallel_model)
         self.optimizer.position_of = self.parallel_model.position_of
         if not self.parallel_model.is_replicated:
             self.optimizer.matrix_sharding = ShardedMatrices(self.parallel_model)
@@ -210,8 +212,7 @@ class Trainer:
         terms = self.world.all_reduce_floats({n: float(v) for n, v in result.sums.terms.items()})
         named = [*zip(self.objective.categories.names, losses, strict=True), *terms.items()]
         losses = [name for name, value in named if not math.isfinite(value)]
-        grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        first = first_non_finite(grads)
+        first = first_non_finite(self.parallel_model.named_gradients())
         where = f"the gradient of {first}" if first else "the norm of the gradients (it overflows)"
         return f"the loss of {', '.join(losses)} and {where}" if losses else where
 
@@ -228,7 +229,7 @@ class Trainer:
         }
         state = self._json_state()
         if not self.parallel_model.is_replicated:
-            shards = local_shards(self.parallel_model, self.optimizer)
+            shards = local_shards(self.parallel_model, export_state(self.optimizer))
             return RankSnapshot(self.step, shards | files, state, **about)
         files["model"] = export_weights(self.model)
         files["optimizer"] = export_state(self.optimizer)
