@@ -22,8 +22,8 @@ from moesaic.ops.cpu.cpu_adamw import AdamWStatus, load_adamw
 from moesaic.optim.optimizer import AdamW
 
 SHAPES: Mapping[str, list[tuple[int, ...]]] = {
-    "8 large": [(8, 256, 512)] * 8,
-    "400 small": [(64, 96), (96,)] * 200,
+    "4 large": [(8, 256, 256)] * 4,
+    "100 small": [(64, 96), (96,)] * 50,
 }
 SETTINGS = AdamWSettings(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01)
 BASELINE = "torch, one tensor at a time"

@@ -6,13 +6,15 @@ Both are compared at a size and at twice that size. Nothing here measures second
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as distributed
 
-from cost_counters import CountingStore
+from cost_counters import CountingStore, count_flops, peak_bytes
 from moesaic.distributed import watchdog as watchdog_module
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.compare_ranks import require_same_on_all_ranks
@@ -22,6 +24,12 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.simulation import fake_process_group
 from moesaic.distributed.watchdog import Watchdog
 from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.model.transformer import Transformer
+from moesaic.optim.optimizer import Muon
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.matrix_owners import MatrixOwners
+from moesaic.parallel.parallelize import parallelize
+from moesaic.testing.tiny_models import tiny_model_config
 
 SLACK = 0.1
 
@@ -78,6 +86,33 @@ def _groups_made(ranks: int) -> int:
     return calls.call_count
 
 
+class _MuonStep(NamedTuple):
+    flops: int
+    peak_bytes: int
+    sent_bytes: int
+
+
+@cache
+def _muon_step(ranks: int, zero: int) -> _MuonStep:
+    """A rank of so many updates the matrices of a model: replicated, or sharded by ZeRO."""
+    with fake_process_group(ranks):
+        model = Transformer(tiny_model_config())
+        parallel = ParallelConfig(plan=ParallelPlan(zero=zero))
+        parallel_model = parallelize(model, parallel=parallel, world=ProcessGroupWorld())
+        matrices = (named for named in model.named_parameters() if named[1].ndim > 1)
+        optimizer = Muon().build(matrices, kinds=model.parameter_kinds())
+        optimizer.matrix_sharding = MatrixOwners(parallel_model)
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if "muon" in g["name"]]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # the first one makes states and plans
+        with CommunicationCounter() as sent:
+            flops = count_flops(optimizer.step)
+        return _MuonStep(flops, peak_bytes(optimizer.step), sent.total_bytes())
+
+
+MATRIX_BYTES, MUON_FLOPS = 61440, 4055040  # of the tiny model: all matrices, one rank
 LAWS: dict[str, CostLaw] = {
     "messages of the watchdogs of n ranks, one of them lost": CostLaw(
         lambda n: _stalled_ranks(n).messages, lambda n: 2 * n + 7, size=8
@@ -87,6 +122,23 @@ LAWS: dict[str, CostLaw] = {
     ),
     "bytes that a rank of n sends to compare its config": CostLaw(
         _compared_bytes, lambda n: 2 * 32 * 8 * (n - 1) / n, size=8
+    ),
+    "FLOPs of Muon on a rank of n with copies": CostLaw(
+        lambda n: _muon_step(n, zero=0).flops, lambda n: MUON_FLOPS / n, size=2
+    ),
+    "FLOPs of Muon on a rank of n with ZeRO": CostLaw(
+        lambda n: _muon_step(n, zero=3).flops, lambda n: MUON_FLOPS / n, size=2
+    ),
+    "bytes held by Muon on a rank of n with copies": CostLaw(
+        lambda n: _muon_step(n, zero=0).peak_bytes,
+        lambda n: MATRIX_BYTES * (1 + 1.8 / n),  # its update, and the products for its own
+        size=2,
+    ),
+    "bytes held by Muon on a rank of n with ZeRO": CostLaw(
+        lambda n: _muon_step(n, zero=3).peak_bytes, lambda n: MATRIX_BYTES * 2.8 / n, size=2
+    ),
+    "bytes sent by Muon on a rank of n with copies": CostLaw(
+        lambda n: _muon_step(n, zero=0).sent_bytes, lambda n: MATRIX_BYTES * (n - 1) / n, size=2
     ),
     "process groups that a rank of n makes": CostLaw(_groups_made, lambda _: 6, size=16),
 }

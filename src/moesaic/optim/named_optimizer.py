@@ -31,14 +31,19 @@ MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
 
 @runtime_checkable
 class MatrixSharding(Protocol):
-    """All-gathers sharded matrices for rules that need whole ones, by parameter name."""
+    """Gives rules that need whole matrices those that this rank owns."""
 
-    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return the whole matrices of these shards. Collective."""
-        ...
+    def update_maps(
+        self,
+        parts: Mapping[str, Tensor],
+        *,
+        fused: Mapping[str, Sequence[int]],
+        function: Callable[[Sequence[Tensor]], None],
+    ) -> None:
+        """Apply ``function``, which changes whole maps in place, to the maps of these shards.
 
-    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
-        """Return this rank's shards of whole matrices."""
+        ``parts`` are by parameter name, ``fused`` as in ``GroupUpdate``. Collective.
+        """
         ...
 
 
@@ -47,8 +52,8 @@ class GroupUpdate:
     """The parameters of one group that have a gradient, and what an update rule needs of them.
 
     ``grads`` have the types of the gradients. ``narrow`` has the parameter whose float32 master is
-    in ``params``, or None: a rule rounds the master into it. ``sharding`` is None where every rank
-    has whole matrices. ``fused`` has the output widths of matrices that hold several maps, by name
+    in ``params``, or None: a rule rounds the master into it. ``sharding`` is None where one process
+    has all matrices. ``fused`` has the output widths of matrices that hold several maps, by name
     (``nn/fused_projections.py``).
     """
 

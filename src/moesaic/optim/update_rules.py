@@ -121,17 +121,12 @@ class MuonRule:
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         directions = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov
         torch._foreach_mul_(params, 1 - update.lr * update.weight_decay)
-        sharding = update.sharding
-        if sharding is not None:
-            directions = sharding.all_gather_matrices(update.names, directions)
-        maps = [
-            one
-            for name, direction in zip(update.names, directions, strict=True)
-            for one in split_maps(direction, update.fused.get(name, ()))
-        ]
-        self._orthogonalize(maps)
-        if sharding is not None:
-            directions = sharding.local_shards(update.names, directions)
+        named = dict(zip(update.names, directions, strict=True))
+        if update.sharding is None:
+            pairs = ((each, update.fused.get(name, ())) for name, each in named.items())
+            self._orthogonalize([one for each, widths in pairs for one in split_maps(each, widths)])
+        else:
+            update.sharding.update_maps(named, fused=update.fused, function=self._orthogonalize)
         torch._foreach_add_(params, directions, alpha=-update.lr)
         update.round_masters()
 

@@ -13,6 +13,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import World
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
@@ -25,6 +26,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import ContextRanks, SequenceSharder
 from moesaic.parallel.expert_dispatch import DispatchGroups
 from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.parameter_streaming import ParameterStream
 from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.precision import Float32, Precision, set_gradient_dtype
 from moesaic.parallel.sharding_plan import (
@@ -90,7 +92,7 @@ def parallelize_on_mesh(
         )
     set_gradient_dtype(model, precision)
     pipeline = None if stages is None else Pipeline(model, mesh=mesh, stages=stages)
-    return ParallelModel(
+    parallel_model = ParallelModel(
         model,
         mesh=mesh,
         precision=precision,
@@ -98,6 +100,24 @@ def parallelize_on_mesh(
         gradient_sync=sync,
         pipeline=pipeline,
     )
+    if not parallel.memory.parameters.is_device:
+        parallel_model.parameter_stream = stream_parameters(
+            model, memory=parallel.memory, mesh=mesh
+        )
+    return parallel_model
+
+
+def stream_parameters(model: Transformer, *, memory: MemoryPlan, mesh: Mesh) -> ParameterStream:
+    """Move the expert weights of a model to their tier, if they have values already."""
+    store = memory.parameters.open(
+        device=mesh.device,
+        label=f"rank{mesh.rank}-parameters",
+        in_flight_bytes=memory.in_flight_bytes,
+    )
+    stream = ParameterStream(model, store=store)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        stream.move_to_tier()
+    return stream
 
 
 def shard_parameters(

@@ -26,7 +26,7 @@ from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.optim.named_optimizer import export_state, restore_state
-from moesaic.parallel.parallel_model import ShardedMatrices
+from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
 from moesaic.train.memory_tiers import use_memory_plan
@@ -93,8 +93,8 @@ class Trainer:
         self.optimizer.fused_outputs = fused
         use_memory_plan(run.parallel.memory, optimizer=self.optimizer, model=self.parallel_model)
         self.optimizer.position_of = self.parallel_model.position_of
-        if not self.parallel_model.is_replicated:
-            self.optimizer.matrix_sharding = ShardedMatrices(self.parallel_model)
+        if world.size > 1:
+            self.optimizer.matrix_sharding = MatrixOwners(self.parallel_model)
         categories = LossCategories.of(data.labels)
         self.objective = Objective(categories, run.precision)
         self.metrics = self.new_metrics()
