@@ -36,9 +36,11 @@ class Defect:
 def gradients_averaged(patch: Patch) -> None:
     summed = ProcessGroupWorld.all_reduce_gradients
 
-    def averaged(self: ProcessGroupWorld, parameters: Sequence[torch.Tensor]) -> None:
+    def averaged(
+        self: ProcessGroupWorld, parameters: Sequence[torch.Tensor], **named: Any
+    ) -> None:
         parameters = list(parameters)
-        summed(self, parameters)
+        summed(self, parameters, **named)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.size
