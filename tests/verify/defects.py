@@ -1,6 +1,6 @@
 """Seeded defects: errors of real systems, inserted on several ranks only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,9 @@ from moesaic.moe.batch_group import GatheredRows
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import RoutingRecord
 from moesaic.optim.gradient_clipping import GradNorm
+from moesaic.optim.gradients import Gradients
 from moesaic.parallel.batch_ranks import BatchRanks
+from moesaic.parallel.gradient_sums import GradientSums
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.sharding_plan import Placement
 
@@ -34,18 +36,16 @@ class Defect:
 
 
 def gradients_averaged(patch: Patch) -> None:
-    summed = ProcessGroupWorld.all_reduce_gradients
+    summed = GradientSums.finish
 
-    def averaged(
-        self: ProcessGroupWorld, parameters: Sequence[torch.Tensor], **named: Any
-    ) -> None:
-        parameters = list(parameters)
-        summed(self, parameters, **named)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad /= self.size
+    def averaged(self: GradientSums, gradients: Gradients) -> None:
+        summed(self, gradients)
+        for bucket in self._buckets:
+            for each in bucket.members:
+                assert each.parameter.grad is not None
+                each.parameter.grad /= len(bucket.ranks)
 
-    patch.setattr(ProcessGroupWorld, "all_reduce_gradients", averaged)
+    patch.setattr(GradientSums, "finish", averaged)
 
 
 def zero_averages(patch: Patch) -> None:

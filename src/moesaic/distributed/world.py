@@ -92,7 +92,7 @@ class ProcessGroupWorld(World):
     def all_reduce_gradients(
         self, parameters: Iterable[Tensor], *, dtype: torch.dtype = torch.float32
     ) -> None:
-        for bucket in gradient_buckets([p for p in parameters if p.requires_grad]):
+        for bucket in _gradient_buckets([p for p in parameters if p.requires_grad]):
             parts = [_local_gradient(p) for p in bucket]
             # offloaded gradients are in host memory, which NCCL cannot read
             flat = torch.cat([part.reshape(-1) for part in parts]).to(self.device, dtype)
@@ -144,7 +144,7 @@ def _local_gradient(parameter: Tensor) -> Tensor:
     return local_tensor(parameter.grad)
 
 
-def gradient_buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+def _gradient_buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     """Split into buckets of one dtype and at most ``BUCKET_BYTES`` (or one parameter)."""
     bucket: list[Tensor] = []
     bucket_bytes = 0

@@ -231,7 +231,8 @@ class Mamba2Module(SequenceMixerModule, FusedProjections, CustomInitializers):
         out = gated_rms_norm(
             out, gate=gate, weight=self.norm_weight, groups=self.norm_groups, eps=1e-5
         )
-        return self.tensor_parallel.reduce_scatter_tokens(self.out(out), packing)
+        out = self.out(out.to(gate.dtype))
+        return self.tensor_parallel.reduce_scatter_tokens(out, packing)
 
     def _draw_step_bias(self, bias: Float[Tensor, "H"]) -> None:
         """Fill with the inverse of softplus at step sizes whose logarithm is uniform."""

@@ -63,8 +63,8 @@ class Gradients(ABC):
         """Bring the gradients of parts of parameters to ``place``, clipped, to be read."""
 
     @abstractmethod
-    def attached(self, parameters: Sequence[Tensor]) -> Any:
-        """Return a context in which these gradients are in ``Parameter.grad`` and may change."""
+    def attached(self, parameters: Sequence[Tensor], *, access: Access) -> Any:
+        """Return a context in which these gradients are in ``Parameter.grad``."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -99,8 +99,8 @@ class ResidentGradients(Gradients):
         return fetch_views(views, to=torch.device("cpu"), access=Access.READ)
 
     @contextmanager
-    def attached(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        del parameters
+    def attached(self, parameters: Sequence[Tensor], *, access: Access) -> Iterator[None]:
+        del parameters, access
         yield
 
     def clear(self) -> None:
@@ -153,14 +153,15 @@ class TieredGradients(Gradients):
         )
 
     @contextmanager
-    def attached(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+    def attached(self, parameters: Sequence[Tensor], *, access: Access) -> Iterator[None]:
         names = [self._names[parameter] for parameter in parameters]
-        fetched = self.store.fetch([Part(name) for name in names], access=Access.UPDATE)
+        fetched = self.store.fetch([Part(name) for name in names], access=access)
         grads = fetched.wait()
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = _like_parameter(grad, parameter)
         yield
-        self._norms.update(zip(names, tensor_norms(grads), strict=True))
+        if access is not Access.READ:
+            self._norms.update(zip(names, tensor_norms(grads), strict=True))
         for parameter in parameters:
             parameter.grad = None
         fetched.release()

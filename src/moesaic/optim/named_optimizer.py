@@ -5,9 +5,10 @@ schedule writes ``lr = base_lr * factor``. State is float32 and covers the shard
 is on this rank. What a rule updates of a parameter of a narrower dtype (bfloat16), and how it is
 rounded into the parameter, is up to ``optim/master_weights.py``.
 
-State is exported as flat tensors named ``slot/parameter``, e.g. ``exp_avg/encoder.0.norm.weight``:
-it does not depend on the order of parameters. Learning rates are not state: the schedule gives them
-for any step.
+A float32 master is exported as the weight of its parameter, so a checkpoint can be resumed in any
+precision. Other state is exported as flat tensors named ``slot/parameter``, e.g.
+``exp_avg/encoder.0.norm.weight``: it does not depend on the order of parameters. Learning rates are
+not state: the schedule gives them for any step.
 """
 
 import inspect
@@ -26,6 +27,7 @@ from moesaic.optim.gradients import Gradients, ResidentGradients
 from moesaic.optim.master_weights import MasterWeights, ShardUpdate
 from moesaic.optim.tiered_states import ParameterRows, TieredStates
 
+MASTER = "master"  # the slot of a float32 copy
 MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
 
 
@@ -99,7 +101,7 @@ class UpdateRule(Protocol):
 class NamedOptimizer(torch.optim.Optimizer):
     """A torch optimizer of named parameter groups with update rules (see the module's docstring).
 
-    Save and restore it with ``export_state`` and ``restore_state``: torch's ``load_state_dict``
+    Save and restore it with ``frozen_state`` and ``restore_state``: torch's ``load_state_dict``
     rounds state to the parameter's type.
     """
 
@@ -167,7 +169,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         if parameter.dtype == torch.float32:
             return rule.initial_state(parameter)
         kept = self.master_weights.initial_state(parameter)
-        like = kept.get("master", torch.empty_like(parameter, dtype=torch.float32))
+        like = kept.get(MASTER, torch.empty_like(parameter, dtype=torch.float32))
         return kept | rule.initial_state(like)
 
     def _members(self, group: dict[str, Any]) -> list[ParameterRows]:
@@ -261,23 +263,42 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.master_weights.write_back(parameter, values, update=update)
 
 
-def export_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
+def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
     """Return every state tensor. A parameter that was never updated has none.
 
     Those on the device are not copied; those on a tier are as they are now, whatever follows.
     """
-    return _resident_state(optimizer) | (
-        dict(optimizer.tier.store.freeze()) if optimizer.tier else {}
-    )
+    tiered = optimizer.tier.store.freeze() if optimizer.tier else {}
+    return _resident_state(optimizer) | dict(tiered)
 
 
 def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
-    """Return views of every state tensor, to be overwritten at once."""
+    """Return views of every state tensor, to be read or overwritten at once."""
     state = _resident_state(optimizer)
     for name, _, _ in _named_parameters(optimizer):
         tiered = optimizer.tier.live(name) if optimizer.tier else {}
         state |= {f"{slot}/{name}": tensor for slot, tensor in tiered.items()}
     return state
+
+
+def without_masters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state that a checkpoint has beside weights."""
+    return {key: tensor for key, tensor in state.items() if key.partition("/")[0] != MASTER}
+
+
+def masters_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the float32 master of every parameter that has one, by its name."""
+    parts = ((key.partition("/"), tensor) for key, tensor in state.items())
+    return {name: tensor for (slot, _, name), tensor in parts if slot == MASTER}
+
+
+@torch.no_grad()
+def round_masters(optimizer: NamedOptimizer) -> None:
+    """Round every float32 master into its parameter, after masters were loaded."""
+    masters = masters_of(live_state(optimizer))
+    for name, parameter, _ in _named_parameters(optimizer):
+        if name in masters:
+            local_tensor(parameter).copy_(masters[name])
 
 
 def _resident_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
@@ -289,9 +310,12 @@ def _resident_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_state(optimizer: NamedOptimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_state(
+    optimizer: NamedOptimizer, tensors: Mapping[str, Tensor], *, weights: Mapping[str, Tensor]
+) -> None:
     """Restore exported state bit for bit; the optimizer must have the same rules and parameters.
 
+    ``weights`` become the masters of parameters that have state and are of a narrow dtype.
     All or nothing: raises CheckpointError naming what does not fit, with the optimizer unchanged.
     """
     stepped = {name.partition("/")[2] for name in tensors}
@@ -299,6 +323,10 @@ def restore_state(optimizer: NamedOptimizer, tensors: Mapping[str, Tensor]) -> N
         name: optimizer.expected_state(parameter, rule=rule)
         for name, parameter, rule in _named_parameters(optimizer)
         if name in stepped
+    }
+    tensors = {
+        **tensors,
+        **{f"{MASTER}/{name}": weights[name] for name, like in slots.items() if MASTER in like},
     }
     _check_state_fits(
         tensors, {f"{s}/{name}": like for name in slots for s, like in slots[name].items()}

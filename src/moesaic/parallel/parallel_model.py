@@ -9,14 +9,13 @@ from torch import nn
 from moesaic.checkpoint.snapshot import Shard
 from moesaic.core.shapes import Float, Tensor
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
-from moesaic.distributed.process_groups import Group
-from moesaic.distributed.world import gradient_buckets, local_tensor
-from moesaic.memory.tensor_store import Part, Place
+from moesaic.memory.tensor_store import Access, Part, Place
 from moesaic.model.transformer import Transformer
 from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.optim.gradients import Gradients, ResidentGradients
 from moesaic.parallel.batch_ranks import group_world, world_over
+from moesaic.parallel.gradient_sums import GradientSums, ReplicatedParameter
 from moesaic.parallel.parameter_streaming import ParameterStream
 from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.precision import Precision
@@ -62,6 +61,12 @@ class ParallelModel:
         self.stage_world = world_over(mesh, *STAGE_AXES)
         self.data_world = world_over(mesh, "data")
         coordinates = mesh.coordinates()
+        self._gradient_sums = GradientSums(
+            list(self._replicated_parameters()),
+            device=mesh.device,
+            dtype=precision.reduce_dtype,
+            timeout_s=mesh.timeout_s,
+        )
         # the other ranks of these axes read the same rows
         self.counts_tokens = not any(coordinates[a] for a in ("pipe", "context", "tensor"))
 
@@ -78,7 +83,9 @@ class ParallelModel:
         )
 
     def before_backward(self, *, last: bool) -> None:
-        """Prepare ZeRO for a micro-batch; ``last``: it is the step's last."""
+        """Prepare the sums of gradients for a micro-batch; ``last``: it is the step's last."""
+        if last and isinstance(self.gradients, ResidentGradients):
+            self._gradient_sums.before_last_backward()
         if self.mesh.plan.zero:
             dtype = self.precision.gradient_dtype
             # FSDP2 adds a gradient of the parameter's dtype to what is there
@@ -95,20 +102,17 @@ class ParallelModel:
         """
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients.complete(trainable, dtype=self.precision.gradient_dtype)
-        by_group: dict[Group, list[Tensor]] = {}
-        for _, parameter, placement, sync in self._parameters():
-            group = self.mesh.group(*sync.all_reduce_axes, num_experts=placement.num_experts)
-            if group is not None:
-                by_group.setdefault(group, []).append(parameter)
-        dtype = self.precision.reduce_dtype
-        for group, parameters in by_group.items():
-            world = group_world(group, device=self.mesh.device)
-            for bucket in gradient_buckets([p for p in parameters if p.requires_grad]):
-                with self.gradients.attached(bucket):
-                    world.all_reduce_gradients(bucket, dtype=dtype)
+        self._gradient_sums.finish(self.gradients)
         if self.pipeline is not None:
-            with self.gradients.attached(self.pipeline.shared_parameters()):
-                self.pipeline.sum_shared_gradients(dtype=dtype)
+            shared = self.pipeline.shared_parameters()
+            with self.gradients.attached(shared, access=Access.UPDATE):
+                self.pipeline.sum_shared_gradients(dtype=self.precision.reduce_dtype)
+
+    def _replicated_parameters(self) -> Iterator[ReplicatedParameter]:
+        for _, parameter, placement, sync in self._parameters():
+            ranks = self.mesh.ranks(*sync.all_reduce_axes, num_experts=placement.num_experts)
+            if parameter.requires_grad and len(ranks) > 1:
+                yield ReplicatedParameter(parameter, ranks, bool(sync.zero_axes))
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and this rank's part of each gradient, one at a time."""
@@ -176,21 +180,20 @@ class ParallelModel:
         return zero_dim(self._shapes_before_zero[name], ranks=ranks)
 
     def _sharded_norm(self) -> Float[Tensor, ""]:
-        pipe, copies = self.pipeline, dict[Tensor, int]()
+        pipe, device = self.pipeline, self.mesh.device
+        copies: dict[Tensor, int] = {}
         for name, parameter, placement, sync in self._parameters():
             # of the pipeline ranks that hold a parameter together, the first counts it
             counts = pipe is None or pipe.stages.is_first_holder(name, rank=pipe.rank)
             if counts and self.gradients.has(parameter):
-                copies[parameter] = self.mesh.size(
-                    *sync.all_reduce_axes, num_experts=placement.num_experts
-                )
-        squares = [0.0]
-        if copies:
-            norms = torch.stack(self.gradients.norms(list(copies))).double()
-            divisors = torch.tensor(list(copies.values()), dtype=torch.float64)
-            squares = (norms.cpu().square() / divisors).tolist()
-        world = group_world(self.mesh.world_group, device=self.mesh.device)
-        return world.all_reduce(torch.tensor(sum(squares), dtype=torch.float64)).sqrt()
+                axes, experts = sync.all_reduce_axes, placement.num_experts
+                copies[parameter] = self.mesh.size(*axes, num_experts=experts)
+        # a copy for each rank: the norms stay on the device, and the host reads their sum once
+        shares = torch.tensor(list(copies.values()), dtype=torch.float64).to(device)
+        norms = self.gradients.norms(list(copies))
+        squares = torch.stack(norms).to(device).double().square() if norms else shares
+        world = group_world(self.mesh.world_group, device=device)
+        return world.all_reduce((squares / shares).sum()).sqrt()
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter, Placement, GradientSync]]:
         for name, parameter in self.model.named_parameters():

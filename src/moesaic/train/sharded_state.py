@@ -15,7 +15,13 @@ from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import World
 from moesaic.model.weights import export_weights
-from moesaic.optim.named_optimizer import NamedOptimizer, live_state
+from moesaic.optim.named_optimizer import (
+    NamedOptimizer,
+    live_state,
+    masters_of,
+    round_masters,
+    without_masters,
+)
 from moesaic.parallel.parallel_model import ParallelModel
 
 SHARDED_FILES = ("model", "optimizer")  # their tensors are distributed over ranks
@@ -24,14 +30,15 @@ SHARDED_FILES = ("model", "optimizer")  # their tensors are distributed over ran
 def local_shards(
     parallel_model: ParallelModel, optimizer_state: Mapping[str, Tensor]
 ) -> dict[str, dict[str, TensorOrShard]]:
-    """Return this rank's shards of weights and of optimizer state by name, without copying."""
-    weights, names = export_weights(parallel_model.model), set(parallel_model.sharding_plan)
+    """Return this rank's shards of weights and of all optimizer state, without copying."""
+    weights = export_weights(parallel_model.model) | masters_of(optimizer_state)
+    names = set(parallel_model.sharding_plan)
     model: dict[str, TensorOrShard] = {
         name: parallel_model.shard_of(name, tensor) if name in names else tensor
         for name, tensor in weights.items()
     }
     state: dict[str, TensorOrShard] = {}
-    for name, tensor in optimizer_state.items():
+    for name, tensor in without_masters(optimizer_state).items():
         parameter = name.partition("/")[2]
         state[name] = parallel_model.shard_of(parameter, tensor) if tensor.dim() else tensor
     return {"model": model, "optimizer": state}
@@ -51,4 +58,5 @@ def restore_shards(
             if name in saved:
                 optimizer.ensure_state(name, parameter, rule=group["rule"])
     load_sharded(path, into=local_shards(parallel_model, live_state(optimizer)), world=world)
+    round_masters(optimizer)
     return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])

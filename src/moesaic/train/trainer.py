@@ -25,7 +25,7 @@ from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
-from moesaic.optim.named_optimizer import export_state, restore_state
+from moesaic.optim.named_optimizer import frozen_state, masters_of, restore_state, without_masters
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
@@ -227,12 +227,12 @@ class Trainer:
             "expert_parameters": self.parallel_model.expert_parameters,
             "plan": self.parallel_model.mesh.plan.to_dict(),
         }
-        state = self._json_state()
+        state, optimizer_state = self._json_state(), frozen_state(self.optimizer)
         if not self.parallel_model.is_replicated:
-            shards = local_shards(self.parallel_model, export_state(self.optimizer))
+            shards = local_shards(self.parallel_model, optimizer_state)
             return RankSnapshot(self.step, shards | files, state, **about)
-        files["model"] = export_weights(self.model)
-        files["optimizer"] = export_state(self.optimizer)
+        files["model"] = export_weights(self.model) | masters_of(optimizer_state)
+        files["optimizer"] = without_masters(optimizer_state)
         return Snapshot(self.step, files, state, **about)
 
     def _json_state(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a full snapshot (every rank holds every parameter)."""
         restore_weights(self.model, snapshot.files["model"])
-        restore_state(self.optimizer, snapshot.files["optimizer"])
+        restore_state(self.optimizer, snapshot.files["optimizer"], weights=snapshot.files["model"])
         self._restore_host_state(snapshot)
 
     def _restore_host_state(self, snapshot: Snapshot) -> None:
