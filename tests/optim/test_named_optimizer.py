@@ -13,6 +13,7 @@ from moesaic.optim.named_optimizer import (
 )
 from moesaic.optim.optimizer import AdamW, Muon
 
+
 def export_state(optimizer):
     return without_masters(frozen_state(optimizer))
 

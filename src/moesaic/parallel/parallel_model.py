@@ -9,6 +9,7 @@ from torch import nn
 from moesaic.checkpoint.snapshot import Shard
 from moesaic.core.shapes import Float, Tensor
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
+from moesaic.distributed.world import local_tensor
 from moesaic.memory.tensor_store import Access, Part, Place
 from moesaic.model.transformer import Transformer
 from moesaic.ops.stochastic_rounding import ShardPosition
