@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -62,12 +63,6 @@ class ParallelModel:
         self.stage_world = world_over(mesh, *STAGE_AXES)
         self.data_world = world_over(mesh, "data")
         coordinates = mesh.coordinates()
-        self._gradient_sums = GradientSums(
-            list(self._replicated_parameters()),
-            device=mesh.device,
-            dtype=precision.reduce_dtype,
-            timeout_s=mesh.timeout_s,
-        )
         # the other ranks of these axes read the same rows
         self.counts_tokens = not any(coordinates[a] for a in ("pipe", "context", "tensor"))
 
@@ -108,6 +103,16 @@ class ParallelModel:
             shared = self.pipeline.shared_parameters()
             with self.gradients.attached(shared, access=Access.UPDATE):
                 self.pipeline.sum_shared_gradients(dtype=self.precision.reduce_dtype)
+
+    @cached_property
+    def _gradient_sums(self) -> GradientSums:
+        # made in the first step: its hooks are on the parameters that have been allocated
+        return GradientSums(
+            list(self._replicated_parameters()),
+            device=self.mesh.device,
+            dtype=self.precision.reduce_dtype,
+            timeout_s=self.mesh.timeout_s,
+        )
 
     def _replicated_parameters(self) -> Iterator[ReplicatedParameter]:
         for _, parameter, placement, sync in self._parameters():
