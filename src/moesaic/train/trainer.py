@@ -29,7 +29,6 @@ from moesaic.optim.named_optimizer import frozen_state, masters_of, restore_stat
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
-from moesaic.parallel.weight_start import allocate_shards
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
 from moesaic.train.memory_tiers import use_memory_plan
 from moesaic.train.random_state import random_state, restore_random_state
@@ -98,7 +97,6 @@ class Trainer:
             timeout_s=run.collective_timeout_s,
         )
         if fill is not None:
-            allocate_shards(self.parallel_model)
             fill(self.parallel_model)
         self.optimizer = run.optimizer.build(
             model.named_parameters(),
