@@ -45,6 +45,7 @@ from moesaic.train.trainer import Trainer
 from moesaic.verify.synthetic_batches import VOCABULARY
 
 MIB = 2**20
+TRIAL_SECONDS = 600  # a trial that takes longer counts as failed
 PRECISIONS: dict[str, Precision] = {
     "float32": Float32(),  # 4 + 4 + 8 bytes per parameter
     "bfloat16": BFloat16(),  # 2 + 2 + 12
@@ -163,7 +164,7 @@ def trial(case: Case, layers: int) -> Trial:
 
 
 def _run_child(case: Case, layers: int, *, writer: int) -> None:
-    signal.alarm(180)
+    signal.alarm(TRIAL_SECONDS)
     try:
         train(case, layers)
         os.write(writer, b"trained")
