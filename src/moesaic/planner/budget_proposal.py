@@ -1,4 +1,4 @@
-"""Budget proposal: what to train with a number of FLOPs, each value with its paper and its range."""
+"""Budget proposal: what to train with a number of FLOPs; each value with its paper and range."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
