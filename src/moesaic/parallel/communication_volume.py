@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moesaic.distributed.mesh import STAGE_AXES
 from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.config import MoE
@@ -130,10 +131,19 @@ class _ActivationVolume:
         ranks, axis = plan.stage_size, "stage"
         statistics = (4 * moe.num_router_outputs + 1) * FLOAT64_BYTES
         yield "all-reduce", axis, 2 * statistics * (ranks - 1) // ranks
-        if scope := parameters.parallel.capacity_scope.expert_axes:
-            ranks, axis = expert * slices, parameters.group_name(scope, num_experts=moe.experts)
-        integers = moe.limit.num_gathered_integers(tokens * chosen)
-        yield "all-gather", axis, integers * INT64_BYTES * (ranks - 1)
+        # of an even load: a full expert adds sums of 256 counts for each digit of a key
+        scope, integers = (
+            parameters.parallel.capacity_scope,
+            moe.limit.num_summed_integers(moe.num_router_outputs),
+        )
+        if scope.of_experts:
+            ranks, axis = (
+                expert * slices,
+                parameters.group_name(scope.axes, num_experts=moe.experts),
+            )
+        elif scope.axes != STAGE_AXES:
+            ranks, axis = plan.context * plan.tensor, parameters.group_name(scope.axes)
+        yield "all-reduce", axis, 2 * integers * INT64_BYTES * (ranks - 1) // ranks
 
     def _vocab_parallel_loss(self, tokens: int) -> Volumes:
         """Hidden states and labels of all tensor ranks, and four numbers for each token."""
