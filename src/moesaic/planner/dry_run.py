@@ -33,7 +33,6 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.sharding_plan import EXPERT_STAGE_AXES
-from moesaic.parallel.weight_start import allocate_shards
 
 DUMMY_TOKEN = 7  # any token but padding
 
@@ -104,7 +103,6 @@ def simulate_step(
         )
         with SharedChunks():
             parallel_model = parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
-            allocate_shards(parallel_model)
         before = simulation.allocated_bytes()
         simulation.peak_bytes = 0
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
