@@ -114,16 +114,6 @@ class ParallelModel:
             timeout_s=self.mesh.timeout_s,
         )
 
-    @cached_property
-    def _gradient_sums(self) -> GradientSums:
-        """Made in the first step: allocating a model's shards replaces its parameters."""
-        return GradientSums(
-            list(self._replicated_parameters()),
-            device=self.mesh.device,
-            dtype=self.precision.reduce_dtype,
-            timeout_s=self.mesh.timeout_s,
-        )
-
     def _replicated_parameters(self) -> Iterator[ReplicatedParameter]:
         for _, parameter, placement, sync in self._parameters():
             ranks = self.mesh.ranks(*sync.all_reduce_axes, num_experts=placement.num_experts)
