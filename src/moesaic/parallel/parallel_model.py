@@ -80,8 +80,9 @@ class ParallelModel:
 
     def before_backward(self, *, last: bool) -> None:
         """Prepare the sums of gradients for a micro-batch; ``last``: it is the step's last."""
+        sums = self._gradient_sums  # made before FSDP2 gathers parameters: called before forward
         if last and isinstance(self.gradients, ResidentGradients):
-            self._gradient_sums.before_last_backward()
+            sums.before_last_backward()
         if self.mesh.plan.zero:
             dtype = self.precision.gradient_dtype
             # FSDP2 adds a gradient of the parameter's dtype to what is there
@@ -106,7 +107,7 @@ class ParallelModel:
 
     @cached_property
     def _gradient_sums(self) -> GradientSums:
-        # made in the first step: its hooks are on the parameters that have been allocated
+        """Made in the first step: allocating a model's shards replaces its parameters."""
         return GradientSums(
             list(self._replicated_parameters()),
             device=self.mesh.device,
