@@ -106,9 +106,9 @@ def simulate_step(
         before = simulation.allocated_bytes()
         simulation.peak_bytes = 0
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
+            parallel_model.before_backward(last=True)
             loss = _loss(parallel_model, batch=dummy_batch(config, sizes))
             saved = simulation.allocated_bytes() - before
-            parallel_model.before_backward(last=True)
             loss.backward()
             parallel_model.sum_gradients()
         peak = simulation.peak_bytes

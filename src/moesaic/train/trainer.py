@@ -20,16 +20,18 @@ from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, mark_phase
 from moesaic.distributed.world import World
+from moesaic.memory.disk_store import DiskFullError
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
-from moesaic.optim.named_optimizer import export_masters, export_state, restore_state
+from moesaic.optim.named_optimizer import frozen_state, masters_of, restore_state, without_masters
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
+from moesaic.train.memory_tiers import use_memory_plan
 from moesaic.train.random_state import random_state, restore_random_state
 from moesaic.train.run import Run
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
@@ -103,6 +105,7 @@ class Trainer:
             master_weights=run.precision.master_weights,
         )
         self.optimizer.fused_outputs = fused
+        use_memory_plan(run.parallel.memory, optimizer=self.optimizer, model=self.parallel_model)
         self.optimizer.position_of = self.parallel_model.position_of
         if world.size > 1:
             self.optimizer.matrix_sharding = MatrixOwners(self.parallel_model)
@@ -118,8 +121,9 @@ class Trainer:
     def train_step(self) -> StepReport:
         """Update the weights once, skipping non-finite steps and loss spikes. Collective.
 
-        Raises NonFiniteError after ``max_bad_steps`` skipped steps in a row; the state is then that
-        of the last good step, with the bad batches in the retry queue.
+        Raises NonFiniteError after ``max_bad_steps`` skipped steps in a row, and DiskFullError if a
+        memory tier has no room for an update; the state is then that of the last good step, with
+        the bad batches in the retry queue.
         """
         started, data_s = time.perf_counter(), 0.0
         collective_s = FLIGHT_RECORDER.collective_s
@@ -135,6 +139,7 @@ class Trainer:
             if self._should_update(attempt, result=result, norm=norm):
                 break
         mark_phase("update")
+        self._reserve_states(attempt)
         scheduled = self.run.schedule.lr_factor(self.step, steps=self.run.steps)
         factor = scheduled * self.loss_history.rate
         for group in self.optimizer.param_groups:
@@ -195,6 +200,19 @@ class Trainer:
             self._skip_update(attempt, reason=decision.note)
         return not decision.skip
 
+    def _reserve_states(self, attempt: StepAttempt) -> None:
+        """Raise DiskFullError on every rank, before any update, if the tier of one is full."""
+        if self.optimizer.tier is None:
+            return
+        problem = ""
+        try:
+            self.optimizer.reserve()
+        except DiskFullError as error:
+            problem = str(error)
+        if self.world.any_rank(bool(problem)):
+            self._skip_update(attempt, reason=problem or "the disk of another rank is full")
+            raise DiskFullError(problem or "another rank has no room on the disk of a memory tier")
+
     def _skip_update(self, attempt: StepAttempt, *, reason: str) -> None:
         """Discard the gradients, queue the batch for a retry, and note the reason."""
         self.optimizer.zero_grad()
@@ -223,8 +241,7 @@ class Trainer:
         terms = self.world.all_reduce_floats({n: float(v) for n, v in result.sums.terms.items()})
         named = [*zip(self.objective.categories.names, losses, strict=True), *terms.items()]
         losses = [name for name, value in named if not math.isfinite(value)]
-        grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        first = first_non_finite(grads)
+        first = first_non_finite(self.parallel_model.named_gradients())
         where = f"the gradient of {first}" if first else "the norm of the gradients (it overflows)"
         return f"the loss of {', '.join(losses)} and {where}" if losses else where
 
@@ -239,12 +256,12 @@ class Trainer:
             "expert_parameters": self.parallel_model.expert_parameters,
             "plan": self.parallel_model.mesh.plan.to_dict(),
         }
-        state = self._json_state()
+        state, optimizer_state = self._json_state(), frozen_state(self.optimizer)
         if not self.parallel_model.is_replicated:
-            shards = local_shards(self.parallel_model, self.optimizer)
+            shards = local_shards(self.parallel_model, optimizer_state)
             return RankSnapshot(self.step, shards | files, state, **about)
-        files["model"] = export_weights(self.model) | export_masters(self.optimizer)
-        files["optimizer"] = export_state(self.optimizer)
+        files["model"] = export_weights(self.model) | masters_of(optimizer_state)
+        files["optimizer"] = without_masters(optimizer_state)
         return Snapshot(self.step, files, state, **about)
 
     def _json_state(self) -> dict[str, Any]:
