@@ -23,8 +23,9 @@ with deferred():
     from moesaic.core.units import show_bytes, show_count, show_flops
     from moesaic.model.parameter_flop_count import BatchDims, ParameterCount, count_parameters
     from moesaic.model.presets import PRESETS, preset
-    from moesaic.model.training_memory import estimate_training_memory
     from moesaic.optim.optimizer import AdamW, Optimizer
+    from moesaic.planner.scale_report import bytes_by_purpose
+    from moesaic.planner.step_cost import CostSettings, step_cost
     from moesaic.recipes.lookup import RECIPES, find_recipe
     from moesaic.train.run_checks import check_run
 
@@ -85,7 +86,9 @@ def _explain_run(which: str, changes: list[str] | None) -> dict[str, Any]:
 def _cost(
     which: str, counted: ParameterCount, *, sizes: BatchDims, optimizer: Optimizer
 ) -> dict[str, Any]:
-    memory = estimate_training_memory(counted.config, sizes=sizes, optimizer=optimizer)
+    cost = step_cost(CostSettings(model=counted.config, sizes=sizes, optimizer=optimizer))
+    held = bytes_by_purpose(cost)
+    held["peak"] = held.pop("device")
     return {
         "name": which,
         "parameters": {"total": counted.total, "active": counted.active, "by_part": counted.parts},
@@ -94,7 +97,7 @@ def _cost(
             "training": counted.training_flops_per_token(sizes),
         },
         "batch": asdict(sizes),
-        "bytes": asdict(memory) | {"total": memory.total},
+        "bytes": {name: size for name, size in held.items() if size},
     }
 
 

@@ -9,7 +9,7 @@ Letters: B rows, S source length, T real tokens, t of them on this rank, N predi
 dim, V vocabulary, n new tokens.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -81,26 +81,31 @@ class Transformer(nn.Module):
 
     Under ``with torch.device("meta")`` nothing is allocated. ``sequence_sharding`` returns which
     tokens of a batch this rank holds; ``run_block`` calls a block (activation checkpointing).
+    ``layers`` are the blocks of each stack that are built, all by default.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, *, layers: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         with deferred_initialization():
-            self._make_modules(config)
+            self._make_modules(config, layers or {})
         self.sequence_sharding: SequenceSharding = no_sequence_sharding
         self.run_block: RunBlock = run_block
         initialize_weights(self, config)
 
-    def _make_modules(self, config: ModelConfig) -> None:
+    def _make_modules(self, config: ModelConfig, layers: Mapping[str, Sequence[int]]) -> None:
         self.embedding = config.input.build(config.input_shape)
         self.position = config.position.build(config.dim)
         self.dropout = Dropout(config.dropout, name="embedding")
         self.encoder = nn.ModuleList(
-            EncoderBlock(config, layer=i) for i in range(config.encoder.layers)
+            EncoderBlock(config, layer=i)
+            for i in layers.get("encoder", range(config.encoder.layers))
         )
         self.decoder = nn.ModuleList(
-            DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
+            DecoderBlock(config, layer=i)
+            for i in layers.get("decoder", range(config.decoder.layers))
         )
         self.encoder_score_bias = _score_bias(config, side="encoder")
         self.decoder_score_bias = _score_bias(config, side="decoder")

@@ -12,7 +12,7 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.ops.cpu.cpu_library import load_library
-from moesaic.ops.cpu.cpu_moe_kernel import ACTIVATION_CODES, DTYPE_CODES, CPUMoEKernel
+from moesaic.ops.cpu.cpu_moe_kernel import ACTIVATION_CODES, DTYPE_CODES, CPUMoEKernel, ShapesOnlyLibrary
 from moesaic.ops.grouped_gemm import ActivationFunction, GroupedGEMM, GroupedMM, SequentialGEMM
 from moesaic.ops.moe_kernel import FusedMemory, KernelMemory, MoEKernel, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
@@ -38,8 +38,8 @@ def select_grouped_gemm(rows: Tensor) -> GroupedGEMM:
 def select_moe_kernel(x: Tensor, *, activation: ActivationFunction) -> MoEKernel:
     """Return the MoE kernel for the device and dtype of ``x``."""
     unfused = UnfusedMoEKernel(select_grouped_gemm(x))
-    if type(x) not in _REAL_TENSOR_TYPES:
-        return unfused  # a fake tensor has no memory that a kernel could read
+    if type(x) not in _REAL_TENSOR_TYPES:  # without memory that a kernel could read
+        return unfused if torch.compiler.is_compiling() else _simulated_kernel(unfused)
     name = activation.kernel_name
     return _fused_kernel(x.device.type, x.dtype, name, fallback=unfused)[0] or unfused
 
@@ -51,6 +51,11 @@ def estimated_kernel(activation: ActivationFunction) -> KernelMemory:
     """
     fused = activation.kernel_name in ACTIVATION_CODES
     return FusedMemory() if fused else UnfusedMoEKernel(SequentialGEMM())
+
+
+def _simulated_kernel(unfused: MoEKernel) -> MoEKernel:
+    """Return what has the memory of the fused kernels on any machine: it compiles nothing."""
+    return CPUMoEKernel(ShapesOnlyLibrary(), unfused)
 
 
 def selected_kernels(

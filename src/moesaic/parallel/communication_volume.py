@@ -1,6 +1,6 @@
-"""Communication volume: the bytes that a rank sends in one training step of a plan, in closed form.
+"""Communication volume: what a rank sends for gradients and parameters, in closed form.
 
-Routing is taken as even. The bytes are those that ``distributed/communication_counter.py`` counts:
+What it sends for activations is measured (``planner/step_cost.py``). The bytes are those that ``distributed/communication_counter.py`` counts:
 each collective once, by an algorithm that sends no byte twice. A collective is named by the axes of
 its ranks ("data+context").
 """
@@ -11,22 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moesaic.distributed.world import BUCKET_BYTES
-from moesaic.model.parameter_flop_count import BatchDims
-from moesaic.moe.config import MoE
-from moesaic.parallel.memory_estimate import tokens_per_rank
 from moesaic.parallel.parameter_inventory import RankParameters
 
-INT64_BYTES = FLOAT64_BYTES = 8
-Volumes = Iterator[tuple[str, str, float]]  # (kind, axis, bytes)
+FLOAT32_BYTES = 4
+Volumes = Iterator[tuple[str, str, int, int]]  # (kind, axis, bytes, messages)
 
 
 @dataclass(frozen=True, slots=True)
 class CommunicationVolume:
-    """Bytes that one rank sends in a step by one kind of collective over one axis."""
+    """Bytes that one rank sends in a step by calls of one kind of collective over one axis."""
 
     kind: str
     axis: str
     bytes: int
+    messages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,126 +52,89 @@ def expert_tensor_bytes(tokens: DispatchedTokens, *, expert_tensor: int) -> floa
     return 2 * tokens.total_bytes * (expert_tensor - 1)
 
 
-def communication_volume(
-    rank_parameters: RankParameters, *, sizes: BatchDims, micro_batches: int = 1, itemsize: int = 4
+def gradient_communication(
+    rank_parameters: RankParameters, *, micro_batches: int = 1
 ) -> tuple[CommunicationVolume, ...]:
-    """Return what a rank sends in a step of ``micro_batches`` of these sizes, sorted.
-
-    ``itemsize`` is that of hidden states; weights and gradients are sent in float32.
-    """
-    activations = _ActivationVolume(rank_parameters, itemsize)
+    """Return what a rank sends in a step for gradients and ZeRO's parameters, sorted; float32."""
     sums: Counter[tuple[str, str]] = Counter()
-    for kind, axis, size in activations.forward_backward(sizes):
-        sums[kind, axis] += round(micro_batches * size)
-    for kind, axis, size in _gradient_sync(rank_parameters, micro_batches=micro_batches):
-        sums[kind, axis] += round(size)
-    return tuple(CommunicationVolume(*key, size) for key, size in sorted(sums.items()) if size)
+    messages: Counter[tuple[str, str]] = Counter()
+    parts = (
+        *_zero_sync(rank_parameters, micro_batches=micro_batches),
+        *_replica_sync(rank_parameters),
+        *_pipeline_sync(rank_parameters),
+    )
+    for kind, axis, size, calls in parts:
+        sums[kind, axis] += size
+        messages[kind, axis] += calls
+    return tuple(
+        CommunicationVolume(*key, size, messages[key]) for key, size in sorted(sums.items()) if size
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _ActivationVolume:
-    """Volumes of the collectives in forward and backward of one micro-batch."""
-
-    parameters: RankParameters
-    itemsize: int
-
-    @property
-    def _row_bytes(self) -> int:
-        """Bytes of one hidden state to all other tensor ranks."""
-        config = self.parameters.inventory.config
-        return (self.parameters.plan.tensor - 1) * config.dim * self.itemsize
-
-    def forward_backward(self, sizes: BatchDims) -> Volumes:
-        config, plan = self.parameters.inventory.config, self.parameters.plan
-        source, target = tokens_per_rank(self.parameters, sizes)
-        for side, tokens in (("encoder", source), ("decoder", target)):
-            stack, shape = config.stack_of(side), config.mixer_shape(side)
-            layers, mixers = range(stack.layers), config.mixers_of_stack(stack)
-            for moe in filter(None, (config.routed_moe_of_layer(stack, layer=i) for i in layers)):
-                yield from self._moe_layer(moe, tokens=tokens)
-            # every mixer and dense feed-forward, forward and backward
-            pairs = sum(config.is_dense_layer(stack, layer=i) for i in layers)
-            pairs += sum(mixer.tensor_exchanges(shape) for mixer in mixers)
-            yield from self._gather_and_scatter(2 * pairs * tokens)
-            ranks = {"ranks": plan.context, "tensor": plan.tensor}
-            values = sum(m.exchanged_values(shape, tokens=tokens, **ranks) for m in mixers)
-            yield from self._context_exchange(values)
-            yield from self._gather_and_scatter(tokens)  # vocabulary-parallel embedding
-        yield from self._vocab_parallel_loss(target)
-        if config.encoder.layers:  # cross-attention gathers its sources, but scatters no output
-            layers = config.decoder.layers
-            yield from self._gather_and_scatter(layers * (2 * target + source))
-            values = config.attention.exchanged_values(
-                config.dim, queries=target, keys=source, ranks=plan.context, tensor=plan.tensor
-            )
-            yield from self._context_exchange(layers * values)
-
-    def _gather_and_scatter(self, tokens: int) -> Volumes:
-        """All-gather over tensor ranks and reduce-scatter (an all-to-all and a local sum)."""
-        size = tokens * self._row_bytes
-        yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
-
-    def _moe_layer(self, moe: MoE, *, tokens: int) -> Volumes:
-        parameters, plan = self.parameters, self.parameters.plan
-        dim = moe.dispatch_projection.expert_dim(parameters.inventory.config.dim)
-        expert, slices = plan.expert_ranks(moe.experts), plan.expert_tensor
-        chosen = round(moe.select.experts_per_token(moe.num_router_outputs))
-        rows = DispatchedTokens(tokens, experts_per_token=chosen, dim=dim, itemsize=self.itemsize)
-        if expert * slices > 1:
-            counts = moe.experts * INT64_BYTES
-            yield "all-to-all", "expert", counts * (expert - 1) / expert
-            yield "all-gather", "expert_tensor", counts * (slices - 1)
-            yield "all-to-all", "expert", 2 * all_to_all_bytes(rows, ranks=expert)
-            # forward gathers at dispatch and scatters at combine, backward the other way round
-            yield "all-gather", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=slices)
-            yield "all-to-all", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=slices)
-        ranks, axis = plan.stage_size, "stage"
-        statistics = (4 * moe.num_router_outputs + 1) * FLOAT64_BYTES
-        yield "all-reduce", axis, 2 * statistics * (ranks - 1) // ranks
-        if scope := parameters.parallel.capacity_scope.expert_axes:
-            ranks, axis = expert * slices, parameters.group_name(scope, num_experts=moe.experts)
-        integers = moe.limit.num_gathered_integers(tokens * chosen)
-        yield "all-gather", axis, integers * INT64_BYTES * (ranks - 1)
-
-    def _vocab_parallel_loss(self, tokens: int) -> Volumes:
-        """Hidden states and labels of all tensor ranks, and four numbers for each token."""
-        others = self.parameters.plan.tensor - 1
-        yield from self._gather_and_scatter(tokens)
-        yield "all-gather", "tensor", others * (tokens + 1) * INT64_BYTES
-        yield "all-reduce", "tensor", 2 * others * tokens * 4 * 4
-
-    def _context_exchange(self, values: float) -> Volumes:
-        """What mixers send to other context ranks, forward and backward."""
-        yield "all-to-all", "context", 2 * values * self.itemsize
-
-
-def _gradient_sync(parameters: RankParameters, *, micro_batches: int) -> Volumes:
-    """Yield the sums of gradients over copies and, with ZeRO, the all-gathers of weights."""
+def _zero_sync(parameters: RankParameters, *, micro_batches: int) -> Volumes:
+    """Yield ZeRO's all-gathers of weights and reduce-scatters of gradients: one a unit."""
     plan, first = parameters.plan, parameters.grid().coordinates(parameters.rank)["tensor"] == 0
     no_gradient = frozenset() if first else parameters.inventory.first_rank_biases
     reductions = 1 if plan.zero == 1 else micro_batches
+    seen: set[tuple[str, str]] = set()
+    for shard in parameters.shards:
+        number, unit = shard.parameter.placement.num_experts, shard.parameter.fsdp_unit
+        if not shard.zero_axes:
+            continue
+        ranks = parameters.num_ranks(shard.zero_axes, num_experts=number)
+        size = FLOAT32_BYTES * shard.gathered_values * (ranks - 1)
+        # parameters outside of blocks stay gathered between forward and backward
+        gathers = micro_batches * (2 if plan.zero == 3 and unit else 1)
+        axis = parameters.group_name(shard.zero_axes, num_experts=number)
+        yield "all-gather", axis, size * gathers, gathers * (("gather", unit) not in seen)
+        seen.add(("gather", unit))
+        if shard.parameter.name not in no_gradient:
+            calls = reductions * (("scatter", unit) not in seen)
+            yield "reduce-scatter", axis, size * reductions, calls
+            seen.add(("scatter", unit))
+
+
+def largest_bucket_bytes(parameters: RankParameters) -> int:
+    """Return the bytes of the largest bucket of gradients that are summed over ranks."""
+    groups = _replicated_gradients(parameters).values()
+    return max((size for sizes in groups for size in _buckets(sizes)), default=0)
+
+
+def _replicated_gradients(
+    parameters: RankParameters,
+) -> dict[tuple[tuple[str, ...], int | None], list[int]]:
+    """Return the bytes of gradients by the axes over which they are summed."""
     summed: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
     for shard in parameters.shards:
         number = shard.parameter.placement.num_experts
-        if shard.zero_axes:
-            ranks = parameters.num_ranks(shard.zero_axes, num_experts=number)
-            size = 4 * shard.gathered_values * (ranks - 1)
-            # parameters outside of blocks stay gathered between forward and backward
-            gathers = 2 if plan.zero == 3 and shard.parameter.fsdp_unit else 1
-            axis = parameters.group_name(shard.zero_axes, num_experts=number)
-            yield "all-gather", axis, size * gathers * micro_batches
-            if shard.parameter.name not in no_gradient:
-                yield "reduce-scatter", axis, size * reductions
         axes = tuple(
             a for a in shard.all_reduce_axes if parameters.num_ranks((a,), num_experts=number) > 1
         )
         if axes:
-            summed.setdefault((axes, number), []).append(4 * math.prod(shard.shape))
-    for (axes, number), sizes in summed.items():
+            sizes = summed.setdefault((axes, number), [])
+            sizes.append(FLOAT32_BYTES * math.prod(shard.shape))
+    return summed
+
+
+def _replica_sync(parameters: RankParameters) -> Volumes:
+    """Yield the sums of gradients over the ranks with copies of a parameter, in buckets."""
+    for (axes, number), sizes in _replicated_gradients(parameters).items():
         ranks = parameters.num_ranks(axes, num_experts=number)
+        axis = parameters.group_name(axes, num_experts=number)
         for size in _buckets(sizes):
-            axis = parameters.group_name(axes, num_experts=number)
-            yield "all-reduce", axis, 2 * size * (ranks - 1) // ranks
+            yield "all-reduce", axis, 2 * size * (ranks - 1) // ranks, 1
+
+
+def _pipeline_sync(parameters: RankParameters) -> Volumes:
+    """Yield the sums of gradients over the stages that hold a parameter together."""
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for shard in parameters.shards:
+        holders = parameters.holders(shard.parameter)
+        if len(holders) > 1:
+            shared.setdefault(holders, []).append(FLOAT32_BYTES * math.prod(shard.shape))
+    for holders, sizes in shared.items():
+        for size in _buckets(sizes):
+            yield "all-reduce", "pipe", 2 * size * (len(holders) - 1) // len(holders), 1
 
 
 def _buckets(sizes: list[int]) -> Iterator[int]:

@@ -15,7 +15,7 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK, Batch, InputRows
-from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.communication_counter import CommunicationCounter, SentCall
 from moesaic.distributed.mesh import DATA_CONTEXT_AXES, STAGE_AXES, Mesh
 from moesaic.distributed.process_groups import Group
 from moesaic.distributed.simulation import SharedChunks, SimulatedRank, fake_process_group
@@ -38,14 +38,24 @@ DUMMY_TOKEN = 7  # any token but padding
 
 
 class RoundRobin(Select):
-    """Round-robin routing: token t takes the k experts after those of token t - 1."""
+    """Round-robin routing: token t takes the k experts after those of token t - 1.
+
+    With ``busiest_share``, so much of all edges goes to expert 0, one of a token at most, and the
+    rest is round-robin over the others.
+    """
 
     k: int = 1
+    busiest_share: float | None = None
 
     def __call__(self, router: RouterContext) -> Routing:
         tokens, experts = router.logits.shape
-        first = self.k * torch.arange(tokens, device=router.context.row.device)[:, None]
-        expert = (first + torch.arange(self.k, device=first.device)) % experts
+        token = torch.arange(tokens, device=router.context.row.device)[:, None]
+        place = self.k * token + torch.arange(self.k, device=token.device)
+        if self.busiest_share is None or experts == 1:
+            expert = place % experts
+        else:
+            expert = 1 + place % (experts - 1)
+            expert[: round(self.busiest_share * tokens * self.k), 0] = 0
         weight = router.logits.softmax(-1).gather(-1, expert)
         return Routing.from_topk(weight, expert=expert, num_experts=experts)
 
@@ -70,13 +80,22 @@ class DryRunResult:
     seconds: float
 
 
-def with_round_robin_routing(config: ModelConfig) -> ModelConfig:
+def with_round_robin_routing(
+    config: ModelConfig, *, busiest_share: float | None = None
+) -> ModelConfig:
     """Return a config with round-robin routing and the same number of experts per token."""
+
+    def changed(sparse: SparseLayer) -> SparseLayer:
+        if not isinstance(sparse, MoE):
+            return sparse
+        k = round(sparse.select.experts_per_token(sparse.num_router_outputs))
+        return sparse.replace(select=RoundRobin(k=k, busiest_share=busiest_share))
+
     stacks = {
-        side: stack if stack.moe is None else stack.replace(moe=_round_robin(stack.moe))
+        side: stack if stack.moe is None else stack.replace(moe=changed(stack.moe))
         for side, stack in (("encoder", config.encoder), ("decoder", config.decoder))
     }
-    return config.replace(moe=_round_robin(config.moe), **stacks)
+    return config.replace(moe=changed(config.moe), **stacks)
 
 
 def simulate_step(
@@ -93,7 +112,11 @@ def simulate_step(
     Raises ConfigError if the plan does not fit the number of ranks or the model.
     """
     started = time.perf_counter()
-    with fake_process_group(world_size, rank=rank), SimulatedRank() as simulation:
+    with (
+        fake_process_group(world_size, rank=rank),
+        SimulatedRank() as simulation,
+        simulation.ledger.watch_resizes(),
+    ):
         model = Transformer(with_round_robin_routing(config))
         mesh = Mesh(
             parallel.plan.resolve(world_size),
@@ -103,15 +126,15 @@ def simulate_step(
         )
         with SharedChunks():
             parallel_model = parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
-        before = simulation.allocated_bytes()
-        simulation.peak_bytes = 0
+        before = simulation.ledger.live_bytes
+        simulation.ledger.reset_peak()
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
             loss = _loss(parallel_model, batch=dummy_batch(config, sizes))
-            saved = simulation.allocated_bytes() - before
+            saved = simulation.ledger.live_bytes - before
             parallel_model.before_backward(last=True)
             loss.backward()
             parallel_model.sum_gradients()
-        peak = simulation.peak_bytes
+        peak = simulation.ledger.peak_bytes
         kinds = model.parameter_kinds()
         built = (optimizer or AdamW()).build(model.named_parameters(), kinds=kinds)
         built.step()
@@ -162,17 +185,18 @@ def dummy_batch(config: ModelConfig, sizes: BatchDims) -> Batch:
 
 def measured_volume(counter: CommunicationCounter) -> tuple[CommunicationVolume, ...]:
     """Return the counted bytes by collective and axis, summed over receivers."""
+    return volumes(counter.calls())
+
+
+def volumes(calls: Counter[SentCall]) -> tuple[CommunicationVolume, ...]:
+    """Return the bytes and the number of calls by collective and axis, sorted."""
     sums: Counter[tuple[str, str]] = Counter()
-    for line in counter.entries():
-        sums[line.kind, line.axis] += line.bytes
-    return tuple(CommunicationVolume(*key, size) for key, size in sorted(sums.items()))
-
-
-def _round_robin(sparse: SparseLayer) -> SparseLayer:
-    if not isinstance(sparse, MoE):
-        return sparse
-    return sparse.replace(
-        select=RoundRobin(k=round(sparse.select.experts_per_token(sparse.num_router_outputs)))
+    messages: Counter[tuple[str, str]] = Counter()
+    for call, number in calls.items():
+        sums[call.kind, call.axis] += number * call.sent_bytes
+        messages[call.kind, call.axis] += number * (call.sent_bytes > 0)
+    return tuple(
+        CommunicationVolume(*key, size, messages[key]) for key, size in sorted(sums.items()) if size
     )
 
 

@@ -1,0 +1,120 @@
+"""Step memory: the spans of a measured step put together for a whole model, and its peak.
+
+A peak is what is there for good plus the most that is there at once beside it: the sum of what the
+spans before have left, and the most within a span.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moesaic.optim.optimizer import Optimizer
+from moesaic.parallel.parameter_inventory import ParameterShard, RankParameters
+from moesaic.parallel.partial_forward import BlockRange
+from moesaic.planner.block_chain import STACKS, BlockChain, Place
+from moesaic.planner.measured_step import BACKWARD, FORWARD, Span
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes of a rank's weights, gradients and optimizer states, exact."""
+
+    weights: int
+    gradients: int
+    states: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.states
+
+
+def state_bytes(parameters: RankParameters, *, optimizer: Optimizer) -> StateBytes:
+    """Return the bytes of the shards of a rank."""
+    values = FLOAT32_BYTES * sum(math.prod(shard.shape) for shard in parameters.shards)
+    states = sum(_optimizer_bytes(shard, optimizer) for shard in parameters.shards)
+    return StateBytes(values, values, states)
+
+
+def _optimizer_bytes(shard: ParameterShard, optimizer: Optimizer) -> int:
+    parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
+    rule = optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
+    return sum(slot.nbytes for slot in rule.initial_state(parameter).values())
+
+
+def stage_spans(
+    spans: Sequence[Span],
+    *,
+    chain: BlockChain,
+    blocks: BlockRange,
+    corrections: Mapping[Place, int],
+) -> tuple[Span, ...]:
+    """Return the spans of a stage of these blocks, in the order of a micro-batch.
+
+    ``corrections`` are added to what the backward span of a block leaves.
+    """
+    by_place = {(span.phase, span.place): span for span in spans}
+    places: list[Place] = []
+    for stack, numbers in (("encoder", blocks.encoder), ("decoder", blocks.decoder)):
+        places += [Place(stack)] if 0 in numbers else []
+        places += [Place(stack, number) for number in numbers]
+    if blocks.decoder.stop == len(chain.representative["decoder"]):
+        places.append(Place("head"))
+    forward = [by_place[FORWARD, chain.run_for(place)] for place in places]
+    backward = [
+        by_place[BACKWARD, chain.run_for(place)].with_more(corrections.get(place, 0))
+        for place in reversed(places)
+    ]
+    return (*forward, *backward)
+
+
+def kept_bytes(spans: Iterable[Span]) -> int:
+    """Return what the forward spans leave for backward."""
+    return sum(span.change for span in spans if span.phase == FORWARD)
+
+
+def peak_bytes(spans: Iterable[Span]) -> int:
+    """Return the most that is there at once beside what was there before the first span."""
+    live = most = 0
+    for span in spans:
+        most = max(most, live + span.peak)
+        live += span.change
+    return most
+
+
+def gathered_bytes(parameters: RankParameters) -> int:
+    """Return the bytes of the weights that ZeRO has gathered at once in a forward pass.
+
+    Stage 3 has those outside of blocks and one unit, stages 1 and 2 all of them.
+    """
+    units: dict[str, int] = {}
+    for shard in parameters.shards:
+        if shard.zero_axes:
+            unit = shard.parameter.fsdp_unit
+            units[unit] = units.get(unit, 0) + math.prod(shard.shape_before_zero)
+    root, rest = units.pop("", 0), list(units.values())
+    return FLOAT32_BYTES * (root + (max(rest, default=0) if parameters.plan.zero == 3 else sum(rest)))
+
+
+def shard_corrections(
+    parameters: RankParameters, measured: RankParameters, *, chain: BlockChain
+) -> Mapping[Place, int]:
+    """Return, for each place, by how much gradients of a rank are larger than where it was run.
+
+    There are fewer ranks there, so ZeRO's shards are larger.
+    """
+    small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.shards}
+    found: dict[Place, int] = {}
+    for shard in parameters.shards:
+        stack, _, rest = shard.parameter.name.partition(".")
+        number = rest.partition(".")[0]
+        place = Place(STACKS[0] if chain.run["encoder"] else STACKS[1])
+        if stack in STACKS and number.isdigit():
+            place = Place(stack, int(number))
+        more = math.prod(shard.shape) - small[shard.parameter.name]
+        found[place] = found.get(place, 0) + FLOAT32_BYTES * more
+    return found
