@@ -135,9 +135,12 @@ def _show(found: dict[str, Any], console: Console) -> None:
         f"a step of {batch['micro_batches']} x {batch['rows']} rows of {batch['source']} + "
         f"{batch['target']} tokens per data-parallel rank, with even routing\n"
     )
-    labels = {"device": "device memory at the peak", "host": "host memory"}
-    labels["states"] = "optimizer states"
-    rows = [(labels.get(kind, kind), show_bytes(size)) for kind, size in found["bytes"].items()]
+    labels: dict[str, str] = {
+        "states": "optimizer states",
+        "device": "device memory at the peak",
+        "host": "host memory",
+    }
+    rows = [(labels.get(kind) or kind, show_bytes(size)) for kind, size in found["bytes"].items()]
     print_table(console, ("rank 0 holds", ""), rows)
     sent = [(line["kind"], line["axis"], show_bytes(line["bytes"])) for line in found["sent"]]
     sent.append(("all", "", show_bytes(found["sent_total"])))

@@ -1,17 +1,16 @@
 """Allocation ledger: the bytes of all live tensors, and the most at once, exact at every operation.
 
 A storage counts from the first operation that returns it until nothing refers to it; storages that
-are resized (ZeRO frees gathered parameters so) count with their present size. ``AllocationMeter``
-keeps a ledger of real tensors; ``SimulatedRank`` (``simulation.py``) one of fake tensors.
+are resized (ZeRO frees gathered parameters so) count with their present size. ``SimulatedRank``
+(``simulation.py``) keeps a ledger of fake tensors, ``testing.AllocationMeter`` one of real ones.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.core.shapes import Tensor
 
@@ -73,28 +72,3 @@ class AllocationLedger:
     def _forget(self, key: int) -> None:
         entry = self._entries.pop(key, None)
         self.live_bytes -= 0 if entry is None else entry[1]
-
-
-class AllocationMeter(TorchDispatchMode):
-    """Dispatch mode with a ``ledger`` of the tensors that operations return while it is entered.
-
-    What kernels use inside of one operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ledger = AllocationLedger()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, list | tuple) else (out,):
-            if type(tensor) is torch.Tensor:
-                self.ledger.add(tensor)
-        return out

@@ -7,7 +7,7 @@ Letters: B rows, T tokens, D model dim, H heads, n width of keys without positio
 ones, v of values, c rank of the latent, S tokens of a decode state.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -17,7 +17,6 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.nn.attention_backend import AttentionBackend, LocalAttention, QueryKeyValue
-from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.attention_parts import NoWindow, Window
 from moesaic.nn.attention_scores import AttentionScores
 from moesaic.nn.decode_state import DecodeState, KVState
@@ -102,31 +101,9 @@ class LatentAttention(SequenceMixer):
             *linear_specs(heads * self.value_dim, dim, bias=bias),
         ]
 
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        heads, statistics = self.num_heads(shape), self.norm.saved_statistics()
-        latents = self.kv_rank + self.rope_dim + statistics + self.kv_rank
-        if self.query_rank is not None:
-            latents += 2 * self.query_rank + statistics
-        # queries, keys and padded values, the output and the part of it that is read
-        attention = heads * (4 * self.key_dim + 1) + heads * self.value_dim
-        return latents + attention
-
-    def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
-        encoding = self.encoding(shape)
-        rotated = encoding.rotated_channels(self.rope_dim)
-        return {("rotation", encoding, self.rope_dim): rotated}
-
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         pairs = self.window.mask(causal=shape.causal).num_pairs(tokens)
         return 2.0 * self.num_heads(shape) * (self.key_dim + self.value_dim) * pairs
-
-    def exchanged_values(
-        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        heads = AttentionConfig(heads=self.num_heads(shape), head_dim=self.key_dim)
-        return heads.exchanged_values(
-            shape.dim, queries=tokens, keys=tokens, ranks=ranks, tensor=tensor
-        )
 
     def shrink(self, _shape: MixerShape, /) -> Self:
         rank = self.query_rank and min(self.query_rank, 6)

@@ -103,23 +103,9 @@ class Mamba2(SequenceMixer):
             *linear_specs(inner, shape.dim, bias=shape.bias),
         ]
 
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        segments = self.segments(shape.dim)
-        inner, convolved, heads = segments[0], sum(segments[1:4]), segments[4]
-        # softplus's input, step sizes, log decays; the scan's values, the norm's input and output
-        return sum(segments) + convolved + 3 * heads + 3 * inner
-
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         inner, *_ = segments = self.segments(shape.dim)
         return tokens * (4.0 * inner * self.state + 2.0 * self.width * sum(segments[1:4]))
-
-    def exchanged_values(
-        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        del tokens  # a span is sent as what it does to the state
-        segments = self.segments(shape.dim)
-        state = segments[4] + segments[0] * self.state  # log decays and what is added, of one span
-        return (ranks - 1) * (state + (self.width - 1) * sum(segments[1:4])) / tensor
 
     def shrink(self, shape: MixerShape, /) -> Self:
         groups = min(self.groups, 2)

@@ -12,9 +12,14 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.ops.cpu.cpu_library import load_library
-from moesaic.ops.cpu.cpu_moe_kernel import ACTIVATION_CODES, DTYPE_CODES, CPUMoEKernel, ShapesOnlyLibrary
+from moesaic.ops.cpu.cpu_moe_kernel import (
+    ACTIVATION_CODES,
+    DTYPE_CODES,
+    CPUMoEKernel,
+    ShapesOnlyLibrary,
+)
 from moesaic.ops.grouped_gemm import ActivationFunction, GroupedGEMM, GroupedMM, SequentialGEMM
-from moesaic.ops.moe_kernel import FusedMemory, KernelMemory, MoEKernel, UnfusedMoEKernel
+from moesaic.ops.moe_kernel import MoEKernel, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
 
 _REAL_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -42,15 +47,6 @@ def select_moe_kernel(x: Tensor, *, activation: ActivationFunction) -> MoEKernel
         return unfused if torch.compiler.is_compiling() else _simulated_kernel(unfused)
     name = activation.kernel_name
     return _fused_kernel(x.device.type, x.dtype, name, fallback=unfused)[0] or unfused
-
-
-def estimated_kernel(activation: ActivationFunction) -> KernelMemory:
-    """Return what estimates assume of the MoE kernel: fused where there is one for the activation.
-
-    It does not depend on this machine: nothing is compiled or tried.
-    """
-    fused = activation.kernel_name in ACTIVATION_CODES
-    return FusedMemory() if fused else UnfusedMoEKernel(SequentialGEMM())
 
 
 def _simulated_kernel(unfused: MoEKernel) -> MoEKernel:

@@ -1,8 +1,8 @@
 """Communication volume: what a rank sends for gradients and parameters, in closed form.
 
-What it sends for activations is measured (``planner/step_cost.py``). The bytes are those that ``distributed/communication_counter.py`` counts:
-each collective once, by an algorithm that sends no byte twice. A collective is named by the axes of
-its ranks ("data+context").
+What it sends for activations is measured (``planner/step_cost.py``). The bytes are those that
+``distributed/communication_counter.py`` counts: each collective once, by an algorithm that sends
+no byte twice. A collective is named by the axes of its ranks ("data+context").
 """
 
 import math

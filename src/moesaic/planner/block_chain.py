@@ -50,7 +50,6 @@ class BlockChain:
         """The blocks of each stack that are run, in order."""
         return {side: tuple(sorted(set(r))) for side, r in self.representative.items()}
 
-
     def run_for(self, place: Place) -> Place:
         """Return the place whose spans are those of ``place``."""
         if place.block < 0:

@@ -67,14 +67,14 @@ class RoundRobin(Select):
 class DryRunResult:
     """Bytes that one rank holds after a step, its peak before the update, and its communication.
 
-    ``saved_activations`` is what the forward pass allocates: activations saved for the backward
+    ``kept`` is what the forward pass leaves: activations saved for the backward
     pass and parameters gathered by ZeRO.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    saved_activations: int
+    kept: int
     peak: int
     sent: tuple[CommunicationVolume, ...]
     seconds: float
@@ -145,7 +145,7 @@ def simulate_step(
             weights=_bytes(parameters),
             gradients=_bytes(gradients),
             optimizer=_bytes(slots),
-            saved_activations=saved,
+            kept=saved,
             peak=peak,
             sent=measured_volume(counter),
             seconds=time.perf_counter() - started,

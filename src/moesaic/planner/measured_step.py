@@ -94,7 +94,7 @@ class MeasuredPart:
             recording = _Recording(simulation.ledger, recorder, simulation.counter)
             model.run_block = _MarkedBlocks(model, self.chain, recording)
             batch = dummy_batch(self.config, self.sizes)
-            spans = tuple(recording.micro_batch(parallel_model, batch, each) for each in last)
+            spans = tuple(recording.micro_batch(parallel_model, batch, last=each) for each in last)
             return MeasuredStep(spans, recording.update(model, self.optimizer))
 
 
@@ -115,7 +115,7 @@ class _Recording:
         self._phase, self._place = phase, place
 
     def micro_batch(
-        self, parallel_model: ParallelModel, batch: Batch, last: bool, /
+        self, parallel_model: ParallelModel, batch: Batch, *, last: bool
     ) -> tuple[Span, ...]:
         """Run forward and backward as ``train/step.py`` does, and return the spans."""
         model = parallel_model.model
@@ -176,7 +176,9 @@ class _MarkedBlocks:
         self._places = {
             block: Place(side, number)
             for side in STACKS
-            for block, number in zip(model.get_submodule(side), chain.run[side], strict=True)
+            for block, number in zip(
+                model.get_submodule(side).children(), chain.run[side], strict=True
+            )
         }
         self._last = {side: numbers[-1:] for side, numbers in chain.run.items()}
 

@@ -71,7 +71,7 @@ def _is_view(func: Any) -> bool:
 def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind, int]:
     name, packet = func._opname, func.overloadpacket
     if name == "expert_products":
-        x, up, down, rows, passes = args
+        _, up, down, rows, passes = args
         values = up.shape[-2] * up.shape[-1] + down.shape[-2] * down.shape[-1]
         return OperationKind.GROUPED_PRODUCT, 2 * passes * rows * values
     if name == "_grouped_mm":

@@ -11,7 +11,8 @@ from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
-from moesaic.planner.step_cost import DEVICE, HOST, CostSettings, Purpose, StepCost, step_cost
+from moesaic.planner.cost_entries import DEVICE, HOST, Purpose
+from moesaic.planner.step_cost import CostSettings, StepCost, step_cost
 
 
 class ScaleConfig(Config):

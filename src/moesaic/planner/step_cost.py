@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cached_property, lru_cache
 from itertools import chain
 
@@ -32,6 +31,7 @@ from moesaic.parallel.parameter_inventory import ParameterInventory, RankParamet
 from moesaic.parallel.partial_forward import BlockRange
 from moesaic.parallel.stage_serializer import LocalTokens, StageBoundary, StageSerializer
 from moesaic.planner.block_chain import BlockChain, Place
+from moesaic.planner.cost_entries import DEVICE, HeldBytes, MovedBytes, OperationCost, Purpose
 from moesaic.planner.dry_run import volumes
 from moesaic.planner.measured_step import (
     UPDATE,
@@ -50,60 +50,6 @@ from moesaic.planner.step_memory import (
     stage_spans,
     state_bytes,
 )
-
-DEVICE, HOST, DISK = "DeviceMemory", "HostMemory", "DiskStorage"  # members of the family of tiers
-
-
-class Purpose(StrEnum):
-    """What bytes of a rank are for.
-
-    ``GATHERED`` are the unsharded weights that ZeRO has beside its shards, ``ACTIVATIONS`` what
-    autograd keeps from forward to backward, ``TRANSIENT`` all else at the peak: buffers of the
-    operation that runs, gradients on their way. Of each it is the most at once.
-    """
-
-    WEIGHTS = "weights"
-    GRADIENTS = "gradients"
-    STATES = "states"
-    GATHERED = "gathered"
-    ACTIVATIONS = "activations"
-    TRANSIENT = "transient"
-
-
-@dataclass(frozen=True, slots=True)
-class OperationCost:
-    """``count`` equal operations of a rank in a step; FLOPs and bytes are those of one.
-
-    ``phase`` is forward, backward (with recomputed activations) or update. ``dtype`` is that of the
-    first tensor.
-    """
-
-    phase: str
-    kind: OperationKind
-    dtype: str
-    flops: int
-    bytes_read: int
-    bytes_written: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class HeldBytes:
-    """Bytes that a rank has in a tier of memory for one purpose."""
-
-    tier: str
-    purpose: Purpose
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class MovedBytes:
-    """Bytes that a rank moves between two tiers in a step, for one purpose."""
-
-    source: str
-    target: str
-    purpose: Purpose
-    bytes: int
 
 
 class CostSettings(Config):
@@ -268,7 +214,11 @@ class _Composition:
     def _spans(self, step: MeasuredStep, *, micro_batch: int) -> list[tuple[Span, ...]]:
         """Return the spans of a micro-batch on each stage of the rank."""
         more: Mapping[Place, int] = {}
-        if self.part.parallel.plan.zero and step is self.measured and micro_batch in (0, len(step.micro_batches) - 1):
+        if (
+            self.part.parallel.plan.zero
+            and step is self.measured
+            and micro_batch in (0, len(step.micro_batches) - 1)
+        ):
             more = shard_corrections(self.parameters, self.measured_parameters, chain=self.blocks)
         spans = step.micro_batches[micro_batch]
         return [

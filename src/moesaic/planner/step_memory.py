@@ -97,7 +97,9 @@ def gathered_bytes(parameters: RankParameters) -> int:
             unit = shard.parameter.fsdp_unit
             units[unit] = units.get(unit, 0) + math.prod(shard.shape_before_zero)
     root, rest = units.pop("", 0), list(units.values())
-    return FLOAT32_BYTES * (root + (max(rest, default=0) if parameters.plan.zero == 3 else sum(rest)))
+    return FLOAT32_BYTES * (
+        root + (max(rest, default=0) if parameters.plan.zero == 3 else sum(rest))
+    )
 
 
 def shard_corrections(

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.grouped_gemm import GATED_ACTIVATIONS, ActivationFunction, FeedForwardWeights
-from moesaic.ops.moe_kernel import Edges, FusedMemory, KernelShape, MoEKernel
+from moesaic.ops.moe_kernel import Edges, MoEKernel
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_CODES = {"relu": 0, "relu2": 1, "gelu": 2, "swiglu": 3}
@@ -151,9 +151,6 @@ class CPUMoEKernel:
             self.library, activation.kernel_name, edges.per_token, live_rows, save
         )
         return _FusedMoE.apply(*inputs, _sort_edges(edges), options)
-
-    def saved_activations(self, shape: KernelShape) -> float:
-        return FusedMemory().saved_activations(shape)
 
 
 def supports(x: Tensor, *, weights: FeedForwardWeights, activation: ActivationFunction) -> bool:
