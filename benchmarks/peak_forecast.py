@@ -37,9 +37,11 @@ from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.pipeline import LossSettings
 from moesaic.parallel.pipeline_schedules import GPipe, Interleaved
+from moesaic.parallel.precision import BFloat16, BFloat16Autocast
 from moesaic.planner.cost_entries import DEVICE
+from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
-from moesaic.planner.step_cost import CostSettings, step_cost
+from moesaic.planner.step_cost import step_cost
 from moesaic.testing.allocation_meter import AllocationMeter
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,6 +80,9 @@ CASES = {
     "MoE, biases": settings(MODEL.replace(bias=True), PAIRS),
     "MoE, 32 experts": settings(MODEL.replace(moe=MoE(experts=32, select=TopK(k=4))), PAIRS),
     "MoE, 3 micro-batches": settings(MODEL, PAIRS, micro_batches=3),
+    "MoE, bfloat16": settings(MODEL, PAIRS, precision=BFloat16()),
+    "MoE, bfloat16 autocast": settings(MODEL, PAIRS, precision=BFloat16Autocast()),
+    "Z3 of 2, bfloat16": settings(TEXT, ROWS, world=2, plan={"zero": 3}, precision=BFloat16()),
     "dense, recomputed": settings(DENSE, PAIRS, parallel=RECOMPUTE),
     "MoE, recomputed": settings(MODEL, PAIRS, parallel=RECOMPUTE),
     "MoE, every second recomputed": settings(
@@ -156,9 +161,13 @@ def _run(case: CostSettings, *, rank: int) -> MeasuredPeak:
             device=torch.device("cpu"),
             expert_counts=expert_counts(model),
         )
-        parallel_model = parallelize_on_mesh(model, parallel=case.parallel, mesh=mesh)
+        parallel_model = parallelize_on_mesh(
+            model, parallel=case.parallel, mesh=mesh, precision=case.precision
+        )
         kinds = model.parameter_kinds()
-        optimizer = case.optimizer.build(model.named_parameters(), kinds=kinds)
+        optimizer = case.optimizer.build(
+            model.named_parameters(), kinds=kinds, master_weights=case.precision.master_weights
+        )
         batches = [dummy_batch(case.model, case.sizes) for _ in range(case.micro_batches)]
         for _ in range(2):
             meter.ledger.reset_peak()
@@ -176,8 +185,9 @@ def _forward_backward(parallel_model: Any, batches: Sequence[Any]) -> None:
         return
     for number, batch in enumerate(batches):
         parallel_model.before_backward(last=number == len(batches) - 1)
-        output = model(batch)
-        loss = model.loss(output)
+        with parallel_model.precision.autocast(batch.device):
+            output = model(batch)
+            loss = model.loss(output)
         terms = [value for record in output.records for value in record.losses.values()]
         torch.stack([loss.total, *terms]).sum().backward()
         del output, loss, terms

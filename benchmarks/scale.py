@@ -17,24 +17,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from support import write_result
-
-from moesaic.distributed.parallel_plan import ParallelPlan
-from moesaic.model.parameter_flop_count import BatchDims, count_parameters
-from moesaic.model.presets import preset
-from moesaic.ops.grouped_gemm import SequentialGEMM
-from moesaic.ops.moe_kernel import UnfusedMoEKernel
-from moesaic.parallel.communication_volume import communication_volume
-from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.memory_estimate import (
-    MIXED_PRECISION,
     EstimateSettings,
     LargestModel,
     MemoryBudget,
     estimate_memory,
     largest_fitting_model,
 )
+from support import write_result
+
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import HostMemory
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
+from moesaic.model.presets import preset
+from moesaic.ops.grouped_gemm import SequentialGEMM
+from moesaic.ops.moe_kernel import UnfusedMoEKernel
+from moesaic.parallel.communication_volume import communication_volume
+from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import BFloat16
 from moesaic.planner.dry_run import simulate_step, with_round_robin_routing
 
 OUT = Path(__file__).parent / "results" / "scale.json"
@@ -46,6 +48,12 @@ FEW_PAIRS, FEW_TEXT = (
 )
 
 
+RESIDENT = MemoryPlan()
+OFFLOADED = MemoryPlan(
+    parameters=HostMemory(), gradients=HostMemory(), optimizer_states=HostMemory()
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A preset and a plan on ``world`` ranks."""
@@ -54,6 +62,7 @@ class Case:
     world: int
     plan: ParallelPlan
     words: str
+    memory: MemoryPlan = RESIDENT
 
     @property
     def sizes(self) -> tuple[BatchDims, BatchDims]:
@@ -73,7 +82,7 @@ CASES = (
     Case(TEN, 64, plan(expert=16, zero=2), "E+Z"),
     Case(TEN, 64, plan(expert=16, tensor=4), "E+D+M"),
     Case(TEN, 64, plan(expert=16, tensor=4, zero=2), "E+Z+M"),
-    Case(TEN, 64, plan(expert=16, tensor=4, zero=2, offload=True), "E+Z-Offload+M"),
+    Case(TEN, 64, plan(expert=16, tensor=4, zero=2), "E+Z-Offload+M", OFFLOADED),
     Case(TEN, 128, plan(expert=64, zero=2), "E+Z"),
     Case(TEN, 256, plan(expert=64, zero=2), "E+Z"),
     Case(TEN, 512, plan(expert=64, zero=2), "E+Z"),
@@ -89,7 +98,10 @@ CASES = (
 def estimated(case: Case) -> dict[str, Any]:
     """Return the estimated memory and communication of rank 0."""
     started = time.perf_counter()
-    config, parallel = preset(case.preset).config, ParallelConfig(plan=case.plan)
+    config, parallel = (
+        preset(case.preset).config,
+        ParallelConfig(plan=case.plan, memory=case.memory),
+    )
     parameters = ParameterInventory(config).on_rank(parallel, world=case.world)
     sizes = case.sizes[0]
     memory, lines = (
@@ -113,7 +125,7 @@ def simulated(case: Case) -> dict[str, Any]:
     """Simulate a case in this process and compare it with its estimate."""
     config, parallel, sizes = (
         preset(case.preset).config,
-        ParallelConfig(plan=case.plan),
+        ParallelConfig(plan=case.plan, memory=case.memory),
         case.sizes[1],
     )
     cpu = time.process_time()
@@ -162,7 +174,7 @@ def capacity() -> dict[str, Any]:
     """
     small, wide = preset(TEN).config, preset("zcode-200b").config
     alone, sliced = plan(expert=512), plan(expert=512, tensor=8)
-    hosted = plan(expert=256, tensor=8, zero=3, offload=True)
+    hosted = plan(expert=256, tensor=8, zero=3)
     asked = {
         "E, base of 0.6B": (small, alone, float("inf")),
         "E, base of 5B": (wide, alone, float("inf")),
@@ -172,7 +184,9 @@ def capacity() -> dict[str, Any]:
     }
     found = {}
     for name, (base, degrees, host) in asked.items():
-        setting = EstimateSettings(ParallelConfig(plan=degrees), 512, PAIRS, MIXED_PRECISION)
+        memory = OFFLOADED if degrees is hosted else RESIDENT
+        parallel = ParallelConfig(plan=degrees, memory=memory)
+        setting = EstimateSettings(parallel, 512, PAIRS, BFloat16())
         found[name] = _shown(
             largest_fitting_model(base, settings=setting, budget=MemoryBudget(40e9, host))
         )

@@ -43,7 +43,7 @@ Which numbers are exact:
   dozen channels, where communication buffers are as large as activations, the peak may be above it.
 - Routing is taken as even. A real router sends more tokens to some ranks.
 - There is one pipeline stage. Weights, gradients and AdamW's state are float32, 16 bytes per
-  parameter, as in training (`--mixed-precision`: 2 + 2 + 12, also 16).
+  parameter, as in training (`--set precision=BFloat16`: 2 + 2 + 12, also 16).
 - The widths of `zcode-m3-64` and `zcode-200b`, and the attention of `trillion-384`, are our choice
   (`model/presets`); the papers do not have them.
 """

@@ -123,11 +123,14 @@ def test_scale_shows_tables_and_takes_presets(capsys):
             "2",
             "--micro-batch",
             "1x8+8",
+            "--set",
+            "precision=BFloat16",
             "--json",
         ]
     )
     found = last_json(capsys)
     assert found["capacity"] is None, "a dense model has no experts to add"
+    assert found["precision"]["kind"] == "BFloat16"
 
 
 @pytest.mark.parametrize(

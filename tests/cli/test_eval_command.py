@@ -9,7 +9,11 @@ import pytest
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.trained_directions import read_trained_directions
+from moesaic.cli.evaluated_run import EvaluatedRun
 from moesaic.cli.main import main
+from moesaic.distributed.world import SingleProcess
+from moesaic.recipes.lookup import find_recipe
+from moesaic.train.training_data import Preparation
 
 TINY = [
     *("--quiet", "--set", "steps=2", "--set", "schedule.warmup=1", "--set", "checkpoint.every=1"),
@@ -106,26 +110,42 @@ def defr(folder):
     return folder / "defr"
 
 
-@pytest.mark.parametrize(
-    ("members", "expected"),
-    [
-        ("ToEnglish()", ["deu_Latn-eng_Latn", "fra_Latn-eng_Latn"]),
-        ("StoredDirections()", ["deu_Latn-eng_Latn", "eng_Latn-fra_Latn"]),
-        ('ListedDirections(pairs=["fra_Latn-eng_Latn"])', ["fra_Latn-eng_Latn"]),
-        ("PivotDirections()", ["deu_Latn-fra_Latn", "fra_Latn-deu_Latn"]),
-    ],
-)
-def test_eval_scores_the_directions_that_were_trained(members, expected, folder, capsys):
-    corpus = build("three", [("de", "en", 300), ("en", "fr", 300)], capsys)
-    out = folder / "runs" / members.partition("(")[0]
-    run(["train", "tiny", "--out", out, *TINY, *corpus, "--set", directions(members)])
+THREE = [("de", "en", 300), ("en", "fr", 300)]
+
+
+def test_eval_scores_the_directions_that_were_trained(folder, capsys):
+    corpus = build("three", THREE, capsys)
+    out = folder / "runs" / "to-english"
+    run(["train", "tiny", "--out", out, *TINY, *corpus, "--set", directions("ToEnglish()")])
     assert f"next: moesaic eval {out}" in capsys.readouterr().out.replace("\n", "")
     found = scored(["eval", out, "--limit", 3, "--resamples", 20], capsys)
     kept = [f"{row['source']}-{row['target']}" for row in found["languages"].values()]
-    assert kept == expected
-    assert (
-        json.loads(RunDir(out).summary.read_text())["languages"].keys() == found["languages"].keys()
+    assert kept == ["deu_Latn-eng_Latn", "fra_Latn-eng_Latn"]
+    summary = json.loads(RunDir(out).summary.read_text())
+    assert summary["languages"].keys() == found["languages"].keys()
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ("StoredDirections()", [("deu_Latn", "eng_Latn"), ("eng_Latn", "fra_Latn")]),
+        ('ListedDirections(pairs=["fra_Latn-eng_Latn"])', [("fra_Latn", "eng_Latn")]),
+        ("PivotDirections()", [("deu_Latn", "fra_Latn"), ("fra_Latn", "deu_Latn")]),
+    ],
+)
+def test_the_directions_of_the_mixture_are_those_to_score(members, expected, folder, capsys):
+    """Without training: what it records of a mixture, and what is then scored."""
+    corpus = build("three", THREE, capsys)
+    changes = [word for word in (*TINY, *corpus, directions(members)) if "=" in word]
+    config = find_recipe("tiny", changes=changes)
+    place = Preparation(RunDir(folder / members.partition("(")[0]), SingleProcess(), [].append)
+    place.run_dir.path.mkdir()
+    config.data.prepare(place).record(place.run_dir, seed=0)
+    evaluated = EvaluatedRun(
+        place.run_dir.path, config, read_trained_directions(place.run_dir.directions)
     )
+    tests = evaluated.held_out_tests(evaluated.corpus()).tests
+    assert [(test.source, test.target) for test in tests] == expected
 
 
 def test_a_corpus_without_english_works_end_to_end(defr, capsys):

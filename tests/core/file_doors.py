@@ -25,6 +25,7 @@ from moesaic.checkpoint.plugins import PLUGIN_FILE, Plugin, require_loaded
 from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.routes_file import ROUTES_FILE, RoutesFile
 from moesaic.checkpoint.run_directory import (
+    HEAD_SCORES_FILE,
     INSIGHT_FILE,
     PERPLEXITY_FILE,
     RUN_FILE,
@@ -49,6 +50,7 @@ from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.tokenizer_file import TOKENIZER_FILE
 from moesaic.data.vocabulary_file import VOCABULARY_FILE
+from moesaic.evaluate.head_scores import HeadScore, HeadScores
 from moesaic.evaluate.perplexity import DocumentLoss, PerplexitySummary, group_perplexities
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.monitor.expert_usage import USAGE_FILE, read_usage, summarize_load
@@ -108,6 +110,8 @@ def make_files(folder: Path) -> Made:
     PerplexitySummary("run", "test", 8, 4, group_perplexities(losses, resamples=10)).write(
         run / "perplexity.json"
     )
+    score = HeadScore(0.5, 0.4, 0.6, 7)
+    HeadScores("test", {"loss": {"all": score, "class/a": score}}).write(run / "head-scores.json")
     lock = {"host": gethostname(), "boot": "b", "pid": 7, "start": "1", "since": "2026"}
     (folder / "run.lock").write_text(json.dumps(lock))
     finding = HealthFinding("encoder.0", "load", HealthState.SKEWED, "a", "b", "c")
@@ -270,6 +274,7 @@ DOORS = (
          lambda made: read_trained_directions(made.folder / "run" / "directions.json")),
     Door(HEALTH_FILE, "run/health.json", "json",
          lambda made: (read_findings(made.folder / "run" / "health.json"), _report(made))),
+    Door(HEAD_SCORES_FILE, "run/head-scores.json", "json", _report),
     Door(ID_MAP_FILE, "foreign/rows.json", "json", _import_mapped),
     Door(INDEX_KIND, f"sharded/{STEP}/index.json", "json", _read_index),
     Door(INSIGHT_FILE, "run/insight.json", "json", _report),

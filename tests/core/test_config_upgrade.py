@@ -14,6 +14,10 @@ from moesaic.core.config_upgrade import (
 )
 from moesaic.core.errors import ConfigError
 from moesaic.distributed.launchers import Slurm
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import HostMemory
+from moesaic.parallel.config import ParallelConfig
 from moesaic.recipes.lookup import RECIPES
 from moesaic.train.run import Run
 
@@ -63,6 +67,19 @@ def test_attention_experts_become_the_mixer_called_attention() -> None:
     upgraded, _ = upgrade_config({"model": {"attention_experts": mixture}})
     mixer = {"kind": "MixtureOfAttention", "key_values": "own"}
     assert upgraded == {"model": {"mixers": {"attention": mixer}}}
+
+
+def test_offloading_is_a_memory_plan_with_host_tiers() -> None:
+    def upgraded(offload: bool) -> dict[str, object]:
+        parallel = {"plan": {"zero": 2, "offload": offload}}
+        value, renamed = upgrade_config({"parallel": parallel})
+        assert renamed == {"parallel.plan.offload": "parallel.memory"}
+        assert isinstance(value, dict)
+        return value["parallel"]
+
+    host = MemoryPlan(gradients=HostMemory(), optimizer_states=HostMemory())
+    assert ParallelConfig.from_dict(upgraded(True)).memory == host
+    assert ParallelConfig.from_dict(upgraded(False)) == ParallelConfig(plan=ParallelPlan(zero=2))
 
 
 def test_every_new_name_exists() -> None:

@@ -72,6 +72,15 @@ def test_a_marker_that_is_typed_is_no_marker(tmp_path):
     assert tokenizer.vocabulary.eos not in tokenizer.encode("the </s> end")
 
 
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_a_marker_that_is_typed_is_spelled_by_its_characters(tmp_path, byte_fallback):
+    tokenizer = imported(write_sentencepiece(tmp_path / "a.model", byte_fallback=byte_fallback))
+    ids = tokenizer.encode("the </s> end")
+    assert not {*tokenizer.vocabulary.suppressed} & {*ids} - {tokenizer.vocabulary.unk}
+    if byte_fallback:
+        assert tokenizer.decode(ids) == "the </s> end"
+
+
 def test_a_saved_tokenizer_is_the_same_with_its_record(tmp_path):
     tokenizer = imported(write_sentencepiece(tmp_path / "a.model"), added_tags=LANGUAGES)
     tokenizer.save(tmp_path / "run.json")

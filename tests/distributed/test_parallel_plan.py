@@ -6,6 +6,9 @@ import pytest
 
 from moesaic.core.errors import ConfigError
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import HostMemory
+from moesaic.parallel.config import ParallelConfig
 
 FOLDED = ParallelPlan(pipe=2, data=2, context=2, tensor=2, expert=4, expert_tensor=2)
 
@@ -58,7 +61,6 @@ def test_a_layer_of_fewer_experts_uses_fewer_ranks(experts: int, spread: int) ->
         (ParallelPlan(tensor=3), 8, "3 is 6 ranks, but there are 8"),
         (ParallelPlan(data=2), 8, "is 2 ranks, but there are 8"),
         (ParallelPlan(expert=3), 4, "expert 3 x expert_tensor 1 = 3 must divide"),
-        (ParallelPlan(offload=True), 2, "zero is 0: set zero to 1, 2 or 3"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_with_both_numbers(
@@ -81,9 +83,10 @@ def test_experts_that_do_not_divide_are_refused_with_the_divisors() -> None:
         (ParallelPlan(expert=4, zero=2), "E+Z"),
         (ParallelPlan(expert=4, tensor=2), "E+D+M"),
         (ParallelPlan(expert=4, tensor=2, zero=2), "E+Z+M"),
-        (ParallelPlan(expert=4, tensor=2, zero=2, offload=True), "E+Z-Offload+M"),
         (ParallelPlan(), "D"),
     ],
 )
 def test_the_acronym_is_that_of_the_paper(plan: ParallelPlan, short: str) -> None:
-    assert plan.resolve(8).acronym == short
+    assert plan.resolve(8).acronym() == short
+    offloaded = ParallelConfig(plan=plan.resolve(8), memory=MemoryPlan(gradients=HostMemory()))
+    assert offloaded.acronym == short.replace("Z", "Z-Offload")

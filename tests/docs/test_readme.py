@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from moesaic.cli.main import main
+from moesaic.distributed.forked_ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,12 +34,8 @@ def commands(block):
 
 
 def run_in_shell(command):
-    """Other programs and shell syntax; ``torchrun`` is the one beside this interpreter."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    source = {"PYTHONPATH": str(ROOT / "src"), "PATH": path}
-    done = subprocess.run(
-        ["bash", "-ec", command], env=os.environ | source, capture_output=True, text=True
-    )
+    """Other programs and shell syntax."""
+    done = subprocess.run(["bash", "-ec", command], capture_output=True, text=True)
     assert not done.returncode, f"{command}\n{done.stderr[-2000:]}"
 
 
@@ -62,6 +58,21 @@ def run_here(command, monkeypatch, capsys):
     assert not end.value.code, f"{command}\n{capsys.readouterr().err[-2000:]}"
 
 
+def run_on_forked_ranks(command):
+    """``torchrun -m moesaic``: torchrun itself has a test in tests/train/test_under_torchrun.py."""
+    _, ranks, size, *words = shlex.split(command)
+    assert (ranks, words[:2]) == ("--nproc-per-node", ["-m", "moesaic"])
+    assert run_on_ranks(int(size), exit_code, words[2:]) == [0] * int(size)
+
+
+def exit_code(words):
+    try:
+        main(words)
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
 @pytest.mark.slow
 def test_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -76,6 +87,8 @@ def test_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
             ran.append(command)
             if here:
                 run_here(command, monkeypatch, capsys)
+            elif command.startswith("torchrun "):
+                run_on_forked_ranks(command)
             else:
                 run_in_shell(command)
     assert len(ran) >= 20

@@ -18,12 +18,12 @@ from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import moe_layers
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.precision import Float32
 from moesaic.testing.tiny_models import (
     LABELS,
     random_batch,
     tiny_model_config,
 )
-from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
 

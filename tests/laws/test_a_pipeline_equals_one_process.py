@@ -39,13 +39,13 @@ from moesaic.parallel.pipeline_schedules import (
     ZeroBubbleV,
     can_split_backward,
 )
+from moesaic.parallel.precision import Float32
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LABELS,
     random_batch,
     tiny_model_config,
 )
-from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
 from moesaic.verify.synthetic_batches import shard_batch

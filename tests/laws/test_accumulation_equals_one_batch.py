@@ -12,12 +12,12 @@ from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.expert_selection import TopK
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.precision import Float32
 from moesaic.testing.tiny_models import (
     LABELS,
     random_batch,
     tiny_model_config,
 )
-from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import ForwardBackwardResult, Objective
 

@@ -25,8 +25,13 @@ LIMITS = torch.tensor([8, 3, 12, 6, 10])
 CAPPED = BASE.replace(moe=MoE(experts=4, limit=Capacity(factor=0.5, minimum=0)))
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("name", [*VARIANTS, "capped-in-training"])
+NAMES = (*VARIANTS, "capped-in-training")
+# sampling draws from what greedy search takes the best of; beam-long has what beam has, and more
+CASES = [(name, search) for name in NAMES for search in ("sample", "beam-long")]
+CASES += [("mixers-of-all-kinds", "greedy"), ("mixers-of-all-kinds", "beam")]
+
+
+@pytest.mark.parametrize(("name", "search"), CASES)
 def test_batched_decoding_equals_one_by_one(name, search):
     model = Transformer((VARIANTS | {"capped-in-training": CAPPED})[name])
     source = ids(5, LENGTHS, width=9)

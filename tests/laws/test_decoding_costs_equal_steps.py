@@ -3,12 +3,10 @@
 Operations are counted, not timed.
 """
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from cost_counters import OperationCounter
 from model.samples import VARIANTS, ids
 from moesaic.data.batch import InputRows
 from moesaic.data.vocabulary import Vocabulary
@@ -21,23 +19,6 @@ from moesaic.ops.cpu.cpu_library import load_library
 FUSED = ["rotary-top2", "decoder-only"] if load_library().library else []
 NAMES = ["dense", "decoder-only-dense-nope", *FUSED]
 NAMES += [name for name in VARIANTS if name.startswith("mixer-")]
-WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique")
-
-
-class Counted(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names[func.__name__.partition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def waits(self):
-        return sum(self.names[name] for name in WAITS)
 
 
 def steps(model, *, beams, number):
@@ -51,7 +32,7 @@ def steps(model, *, beams, number):
         token = InputRows.full(torch.full((2 * beams, 1), 9))
         order = torch.arange(2 * beams).view(2, -1).flip(1).flatten()
         for _ in range(number):
-            with Counted() as counted:
+            with OperationCounter() as counted:
                 model.step(token, cache)
                 if beams > 1:
                     cache.reorder(order)
@@ -88,7 +69,7 @@ def test_a_search_costs_the_same_for_each_token_and_any_number_of_sources(search
 
     def cost(rows, tokens):
         source, prompt = ids(rows, [4] * rows, width=4), InputRows.full(torch.full((rows, 1), 5))
-        with Counted() as counted:
+        with OperationCounter() as counted:
             generate(model, source, prompt=prompt, search=search, max_tokens=tokens, rules=rules)
         return counted.names.total()
 

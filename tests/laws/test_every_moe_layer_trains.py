@@ -9,8 +9,8 @@ from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
+from moesaic.parallel.precision import BFloat16Autocast, Float32, Precision
 from moesaic.testing.tiny_models import random_batch, tiny_model_config
-from moesaic.train.run import BFloat16, Float32, Precision
 
 STEPS = 5
 
@@ -58,5 +58,5 @@ def test_attention_experts_train(keys, block):
 @pytest.mark.parametrize("layer", LAYER_PARTS)
 def test_every_moe_layer_trains_in_half_precision_with_muon(layer):
     model = Transformer(tiny_model_config(moe=LAYER_PARTS[layer]))
-    losses = _losses(model, optimizer=Muon(lr=0.01), precision=BFloat16())
+    losses = _losses(model, optimizer=Muon(lr=0.01), precision=BFloat16Autocast())
     assert losses[-1] < losses[0] - 0.1

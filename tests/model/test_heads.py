@@ -37,7 +37,7 @@ def _regression(batch, hidden: torch.Tensor, model: Transformer) -> torch.Tensor
 
 def _classification(batch, hidden: torch.Tensor, model: Transformer) -> torch.Tensor:
     labelled = batch.labels[batch.labels >= 0]
-    return F.cross_entropy(model.head.classes(hidden), labelled, reduction="none")
+    return F.cross_entropy(model.head.projection(hidden), labelled, reduction="none")
 
 
 def _contrastive(batch, hidden: torch.Tensor, model: Transformer) -> torch.Tensor:
@@ -54,7 +54,7 @@ def _reward(batch, hidden: torch.Tensor, model: Transformer) -> torch.Tensor:
 
 def _denoising(batch, hidden: torch.Tensor, model: Transformer) -> torch.Tensor:
     wanted = batch.labels[batch.target.real]
-    return ((model.head.patch(hidden) - wanted) ** 2).mean(1)
+    return ((model.head.projection(hidden) - wanted) ** 2).mean(1)
 
 
 DEFINITIONS = {

@@ -21,13 +21,13 @@ from moesaic.parallel.activation_checkpointing import (
 )
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.precision import Float32
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LABELS,
     random_batch,
     tiny_model_config,
 )
-from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
 

@@ -14,6 +14,7 @@ from moesaic.parallel.sharding_plan import write_shard
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 
 PLANS = [
+    ParallelPlan(),
     ParallelPlan(tensor=2, expert=2),
     ParallelPlan(zero=3, expert=2),
     ParallelPlan(zero=2, tensor=2, expert_tensor=2),

@@ -8,13 +8,15 @@ from fake_run import write_fake_run
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from moesaic.evaluate.head_scores import HeadScore, HeadScores
 from moesaic.evaluate.perplexity import DocumentLoss, PerplexitySummary, group_perplexities
 from moesaic.report.comparison_page import write_comparison
 from moesaic.report.html import tag
 from moesaic.report.html_report import write_report
 from moesaic.report.run_comparison import RunComparison
 
-FILES = ("summary.json", "usage.json", "insight.json", "curve.json", "perplexity.json")
+FILES = ("summary.json", "usage.json", "insight.json", "curve.json", "perplexity.json",
+         "head-scores.json")  # fmt: skip
 ODD = st.sampled_from(
     [
         None,
@@ -46,6 +48,8 @@ def run(tmp_path_factory):
     losses = [DocumentLoss(9.0, 5, 7, "eng_Latn", domain) for domain in ("a", "b")]
     groups = group_perplexities(losses, resamples=10)
     PerplexitySummary("run", "test", 8, 4, groups).write(path / "perplexity.json")
+    score = HeadScore(0.5, 0.4, 0.6, 7)
+    HeadScores("test", {"loss": {"all": score, "class/a": score}}).write(path / "head-scores.json")
     return path
 
 

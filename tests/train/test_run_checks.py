@@ -8,6 +8,7 @@ from moesaic.data.document_packing import Separated
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM
 from moesaic.model.config import Stack
+from moesaic.nn.attention import Attention
 from moesaic.nn.positional_encoding import LearnedPositions
 from moesaic.optim.lr_schedule import WSD, Cosine
 from moesaic.testing.tiny_models import change_text, synthetic_run, text_of
@@ -34,6 +35,10 @@ WRONG = {
     "positions": (
         {"model": MODEL.replace(position=LearnedPositions(max_length=50))},
         r"data\.loader\.max_source=64 is longer than .*max_length=50",
+    ),
+    "mixer-in-no-block": (
+        {"model": MODEL.replace(mixers={"narrow": Attention(heads=1)})},
+        r"model\.mixers\.narrow: no block has this mixer \(found the pattern 'attention'\)",
     ),
     "packing": (
         {"mixture": MixtureConfig(tasks=(WeightedTask(task=CausalLM(packing=Separated())),))},

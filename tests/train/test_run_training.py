@@ -30,10 +30,11 @@ from moesaic.monitor.metric_writers import read_metrics
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW
+from moesaic.parallel.precision import BFloat16
 from moesaic.testing.tiny_models import change_text, synthetic_run, text_of, tiny_model_config
 from moesaic.train.corpus_source import CorpusFolder
 from moesaic.train.resume import ResumeFrom, ResumeLatest, learning_rate_jump
-from moesaic.train.run import BFloat16, LogConfig, Run, TensorBoard, ValidationConfig
+from moesaic.train.run import LogConfig, Run, TensorBoard, ValidationConfig
 from moesaic.train.run_training import train
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook, no_progress

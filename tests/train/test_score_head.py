@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.cli.main import main
 from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.head_scores import RowSums, score_rows
@@ -35,9 +36,18 @@ def test_eval_scores_a_run_of_another_head_and_translation_refuses_it(tmp_path, 
     out = tmp_path / "run"
     train(run, out, progress=no_progress)
     with pytest.raises(SystemExit) as end:
-        main(["eval", str(out), "--split", "valid", "--limit", "4", "--json"])
+        main(["eval", str(out), "--pairs", "mine.tsv"])
+    assert end.value.code == 2
+    assert "--pairs does not fit" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit) as end:
+        main(["eval", str(out), "--json"])
     assert not end.value.code
     found = json.loads(capsys.readouterr().out)
+    assert json.loads(RunDir(out).head_scores.read_text())["scores"] == found["scores"]
+    page = RunDir(out).report.read_text()
+    assert "Scores of the test split" in page
+    for group in {label.partition("/")[0] for label in found["scores"]["mse"]} - {"all"}:
+        assert f"Scores by {group}" in page
     assert list(found["scores"]) == ["loss", "mse", "mae"]
     every = found["scores"]["mse"]["all"]
     assert every["low"] <= every["score"] <= every["high"]

@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as distributed
 from defects import DATA, DEFECTS, TENSOR
 
+from head_cases import HEADS
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
@@ -44,6 +45,14 @@ def given(*, steps: int = 1, timeout_s: float = 60.0) -> VerifySetup:
 
 def results(*chosen: ParallelConfig, of: VerifySetup) -> list[PlanResult]:
     return list(compare_plans(of, plans=chosen, reference=run_reference(of)))
+
+
+@pytest.mark.parametrize("head", ["regression", "contrastive", "reward", "denoising"])
+def test_two_ranks_equal_one_process_under_any_head(head: str) -> None:
+    run = shrink_config(tiny_run(model=HEADS[head])).run
+    setup = make_setup(run.replace(gradient_accumulation_steps=2), steps=2, timeout_s=60.0)
+    [result] = results(ParallelConfig(plan=DATA), of=setup)  # a rank has no row of some batches
+    assert result.equal, result.problems
 
 
 def test_the_steps_drop_tokens_so_that_capacity_is_tested() -> None:

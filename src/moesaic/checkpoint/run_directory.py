@@ -9,6 +9,7 @@ from moesaic.core.file_reader import MAX_INT, MIB, FileKind, require_no_link_out
 SUMMARY_FILE = FileKind(name="summary of scores", max_bytes=16 * MIB, error=CheckpointError)
 INSIGHT_FILE = FileKind(name="analysis of routing", max_bytes=64 * MIB, error=CheckpointError)
 PERPLEXITY_FILE = FileKind(name="perplexity of texts", max_bytes=16 * MIB, error=CheckpointError)
+HEAD_SCORES_FILE = FileKind(name="scores of a head", max_bytes=64 * MIB, error=CheckpointError)
 SCORE_CURVE_FILE = FileKind(name="learning curve", max_bytes=16 * MIB, error=CheckpointError)
 RUN_FILE = FileKind(name="file of a run", max_bytes=MAX_INT, error=CheckpointError)
 WEIGHT_FILES = ("config.yaml", "model.safetensors")
@@ -51,6 +52,7 @@ class RunDir:
     routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step
     summary = _PathIn("summary.json")
     perplexity = _PathIn("perplexity.json")  # of a language model, by language and domain
+    head_scores = _PathIn("head-scores.json")  # of a run without vocabulary head, by label
     score_curve = _PathIn("curve.json")  # scores of the kept checkpoints
     report = _PathIn("report.html")
 

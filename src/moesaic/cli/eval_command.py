@@ -31,6 +31,7 @@ with deferred():
     from moesaic.cli.score_output import show_head_scores, show_samples, show_scores
     from moesaic.cli.score_progress import ScoreProgress
     from moesaic.cli.wanted_tests import WantedTests
+    from moesaic.core.errors import UserError
     from moesaic.evaluate.evaluation_summary import EvaluationSummary
     from moesaic.evaluate.harness import EvaluationSettings
     from moesaic.evaluate.testset import TestSet
@@ -41,6 +42,8 @@ with deferred():
     from moesaic.train.score_head import score_head
 
 app = command_app()
+
+_OF_TEXT = ("--texts", "--from")
 
 MosesOption = Annotated[
     tuple[Path, Path] | None, typer.Option(metavar="SRC REF", help="Test set: aligned files.")
@@ -74,8 +77,8 @@ def evaluate(
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, beside trivial systems.
 
-    Another head than a vocabulary's is scored by its loss and metrics, a language model by
-    perplexity and bits per byte.
+    Another head than a vocabulary's is scored by its loss and metrics (head-scores.json), a
+    language model by perplexity and bits per byte.
 
     The default test set is the held-out part of the run's corpus, in the directions that the run
     was trained on; then summary.json, usage.json, insight.json and report.html of the run are
@@ -123,7 +126,16 @@ def _print_other_scores(
     if not isinstance(evaluated.config.model.head, LanguageModelHead):
         split, limit, resamples = request.split, request.limit, request.resamples
         run, path = evaluated.config, evaluated.path
+        refused += [*filter({"--texts": request.path, "--from": request.language}.get, _OF_TEXT)]
+        if refused:
+            raise UserError(
+                f"{path} has the head {type(run.model.head).__name__}, which is scored on held-out "
+                f"rows of the run's own data: {refused[0]} does not fit (--split, --limit do)"
+            )
         scores = score_head(run, path, split=split, limit=limit, resamples=resamples)
+        if request.is_headline:
+            scores.write(RunDir(path).head_scores)
+            write_report(path)
         print_result(scores.to_dict(), as_json=as_json, show=partial(show_head_scores, scores))
         return True
     if request.path is None and not is_language_model(evaluated):

@@ -27,9 +27,9 @@ with deferred():
     from moesaic.model.presets import PRESETS, preset
     from moesaic.moe.config import MoE
     from moesaic.planner.capacity import MemoryBudget, largest_fitting_model
+    from moesaic.planner.cost_settings import CostSettings
     from moesaic.planner.dry_run import simulate_step
     from moesaic.planner.scale_report import ScaleConfig, scale_report
-    from moesaic.planner.step_cost import CostSettings
     from moesaic.recipes.lookup import RECIPES, find_recipe
 
 app = command_app()
@@ -70,13 +70,7 @@ def scale(
     settings = config.cost_settings(world=world_size, sizes=sizes)
     found = scale_report(settings) | {"name": which, "capacity": _capacity(settings, memory)}
     if dry_run:
-        step = simulate_step(
-            config.model,
-            parallel=config.parallel,
-            world_size=world_size,
-            sizes=sizes,
-            optimizer=config.optimizer,
-        )
+        step = simulate_step(settings)
         found["dry_run"] = asdict(step) | {"sent_total": sum(line.bytes for line in step.sent)}
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
@@ -89,6 +83,7 @@ def _read_config(which: str, changes: list[str] | None) -> ScaleConfig:
     return ScaleConfig(
         model=run.model,
         parallel=run.parallel,
+        precision=run.precision,
         optimizer=run.optimizer,
         gradient_accumulation_steps=run.gradient_accumulation_steps,
     )

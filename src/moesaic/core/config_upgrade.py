@@ -251,7 +251,20 @@ def _upgrade(value: object, *, config: str, path: str, renamed: dict[str, str]) 
     if owner == "ModelConfig" and "attention_experts" in upgraded:
         renamed[f"{path}.attention_experts".strip(".")] = f"{path}.mixers".strip(".")
         return _attention_experts_to_mixers(upgraded)
+    plan = upgraded.get("plan")
+    if owner == "ParallelConfig" and isinstance(plan, Mapping) and "offload" in plan:
+        renamed[f"{path}.plan.offload".strip(".")] = f"{path}.memory".strip(".")
+        return _offload_to_memory(upgraded, plan=plan)
     return upgraded
+
+
+def _offload_to_memory(
+    parallel: dict[str, object], *, plan: Mapping[object, object]
+) -> dict[str, object]:
+    """Offloading is a memory plan: gradients and optimizer states on the host."""
+    rest = {key: value for key, value in plan.items() if key != "offload"}
+    host = {"gradients": "HostMemory()", "optimizer_states": "HostMemory()"}
+    return {**parallel, "plan": rest, "memory": host if plan["offload"] else {}}
 
 
 def _attention_experts_to_mixers(model: dict[str, object]) -> dict[str, object]:

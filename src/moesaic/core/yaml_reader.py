@@ -7,6 +7,8 @@ kinds; a scalar that its tag cannot hold is an error with its place, never an ex
 
 import re
 from collections.abc import Hashable
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,10 +33,15 @@ def read_yaml(text: str) -> Any:
         found = f"{len(text):,} characters"
         raise ConfigError([f"not valid YAML: {found}, expected at most {CONFIG_FILE.max_bytes:,}"])
     try:
-        return yaml.load(text, Loader=_Loader)
+        return deepcopy(_parse(text))
     except yaml.YAMLError as error:
         found = printable(" ".join(str(error).split()), limit=400)
         raise ConfigError([f"not valid YAML: {found}"]) from error
+
+
+@lru_cache(maxsize=4)  # a command reads the config of its run several times
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml_file(path: Path) -> Any:

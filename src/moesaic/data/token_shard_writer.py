@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from moesaic.core.files import os_errors_named, sha256, write_json
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.data_home import data_home
 from moesaic.corpus.pair import Text
+from moesaic.corpus.sources.text_source import Progress, ignore_progress
 from moesaic.corpus.split import SPLITS
 from moesaic.data.shards_manifest import DATA_FILES, FORMAT, MANIFEST
 from moesaic.data.token_shards import TokenShards, text_key
@@ -28,6 +30,8 @@ from moesaic.data.tokenizer import Tokenizer, encode_on_all_cores
 
 _CHUNK = 4096
 _CHUNK_CHARACTERS = 1 << 22  # of documents that are encoded together
+
+_SHOWN_EVERY = 10  # directions
 
 T = TypeVar("T")
 
@@ -38,19 +42,32 @@ def shards_fingerprint(corpus: Corpus, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cached_shards(corpus: Corpus, tokenizer: Tokenizer, *, root: Path | None = None) -> TokenShards:
+def cached_shards(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    root: Path | None = None,
+    progress: Progress = ignore_progress,
+) -> TokenShards:
     """Open the shards of this corpus and tokenizer, written first if they do not exist."""
     name = shards_fingerprint(corpus, tokenizer)[:16]
     path = (root or data_home() / "shards") / name
     if (path / MANIFEST).is_file():
         return TokenShards.open(path)
-    return write_shards(corpus, tokenizer, out=path)
+    return write_shards(corpus, tokenizer, out=path, progress=progress)
 
 
-def write_shards(corpus: Corpus, tokenizer: Tokenizer, *, out: Path | str) -> TokenShards:
+def write_shards(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    out: Path | str,
+    progress: Progress = ignore_progress,
+) -> TokenShards:
     """Encode a corpus to ``out``, which appears when it is complete.
 
-    Raises DataError if ``out`` exists or the corpus has no text.
+    ``progress`` is called with a line of text after some directions. Raises DataError if ``out``
+    exists or the corpus has no text.
     """
     out = Path(out)
     if out.exists():
@@ -59,24 +76,20 @@ def write_shards(corpus: Corpus, tokenizer: Tokenizer, *, out: Path | str) -> To
     with os_errors_named(out, action="token shards cannot be written"):
         part.mkdir(parents=True)
         try:
-            _write_and_publish(corpus, tokenizer, part=part, out=out)
+            with encode_on_all_cores():
+                manifest = _ShardWriter(part, tokenizer, progress).write(corpus)
+            manifest |= {
+                "format": FORMAT,
+                "fingerprint": shards_fingerprint(corpus, tokenizer),
+                "corpus": corpus.fingerprint,
+                "tokenizer": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+            }
+            write_json(part / MANIFEST, manifest)
+            _publish(part, out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return TokenShards.open(out)
-
-
-def _write_and_publish(corpus: Corpus, tokenizer: Tokenizer, *, part: Path, out: Path) -> None:
-    with encode_on_all_cores():
-        manifest = _ShardWriter(part, tokenizer).write(corpus)
-    manifest |= {
-        "format": FORMAT,
-        "fingerprint": shards_fingerprint(corpus, tokenizer),
-        "corpus": corpus.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-    }
-    write_json(part / MANIFEST, manifest)
-    _publish(part, out)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -130,10 +143,12 @@ class _TextTable:
 class _ShardWriter:
     """Writes the files of a shard directory, and returns its manifest."""
 
-    def __init__(self, root: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, root: Path, tokenizer: Tokenizer, progress: Progress) -> None:
         self._root = root
         self._tokenizer = tokenizer
+        self._progress = progress
         self._tables: dict[str, _TextTable] = {}
+        self._keys: dict[tuple[str, str], list[str]] = defaultdict(list)  # of a language and split
         self._pairs: dict[str, int] = {}
 
     def write(self, corpus: Corpus) -> dict[str, Any]:
@@ -151,6 +166,8 @@ class _ShardWriter:
         directions = sorted(corpus.directions)
         last = {code: n for n, pair in enumerate(directions) for code in pair}
         for n, (source, target) in enumerate(directions):
+            if n % _SHOWN_EVERY == _SHOWN_EVERY - 1:
+                self._progress(f"encoding {split} text: direction {n + 1} of {len(directions)}")
             self._add_pairs(corpus, source, target, split)
             for code in (source, target):
                 if last[code] == n:
@@ -162,6 +179,7 @@ class _ShardWriter:
         key = text_key(code, split=split, domain=domain)
         if key not in self._tables:
             path = self._root / f"texts-{len(self._tables)}.part"
+            self._keys[code, split].append(key)
             self._tables[key] = _TextTable(path, self._tokenizer)
         return self._tables[key]
 
@@ -183,9 +201,8 @@ class _ShardWriter:
         for chunk in _text_chunks(corpus.iter_texts(code, split=split)):
             for domain, texts in chunk.items():
                 self._table(code, split, domain).add(texts)
-        for key, table in self._tables.items():
-            if key.partition("@")[0] in (code, f"{code}.{split}"):
-                table.close()
+        for key in self._keys[code, split]:
+            self._tables[key].close()
 
     def _join_texts(self) -> dict[str, Any]:
         ranges, start, end = {}, 0, np.uint64(0)

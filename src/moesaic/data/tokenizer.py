@@ -185,11 +185,24 @@ class Tokenizer:
         return CopyTokens(tuple(self._to_model(list(known.values()))), tuple(i // 2 for i in known))
 
     def _text_only(self, ids: list[int]) -> list[int]:
-        """Return ids without markers that a foreign model found in a text that spells them."""
+        """Return ids without markers that a foreign model found in a text that spells them.
+
+        In the place of a marker are the ids of its characters, so that decoding gives them again.
+        """
         if self._recorded is None or self._markers.isdisjoint(ids):
             return ids
+        return [i for x in ids for i in (self._spell(x) if x in self._markers else [x])]
+
+    def _spell(self, marker: int) -> list[int]:
+        """Return the ids of a marker's characters, or of their bytes, or unknown."""
         unknown = [self._vocabulary.unk] if self._vocabulary.unk is not None else []
-        return [i for x in ids for i in (unknown if x in self._markers else [x])]
+        found = []
+        for character in self.id_to_token(marker):
+            names = [[character], [f"<0x{byte:02X}>" for byte in character.encode()]]
+            spelled = ([self._hf_tokenizer.token_to_id(n) for n in each] for each in names)
+            whole = next((self._to_model(i) for i in spelled if None not in i), unknown)
+            found += whole if self._markers.isdisjoint(whole) else unknown
+        return found
 
     def encode_with_copies(self, texts: Sequence[str]) -> list[EncodedText]:
         """Encode several texts, their placeholders as slots: what a model reads and predicts.

@@ -5,7 +5,7 @@ the connection is open, and a stopped process (SIGSTOP, a suspended machine) kee
 open. So does a foreign server at the port of the store.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -86,6 +86,13 @@ class BoundedStore:
     def read(self, key: str) -> bytes | None:
         """Return the value, or None where no rank has set it."""
         return self._call(lambda: self._store.get(key) if self._store.check([key]) else None)
+
+    def read_all(self, keys: Sequence[str]) -> dict[str, bytes | None]:
+        """Return the value of each key, or None. Two messages if every key has one."""
+        wanted = list(keys)
+        if self._call(lambda: self._store.check(wanted)):
+            return dict(zip(wanted, self._call(lambda: self._store.multi_get(wanted)), strict=True))
+        return {key: self.read(key) for key in wanted}
 
     def has(self, key: str) -> bool:
         return self._call(lambda: self._store.check([key]))

@@ -121,6 +121,12 @@ def copy_to_group(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*
     return _Collective.apply(x, _identity, partial(_all_reduce, group=group))
 
 
+def broadcast_from(x: Shaped[Tensor, "*D"], *, group: Group, source: int) -> None:
+    """Overwrite ``x``, contiguous, with that of rank ``source`` of the group. No gradient."""
+    with record_collective("broadcast", group=group):
+        distributed.broadcast(x, group=group, group_src=source)
+
+
 class _Collective(torch.autograd.Function):
     """Applies ``forward_fn`` to a tensor and ``backward_fn`` to the gradient of the result."""
 

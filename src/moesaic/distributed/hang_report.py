@@ -124,6 +124,17 @@ def find_lost_ranks(
     return HangReport.at(waiter.heartbeat, sentence, search.waiter_of)
 
 
+def find_stalled_ranks(me: Peer, *, peers: Mapping[int, Peer], now_s: float) -> HangReport:
+    """Return which ranks keep ``me`` waiting; if none do, which keep another rank waiting.
+
+    One rank of each collective is asked: those that wait in the same one wait for the same ranks.
+    """
+    of_collective = {(p.heartbeat.group, p.heartbeat.sequence_number): p for p in peers.values()}
+    own = find_lost_ranks(me, peers=peers, now_s=now_s)
+    others = (find_lost_ranks(p, peers=peers, now_s=now_s) for p in of_collective.values())
+    return own if own.ranks else next((report for report in others if report.ranks), own)
+
+
 def report_unanswered_store(
     me: Peer, *, owner: Peer | None, now_s: float, cause: str
 ) -> HangReport:

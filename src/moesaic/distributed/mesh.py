@@ -6,7 +6,6 @@ nothing.
 """
 
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from typing import cast
 
 import torch
@@ -14,7 +13,7 @@ import torch.distributed as distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
-from moesaic.distributed.process_groups import Group
+from moesaic.distributed.process_groups import Group, new_group
 
 STAGE_AXES = ("data", "context", "tensor")
 DATA_CONTEXT_AXES = ("data", "context")
@@ -38,7 +37,7 @@ class Mesh:
     ) -> None:
         self.plan, self.rank, self.device = plan, rank, device
         self.timeout_s = timeout_s
-        self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
+        self._groups: dict[tuple[int, ...], Group] = {}
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
         self.dense_grid = RankGrid(plan.axes())
         self._expert_grids = {
@@ -92,26 +91,19 @@ class Mesh:
             )
         return self._meshes[ranks]
 
-    def new_group(self, lists: Sequence[Sequence[int]]) -> Group:
-        """Create further groups; every rank gives the same lists, and is in one or none."""
-        return self._cached_group(tuple(tuple(ranks) for ranks in lists))
-
     def _axes_group(self, grid: RankGrid, axes: Sequence[str]) -> Group:
-        if grid.size(axes) == 1:
+        return self.group_of(grid.group(self.rank, axes))
+
+    def group_of(self, ranks: tuple[int, ...]) -> Group:
+        """Return the group of these ranks, this one among them; create it if there is none.
+
+        Collective over them alone.
+        """
+        if len(ranks) == 1:
             return None
-        return self._cached_group(grid.groups(axes))
-
-    def _cached_group(self, lists: tuple[tuple[int, ...], ...]) -> Group:
-        if lists not in self._groups:
-            self._groups[lists] = self._create_groups(lists)
-        return self._groups[lists]
-
-    def _create_groups(self, lists: tuple[tuple[int, ...], ...]) -> Group:
-        if len(lists[0]) == self.plan.world_size:
+        if len(ranks) == self.plan.world_size:
             return self.world_group
-        own: Group = None
-        for ranks in (ranks for ranks in lists if len(ranks) > 1):
-            group = distributed.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
-            if self.rank in ranks:
-                own = cast("Group", group)
-        return own
+        if ranks not in self._groups:
+            # only its members create a group: a rank makes as many calls for any number of ranks
+            self._groups[ranks] = new_group(ranks, timeout_s=self.timeout_s)
+        return self._groups[ranks]

@@ -28,8 +28,7 @@ class ParallelPlan(Config):
     of a stage, independently of the dense layers; a layer of fewer experts uses as many ranks as it
     has experts (2201.05596, section 4.2). ``expert_tensor`` shards the hidden width of each expert.
     ``zero`` is the ZeRO stage (1910.02054): replicas of a parameter shard its optimizer state (1),
-    its gradients too (2), and itself (3). ``offload`` keeps those shards in host memory
-    (2101.06840).
+    its gradients too (2), and itself (3).
     """
 
     pipe: Degree = 1
@@ -39,7 +38,6 @@ class ParallelPlan(Config):
     expert: Degree = 1
     expert_tensor: Degree = 1
     zero: Literal[0, 1, 2, 3] = 0
-    offload: bool = False
 
     def resolve(self, world_size: int) -> "ParallelPlan":
         """Return the plan with ``data`` filled in. Raises ConfigError where it does not fit."""
@@ -69,11 +67,6 @@ class ParallelPlan(Config):
                 f"must divide data x context x tensor = {self.stage_size}: experts are folded over "
                 "the ranks of one pipeline stage"
             )
-        if self.offload and not self.zero:
-            yield (
-                "parallel: offload keeps ZeRO's shards in host memory, but zero is 0: set "
-                "zero to 1, 2 or 3"
-            )
 
     @property
     def world_size(self) -> int:
@@ -89,16 +82,15 @@ class ParallelPlan(Config):
         """Return which shard of a batch's rows a rank reads, and the number of shards."""
         return RankGrid(self.axes()).coordinates(rank)["data"], self.data or 1
 
-    @property
-    def acronym(self) -> str:
-        """The combination in the notation of 2109.10465: E, E+D, E+Z, E+D+M, E+Z-Offload+M, ...
+    def acronym(self, *, zero: str = "Z") -> str:
+        """Return the combination in the notation of 2109.10465: E, E+D, E+Z, E+D+M, ...
 
-        E is expert, D data, M tensor parallelism, Z is ZeRO; C (context) and P (pipeline) are not
-        in that paper.
+        E is expert, D data, M tensor parallelism, ``zero`` is the word for ZeRO; C (context) and P
+        (pipeline) are not in that paper.
         """
         copies = self.stage_size // (self.expert * self.expert_tensor)
         dense_copies = (self.data or 1) * self.context
-        state = "Z-Offload" if self.offload else "Z" if self.zero else "D"
+        state = zero if self.zero else "D"
         words = [
             "E" if self.expert > 1 else "",
             state if (copies > 1 or self.zero) and dense_copies > 1 else "",

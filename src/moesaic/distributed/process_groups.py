@@ -47,12 +47,12 @@ def split_group(group: Group, *, inner_size: int, timeout_s: float = 120.0) -> S
         return Subgroups(group, None)
     ranks = distributed.get_process_group_ranks(group)
     run, position = divmod(group_rank(group), inner_size)
+    inner = new_group(ranks[run * inner_size : (run + 1) * inner_size], timeout_s=timeout_s)
+    return Subgroups(inner, new_group(ranks[position::inner_size], timeout_s=timeout_s))
+
+
+def new_group(ranks: Sequence[int], *, timeout_s: float) -> Group:
+    """Create the group of these ranks. Collective over them alone."""
     timeout = timedelta(seconds=timeout_s)
-    inner = _new_group(ranks[run * inner_size : (run + 1) * inner_size], timeout)
-    return Subgroups(inner, _new_group(ranks[position::inner_size], timeout))
-
-
-def _new_group(ranks: Sequence[int], timeout: timedelta) -> Group:
-    # ranks outside the group do not take part, so they need not call this
     group = distributed.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     return cast(distributed.ProcessGroup, group)

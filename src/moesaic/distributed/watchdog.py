@@ -4,6 +4,9 @@ Every rank posts its heartbeat to the rendezvous store every few seconds or more
 failure when it ends with one. The first rank whose collective fails reads all heartbeats and posts
 a hang report, so that all ranks raise the same error. A rank that is still running after a grace
 period (it hangs, or waits for one that does) prints its stack traces and exits.
+
+N ranks send O(N) messages of O(1) bytes: one rank reads all heartbeats for all, and the members of
+a group are posted once, by the first of them that posts a collective of it.
 """
 
 import faulthandler
@@ -29,6 +32,7 @@ from moesaic.distributed.hang_report import (
     Peer,
     ProcessState,
     find_lost_ranks,
+    find_stalled_ranks,
     report_unanswered_store,
 )
 from moesaic.distributed.heartbeat import (
@@ -67,9 +71,10 @@ class Watchdog:
         self._store = BoundedStore(store, limit_s=self.grace_s)
         self._store_rank, self._store_owner = store_rank, None
         self._groups = {DEFAULT_GROUP: tuple(range(size))}
+        self._posted_groups = {DEFAULT_GROUP}
         self._machine = _machine_id()
         self._num_heartbeats, self._failure = 0, ""
-        self._warned_serial = -1
+        self._warned_serial, self._searched_period = -1, 0
         self._stop_event = Event()
         self._thread = Thread(target=self._run, daemon=True, name="watchdog")
 
@@ -131,6 +136,10 @@ class Watchdog:
         return None
 
     def _find_lost_ranks(self, cause: str = "") -> HangReport:
+        peers = self._read_peers()
+        return find_lost_ranks(peers[self.rank], peers=peers, now_s=time.time(), cause=cause)
+
+    def _read_peers(self) -> dict[int, Peer]:
         """Read all heartbeats; twice, two intervals apart, if a rank's state depends on it."""
         before = self._read_heartbeats()
         uncertain = [s for rank, s in before.items() if s and self._needs_second_read(rank, s)]
@@ -139,8 +148,7 @@ class Watchdog:
                 break
             self._post_heartbeat()  # this may be the thread that posts them
         after = self._read_heartbeats()
-        peers = {rank: self._peer(rank, after[rank], before[rank]) for rank in range(self.size)}
-        return find_lost_ranks(peers[self.rank], peers=peers, now_s=time.time(), cause=cause)
+        return {rank: self._peer(rank, after[rank], before[rank]) for rank in range(self.size)}
 
     def _needs_second_read(self, rank: int, seen: dict[str, Any]) -> bool:
         if rank == self.rank or seen["failure"]:
@@ -179,11 +187,22 @@ class Watchdog:
             if in_file is not None and in_file.serial >= heartbeat.serial:
                 heartbeat = in_file
         process = f"{seen['pid']} on {seen['machine'].partition(' ')[0]}"
-        return Peer(rank, heartbeat, tuple(seen["members"]), process, state, seen["failure"])
+        members = self._members(heartbeat.group)
+        return Peer(rank, heartbeat, members, process, state, seen["failure"])
+
+    def _members(self, group: str) -> tuple[int, ...]:
+        """Return the ranks of a group; none where none of them has posted."""
+        if group not in self._groups:
+            with suppress(*_STORE_ERRORS):
+                if (posted := self._store.read(f"members-{group}")) is not None:
+                    self._groups[group] = tuple(json.loads(posted))
+        return self._groups.get(group, ())
 
     def _read_heartbeats(self) -> dict[int, dict[str, Any] | None]:
         self._post_heartbeat()
-        return {rank: self._read_heartbeat(rank) for rank in range(self.size)}
+        posted = self._store.read_all([f"heartbeat-{rank}" for rank in range(self.size)])
+        texts = enumerate(posted.values())
+        return {rank: None if text is None else json.loads(text) for rank, text in texts}
 
     def _read_heartbeat(self, rank: int) -> dict[str, Any] | None:
         posted = self._store.read(f"heartbeat-{rank}")
@@ -194,7 +213,6 @@ class Watchdog:
         self._num_heartbeats += 1
         posted = {
             "heartbeat": asdict(heartbeat),
-            "members": self._groups.get(heartbeat.group, self._groups[DEFAULT_GROUP]),
             "number": self._num_heartbeats,
             "machine": self._machine,
             "pid": os.getpid(),
@@ -202,6 +220,14 @@ class Watchdog:
             "failure": self._failure,
         }
         self._store.set(f"heartbeat-{self.rank}", json.dumps(posted))
+        self._post_members(heartbeat.group)
+
+    def _post_members(self, group: str) -> None:
+        """Post the ranks of a group of this rank, unless another has."""
+        if group not in self._posted_groups and group in self._groups:
+            if not self._store.has(f"members-{group}"):
+                self._store.set(f"members-{group}", json.dumps(self._groups[group]))
+            self._posted_groups.add(group)
 
     def _run(self) -> None:
         alarm_s = None
@@ -222,19 +248,27 @@ class Watchdog:
                 self._abort()
 
     def _warn_if_stalled(self) -> None:
-        """Print once, after half of the timeout, that this rank waits, and for which ranks.
+        """Print once, after half of the timeout, that ranks wait, and for which ranks.
 
-        Also outside of a collective: with NCCL the host waits later than it enqueued.
+        Also outside of a collective: with NCCL the host waits later than it enqueued. Of all ranks
+        that make no progress, one reads the heartbeats in each half of a timeout.
         """
-        heartbeat = self.heartbeat_file.read()
-        idle_s = time.time() - heartbeat.time_s
-        if idle_s < self._timeout_s / 2 or self._warned_serial == heartbeat.serial:
+        heartbeat, now_s, half_s = self.heartbeat_file.read(), time.time(), self._timeout_s / 2
+        idle_s, period = now_s - heartbeat.time_s, int(now_s / half_s)
+        if idle_s < half_s or heartbeat.serial == self._warned_serial:
+            return
+        if period == self._searched_period:
+            return
+        self._searched_period = period
+        if self._store.add(f"search-{period}", 1) > 1:
             return
         self._warned_serial = heartbeat.serial
-        report = self._find_lost_ranks()
+        peers = self._read_peers()
+        report = find_stalled_ranks(peers[self.rank], peers=peers, now_s=time.time())
         if not report.ranks and not heartbeat.in_collective:
             return  # no rank is behind: this rank computes, or all do
-        if self._store.add(f"warned-{heartbeat.group}-{heartbeat.sequence_number}", 1) == 1:
+        key = f"warned-{report.op}-{report.step}-{report.sequence_number}"
+        if self._store.add(key, 1) == 1:
             _print_stderr(f"moesaic: no progress for {idle_s:.0f} s: {report.sentence}")
 
     def _abort(self) -> None:

@@ -36,8 +36,13 @@ class World:
         """Return the sums of named numbers; every rank gives the same names."""
         return dict(values)
 
-    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each ``.grad`` by its sum over ranks. A missing gradient counts as zero."""
+    def all_reduce_gradients(
+        self, parameters: Iterable[Tensor], *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Replace each ``.grad`` by its sum over ranks, computed in ``dtype``.
+
+        A missing gradient counts as zero.
+        """
 
     def any_rank(self, flag: bool, /) -> bool:  # noqa: FBT001
         """Return whether the flag is true on any rank."""
@@ -84,11 +89,13 @@ class ProcessGroupWorld(World):
         packed = torch.tensor([values[name] for name in names], dtype=torch.float64)
         return dict(zip(names, self.all_reduce(packed).tolist(), strict=True))
 
-    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def all_reduce_gradients(
+        self, parameters: Iterable[Tensor], *, dtype: torch.dtype = torch.float32
+    ) -> None:
         for bucket in _gradient_buckets([p for p in parameters if p.requires_grad]):
             parts = [_local_gradient(p) for p in bucket]
             # offloaded gradients are in host memory, which NCCL cannot read
-            flat = torch.cat([part.reshape(-1) for part in parts]).to(self.device)
+            flat = torch.cat([part.reshape(-1) for part in parts]).to(self.device, dtype)
             with record_collective("all_reduce", group=self._group):
                 distributed.all_reduce(flat, group=self._group)
             sums = flat.split([part.numel() for part in parts])

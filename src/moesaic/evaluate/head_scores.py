@@ -8,9 +8,13 @@ Letters: R resamples, N rows, K values of a prediction.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from moesaic.core.files import write_json
 
 SCORES_FORMAT = 1
 
@@ -45,12 +49,22 @@ class HeadScores:
     scores: Mapping[str, Mapping[str, HeadScore]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scores as plain data."""
+        """Return the content of head-scores.json."""
         scores = {
             name: {label: asdict(score) for label, score in by_label.items()}
             for name, by_label in self.scores.items()
         }
-        return {"format": SCORES_FORMAT, "split": self.split, "scores": scores}
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        return {
+            "format": SCORES_FORMAT,
+            "created": created,
+            "split": self.split,
+            "scores": scores,
+        }
+
+    def write(self, path: Path) -> None:
+        """Write head-scores.json, whole or not at all."""
+        write_json(path, self.to_dict())
 
 
 def score_rows(rows: RowSums, *, names: Sequence[str], split: str, resamples: int) -> HeadScores:

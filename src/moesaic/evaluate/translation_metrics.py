@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -223,6 +224,11 @@ def load_language_identifier(languages: Sequence[str]) -> LanguageIdentifier | s
     """
     if importlib.util.find_spec("py3langid") is None:
         return "not measured: install the extra, pip install 'moesaic[lid]'"
+    return _restricted_identifier(tuple(languages))
+
+
+@lru_cache(maxsize=8)  # reading its model takes half a second
+def _restricted_identifier(languages: tuple[str, ...]) -> LanguageIdentifier | str:
     langid = importlib.import_module("py3langid.langid")
     model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
     names: dict[str, str] = {}

@@ -131,6 +131,19 @@ class HeadModule(nn.Module):
         raise NotImplementedError
 
 
+class LinearHead(HeadModule):
+    """Base of heads that predict by one linear map; a member adds the loss."""
+
+    def __init__(self, dim: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        self.projection = HeadProjection(dim, outputs, bias=bias)
+
+    def forward(self, hidden: Float[Tensor, "N D"], *, source: nn.Module) -> Float[Tensor, "N C"]:
+        """Return float32 values: logits of classes, scores, channels of a patch."""
+        del source
+        return self.projection(hidden)
+
+
 class HeadProjection(CustomInitializers):
     """A linear map at the end of a model; optimizers see its matrix as an embedding."""
 
@@ -155,13 +168,16 @@ class Head(Choice):
     """Family: what the model predicts. A member counts, selects and builds; see ``HeadModule``.
 
     ``loss_name`` names the loss among the terms of the objective, ``metric_names`` the metrics in
-    their order. A head that ``needs_whole_rows`` cannot share a row with other ranks.
+    their order. A head that ``needs_whole_rows`` cannot share a row with other ranks. It reads
+    labels of ``label_kind``, one for ``rows_per_label`` rows that follow each other.
     """
 
     loss_name: ClassVar[str] = "loss"
     metric_names: ClassVar[tuple[str, ...]] = ()
     reads_table: ClassVar[bool] = False
     needs_whole_rows: ClassVar[bool] = False
+    label_kind: ClassVar[LabelKind] = TOKEN_LABELS
+    rows_per_label: ClassVar[int] = 1
 
     def build(self, shape: HeadShape, /) -> HeadModule:
         """Return the module."""
@@ -210,7 +226,7 @@ class LanguageModelHead(Head):
         return "input=TokenIds, whose table it scores: choose another head for other inputs"
 
     def num_predicted(self, batch: Batch) -> int:
-        TOKEN_LABELS.require(batch.labels)
+        self.label_kind.require(batch.labels)
         return batch.num_predicted
 
     def select(self, batch: Batch, *, packing: Packing) -> Predictions:

@@ -51,6 +51,11 @@ class InputModule(CustomInitializers):
 class ModelInput(Choice):
     """Family: what the stacks of a model read."""
 
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """The shape of a token's value in a batch: (channels,), or () for an id."""
+        raise NotImplementedError
+
     def build(self, shape: InputShape, /) -> Embedding | InputModule:
         """Return the module."""
         raise NotImplementedError
@@ -62,6 +67,10 @@ class ModelInput(Choice):
 
 class TokenIds(ModelInput):
     """Ids of a vocabulary, by a table that the head may share (``ModelConfig.embedding``)."""
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return ()
 
     def build(self, shape: InputShape, /) -> Embedding:
         return Embedding(shape.embedding, vocab_size=shape.vocab_size, dim=shape.dim)
@@ -76,6 +85,10 @@ class Vectors(ModelInput):
 
     channels: int = Field(ge=1)
 
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return (self.channels,)
+
     def build(self, shape: InputShape, /) -> InputModule:
         return VectorEmbedding(self.channels, shape.dim)
 
@@ -88,6 +101,10 @@ class PointValues(ModelInput):
     """Points of a series, each a token, by a gated linear unit (Time-MoE, 2409.16040, 3.1)."""
 
     channels: int = Field(default=1, ge=1)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return (self.channels,)
 
     def build(self, shape: InputShape, /) -> InputModule:
         return PointEmbedding(self.channels, shape.dim)
@@ -105,6 +122,10 @@ class Patches(ModelInput):
 
     channels: int = Field(ge=1)
     classes: int = Field(default=0, ge=0)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return (self.channels,)
 
     def build(self, shape: InputShape, /) -> InputModule:
         return PatchEmbedding(self.channels, shape.dim, classes=self.classes)

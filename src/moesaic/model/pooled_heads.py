@@ -27,6 +27,7 @@ from moesaic.model.head import (
     HeadModule,
     HeadProjection,
     HeadShape,
+    LinearHead,
     ModelOutput,
     Predictions,
     projection_specs,
@@ -84,9 +85,10 @@ class Classification(Head):
     loss_name = "cross_entropy"
     metric_names = ("accuracy",)
     needs_whole_rows = True
+    label_kind = ROW_LABELS
 
     def build(self, shape: HeadShape, /) -> "ClassHead":
-        return ClassHead(shape.dim, self.classes)
+        return ClassHead(shape.dim, self.classes, bias=True)
 
     def parameter_specs(self, shape: HeadShape, /) -> Sequence[ParameterSpec]:
         return projection_specs(shape.dim, self.classes, bias=True)
@@ -101,17 +103,8 @@ class Classification(Head):
         return Predictions(index, batch.labels[rows], rows, means)
 
 
-class ClassHead(HeadModule):
+class ClassHead(LinearHead):
     """Logits of classes."""
-
-    def __init__(self, dim: int, classes: int) -> None:
-        super().__init__()
-        self.classes = HeadProjection(dim, classes, bias=True)
-
-    def forward(self, hidden: Float[Tensor, "N D"], *, source: nn.Module) -> Float[Tensor, "N C"]:
-        """Return float32 logits of each row."""
-        del source
-        return self.classes(hidden)
 
     def loss(self, output: ModelOutput, *, source: nn.Module) -> HeadLoss:
         logits = self(output.hidden, source=source)
@@ -135,6 +128,8 @@ class Contrastive(Head):
     loss_name = "contrastive"
     metric_names = ("recall@1",)
     needs_whole_rows = True
+    label_kind = ROW_LABELS
+    rows_per_label = 2
 
     def build(self, shape: HeadShape, /) -> "EmbeddingHead":
         return EmbeddingHead(self, dim=shape.dim)
@@ -166,7 +161,9 @@ class EmbeddingHead(HeadModule):
         return F.normalize(projected, dim=1)
 
     def loss(self, output: ModelOutput, *, source: nn.Module) -> HeadLoss:
-        first, second = self(output.hidden, source=source).view(len(output.row), 2, -1).unbind(1)
+        every = self(output.hidden, source=source)
+        pairs = every.view(len(output.row), 2, every.shape[1])  # a rank may have no pair
+        first, second = pairs.unbind(1)
         ranks, group = group_size(self.data_ranks), self.data_ranks
         count = torch.tensor([len(first)], device=first.device)
         sizes = all_gather_rows(count, group=group, sizes=[1] * ranks).tolist()
@@ -190,6 +187,8 @@ class Reward(Head):
     loss_name = "bradley_terry"
     metric_names = ("accuracy",)
     needs_whole_rows = True
+    label_kind = ROW_LABELS
+    rows_per_label = 2
 
     def build(self, shape: HeadShape, /) -> "ScoreHead":
         return ScoreHead(shape.dim)

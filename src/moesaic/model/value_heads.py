@@ -22,6 +22,7 @@ from moesaic.model.head import (
     HeadModule,
     HeadProjection,
     HeadShape,
+    LinearHead,
     ModelOutput,
     Predictions,
     projection_specs,
@@ -73,6 +74,7 @@ class Regression(Head):
 
     loss_name = "regression"
     metric_names = ("mse", "mae")
+    label_kind = POINT_LABELS
 
     @field_validator("horizons")
     @classmethod
@@ -155,9 +157,10 @@ class PatchDenoising(Head):
     schedule: NoiseSchedule = RectifiedFlow()
 
     loss_name = "denoising"
+    label_kind = PATCH_LABELS
 
     def build(self, shape: HeadShape, /) -> "NoiseHead":
-        return NoiseHead(shape.dim, self.channels)
+        return NoiseHead(shape.dim, self.channels, bias=True)
 
     def problems(self, source: ModelInput, /) -> str | None:
         if isinstance(source, Patches) and (source.channels, source.classes) == (
@@ -195,17 +198,8 @@ class PatchDenoising(Head):
         return Predictions(None, label, packing.row[local])
 
 
-class NoiseHead(HeadModule):
-    """A linear map to the channels of a patch."""
-
-    def __init__(self, dim: int, channels: int) -> None:
-        super().__init__()
-        self.patch = HeadProjection(dim, channels, bias=True)
-
-    def forward(self, hidden: Float[Tensor, "N D"], *, source: nn.Module) -> Float[Tensor, "N C"]:
-        """Return the noise or velocity of each patch."""
-        del source
-        return self.patch(hidden)
+class NoiseHead(LinearHead):
+    """A linear map to the channels of a patch: noise or velocity."""
 
     def loss(self, output: ModelOutput, *, source: nn.Module) -> HeadLoss:
         each = (self(output.hidden, source=source) - output.label).square().mean(1)

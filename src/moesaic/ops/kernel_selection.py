@@ -11,6 +11,8 @@ from functools import cache
 import torch
 
 from moesaic.core.shapes import Tensor
+from moesaic.ops.adamw import AdamWKernel, adamw_by_operations
+from moesaic.ops.cpu.cpu_adamw import load_adamw
 from moesaic.ops.cpu.cpu_library import load_library
 from moesaic.ops.cpu.cpu_moe_kernel import (
     ACTIVATION_CODES,
@@ -22,7 +24,8 @@ from moesaic.ops.grouped_gemm import ActivationFunction, GroupedGEMM, GroupedMM,
 from moesaic.ops.moe_kernel import MoEKernel, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
 
-_REAL_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
+# other types (fake tensors, DTensors) have no memory that a compiled kernel could read
+REAL_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 GROUPED_GEMMS: dict[str, GroupedGEMM] = {e.name: e for e in (SequentialGEMM(), GroupedMM())}
 
 
@@ -43,7 +46,7 @@ def select_grouped_gemm(rows: Tensor) -> GroupedGEMM:
 def select_moe_kernel(x: Tensor, *, activation: ActivationFunction) -> MoEKernel:
     """Return the MoE kernel for the device and dtype of ``x``."""
     unfused = UnfusedMoEKernel(select_grouped_gemm(x))
-    if type(x) not in _REAL_TENSOR_TYPES:  # without memory that a kernel could read
+    if type(x) not in REAL_TENSOR_TYPES:  # without memory that a kernel could read
         return unfused if torch.compiler.is_compiling() else _simulated_kernel(unfused)
     name = activation.kernel_name
     return _fused_kernel(x.device.type, x.dtype, name, fallback=unfused)[0] or unfused
@@ -54,6 +57,11 @@ def _simulated_kernel(unfused: MoEKernel) -> MoEKernel:
     return CPUMoEKernel(ShapesOnlyLibrary(), unfused)
 
 
+def select_adamw() -> AdamWKernel:
+    """Return AdamW's update of tensors in host memory; every one gives the same bits."""
+    return load_adamw().kernel or adamw_by_operations
+
+
 def selected_kernels(
     device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32
 ) -> list[SelectedKernel]:
@@ -62,10 +70,16 @@ def selected_kernels(
     unfused = UnfusedMoEKernel(SequentialGEMM())
     kernel, reason = _fused_kernel(kind, dtype, "swiglu", fallback=unfused)  # for any activation
     attention = "scaled_dot_product_attention; without a mask where a batch has no padding"
+    adamw = SelectedKernel("AdamW", "torch", "torch's fused kernel")
+    if kind == "cpu":
+        status = load_adamw()
+        name = "separate operations" if status.kernel is None else "compiled"
+        adamw = SelectedKernel("AdamW", name, status.reason)
     return [
         SelectedKernel("MoE layer", "unfused" if kernel is None else kernel.name, reason),
         _select_gemm(kind, dtype),
         SelectedKernel("attention", "flash" if kind == "cpu" else "torch's choice", attention),
+        adamw,
     ]
 
 

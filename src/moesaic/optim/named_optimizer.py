@@ -2,8 +2,8 @@
 
 Every group has a ``name`` (``adamw/norm``), a ``rule`` (its update), ``lr`` and ``base_lr``: a
 schedule writes ``lr = base_lr * factor``. State is float32 and covers the shard of a parameter that
-is on this rank. A parameter of a narrower type (bfloat16) has a float32 ``master`` copy: the rule
-updates it, and it is then rounded into the parameter, so that small updates are not lost.
+is on this rank. What a rule updates of a parameter of a narrower dtype (bfloat16), and how it is
+rounded into the parameter, is up to ``optim/master_weights.py``.
 
 State is exported as flat tensors named ``slot/parameter``, e.g. ``exp_avg/encoder.0.norm.weight``:
 it does not depend on the order of parameters. Learning rates are not state: the schedule gives them
@@ -13,25 +13,34 @@ for any step.
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import local_tensor
+from moesaic.ops.stochastic_rounding import ShardPosition
+from moesaic.optim.master_weights import MasterWeights, ShardUpdate
+
+MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
 
 
 @runtime_checkable
 class MatrixSharding(Protocol):
-    """All-gathers sharded matrices for rules that need whole ones, by parameter name."""
+    """Gives rules that need whole matrices those that this rank owns."""
 
-    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return the whole matrices of these shards. Collective."""
-        ...
+    def update_maps(
+        self,
+        parts: Mapping[str, Tensor],
+        *,
+        fused: Mapping[str, Sequence[int]],
+        function: Callable[[Sequence[Tensor]], None],
+    ) -> None:
+        """Apply ``function``, which changes whole maps in place, to the maps of these shards.
 
-    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
-        """Return this rank's shards of whole matrices."""
+        ``parts`` are by parameter name, ``fused`` as in ``GroupUpdate``. Collective.
+        """
         ...
 
 
@@ -39,30 +48,48 @@ class MatrixSharding(Protocol):
 class GroupUpdate:
     """The parameters of one group that have a gradient, and what an update rule needs of them.
 
-    ``sharding`` is None where every rank has whole matrices. ``fused`` has the output widths of
-    matrices that hold several maps, by name (``nn/fused_projections.py``).
+    ``grads`` have the types of the gradients. ``narrow`` has the parameter whose float32 master is
+    in ``params``, or None: a rule rounds the master into it. ``sharding`` is None where one process
+    has all matrices. ``fused`` has the output widths of matrices that hold several maps, by name
+    (``nn/fused_projections.py``).
     """
 
     names: Sequence[str]
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     states: Sequence[dict[str, Tensor]]
+    narrow: Sequence[Tensor | None]
     lr: float
     weight_decay: float
     sharding: MatrixSharding | None = None
     fused: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
+    def float_grads(self) -> list[Tensor]:
+        """Return the gradients in float32."""
+        return [grad.float() for grad in self.grads]
+
+    def round_masters(self) -> None:
+        """Round every float32 master into its parameter."""
+        for narrow, master in zip(self.narrow, self.params, strict=True):
+            if narrow is not None:
+                narrow.copy_(master)
+
 
 @runtime_checkable
 class UpdateRule(Protocol):
-    """How an optimizer updates a group of tensors. Holds no tensors itself."""
+    """How an optimizer updates a group of tensors. Holds no tensors itself.
+
+    ``elementwise``: the update of a value depends on no other value.
+    """
+
+    elementwise: ClassVar[bool]
 
     def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the zero state of one float32 tensor."""
         ...
 
     def apply(self, update: GroupUpdate) -> None:
-        """Update ``params`` and ``states`` in place."""
+        """Update ``params``, ``states`` and ``narrow`` in place."""
         ...
 
 
@@ -73,8 +100,11 @@ class NamedOptimizer(torch.optim.Optimizer):
     rounds state to the parameter's type.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], *, master_weights: MasterWeights) -> None:
         super().__init__(groups, defaults={})
+        self.master_weights, self.steps_taken = master_weights, 0
+        # where the shard of a parameter is in the whole one; parallel plans replace it
+        self.position_of: Callable[[str], ShardPosition] | None = None
         self.matrix_sharding: MatrixSharding | None = None
         self.fused_outputs: Mapping[str, Sequence[int]] = {}
         for group in self.param_groups:
@@ -97,6 +127,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._step_group(group)
+        self.steps_taken += 1
         return loss
 
     def ensure_state(self, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
@@ -104,38 +135,63 @@ class NamedOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         parameter = local_tensor(parameter)
         if not state:
-            if parameter.dtype != torch.float32:
-                state["master"] = parameter.detach().float()
-            state.update(rule.initial_state(state.get("master", parameter)))
+            state.update(self._initial_state(parameter, rule=rule))
         return state
 
+    def expected_state(self, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
+        """Return the shapes and dtypes of a parameter's state, on the meta device."""
+        return self._initial_state(local_tensor(parameter).detach().to("meta"), rule=rule)
+
+    def _initial_state(self, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
+        if parameter.dtype == torch.float32:
+            return rule.initial_state(parameter)
+        kept = self.master_weights.initial_state(parameter)
+        like = kept.get("master", torch.empty_like(parameter, dtype=torch.float32))
+        return kept | rule.initial_state(like)
+
     def _step_group(self, group: dict[str, Any]) -> None:
-        named = zip(group["param_names"], group["params"], strict=True)
-        names, params = [], []
-        for name, parameter in named:
-            if parameter.grad is not None:
-                names.append(name)
-                params.append(parameter)
-        if not params:
-            return
+        members = [
+            (name, parameter)
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            if parameter.grad is not None
+        ]
+        for bucket in _buckets(members, rule=group["rule"]):
+            self._step_bucket(group, bucket)
+
+    def _step_bucket(self, group: dict[str, Any], members: Sequence[tuple[str, Tensor]]) -> None:
+        names, params = [name for name, _ in members], [parameter for _, parameter in members]
         states = [self.ensure_state(p, rule=group["rule"]) for p in params]
         local = [local_tensor(p) for p in params]
-        working = [state.get("master", p) for state, p in zip(states, local, strict=True)]
+        working = [self._float32_values(*pair) for pair in zip(local, states, strict=True)]
         group["rule"].apply(
             GroupUpdate(
                 names,
                 working,
-                [local_tensor(p.grad).float() for p in params],
+                [local_tensor(p.grad) for p in params if p.grad is not None],
                 states,
+                [
+                    p if w is not p and self.master_weights.rounds_to_nearest else None
+                    for w, p in zip(working, local, strict=True)
+                ],
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 sharding=self.matrix_sharding,
                 fused=self.fused_outputs,
             )
         )
-        for parameter, master in zip(local, working, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
+        for name, parameter, values in zip(names, local, working, strict=True):
+            if values is not parameter:
+                self._write_back(name, parameter, values)
+
+    def _float32_values(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+        narrow = parameter.dtype != torch.float32
+        return self.master_weights.float32_values(parameter, state) if narrow else parameter
+
+    def _write_back(self, name: str, parameter: Tensor, values: Tensor) -> None:
+        whole = ShardPosition.of_whole(parameter.shape)
+        position = whole if self.position_of is None else self.position_of(name)
+        update = ShardUpdate(name, self.steps_taken, position)
+        self.master_weights.write_back(parameter, values, update=update)
 
 
 def export_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
@@ -155,7 +211,7 @@ def restore_state(optimizer: NamedOptimizer, tensors: Mapping[str, Tensor]) -> N
     """
     stepped = {name.partition("/")[2] for name in tensors}
     slots = {
-        name: _expected_state(parameter, rule=rule)
+        name: optimizer.expected_state(parameter, rule=rule)
         for name, parameter, rule in _named_parameters(optimizer)
         if name in stepped
     }
@@ -175,10 +231,25 @@ def _named_parameters(optimizer: NamedOptimizer) -> Iterator[tuple[str, Tensor, 
             yield name, parameter, group["rule"]
 
 
-def _expected_state(parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
-    like = torch.empty_like(local_tensor(parameter), dtype=torch.float32, device="meta")
-    slots = dict(rule.initial_state(like))
-    return slots if parameter.dtype == torch.float32 else {"master": like} | slots
+def _buckets(
+    members: Sequence[tuple[str, Tensor]], *, rule: UpdateRule
+) -> Iterator[Sequence[tuple[str, Tensor]]]:
+    """Split the members of a group so that float32 copies of narrow ones are few at a time.
+
+    Rules that are not elementwise batch matrices of one shape, so their groups stay whole.
+    """
+    bucket: list[tuple[str, Tensor]] = []
+    copied = 0
+    for name, parameter in members:
+        narrow = parameter.dtype != torch.float32
+        size = 4 * local_tensor(parameter).numel() if narrow and rule.elementwise else 0
+        if bucket and copied + size > MAX_COPIED_BYTES:
+            yield bucket
+            bucket, copied = [], 0
+        bucket.append((name, parameter))
+        copied += size
+    if bucket:
+        yield bucket
 
 
 def _check_state_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
+from moesaic.optim.master_weights import Float32Master, MasterWeights
 from moesaic.optim.named_optimizer import NamedOptimizer, UpdateRule
 from moesaic.optim.update_rules import AdamWRule, MuonRule
 
@@ -34,12 +35,17 @@ class Optimizer(Choice):
         """Return a parameter's group fields: ``name``, ``rule``, ``lr``, ``weight_decay``."""
 
     def build(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, kinds: Mapping[str, str]
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        kinds: Mapping[str, str],
+        master_weights: MasterWeights | None = None,
     ) -> NamedOptimizer:
         """Build the optimizer of a model's trainable parameters.
 
-        ``kinds`` maps each parameter's name to one of ``PARAMETER_KINDS``. Raises ValueError for a
-        parameter without a kind or with an unknown one.
+        ``kinds`` maps each parameter's name to one of ``PARAMETER_KINDS``; ``master_weights`` (by
+        default float32 copies) is for those of a narrow dtype. Raises ValueError for a parameter
+        without a kind or with an unknown one.
         """
         groups: dict[str, dict[str, Any]] = {}
         members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
@@ -54,11 +60,12 @@ class Optimizer(Choice):
             fields = self.param_group(parameter, kind=kind)
             groups.setdefault(fields["name"], fields)
             members[fields["name"]].append((name, parameter))
-        return NamedOptimizer([groups[name] | {"params": members[name]} for name in sorted(groups)])
+        listed = [groups[name] | {"params": members[name]} for name in sorted(groups)]
+        return NamedOptimizer(listed, master_weights=master_weights or Float32Master())
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (arXiv:1711.05101), fused where torch has the kernel.
+    """Adam with decoupled weight decay (arXiv:1711.05101), of many tensors at once.
 
     ``decayed_kinds`` are the kinds of parameters with weight decay; norms and biases have none.
     ``router_lr`` is the learning rate of the routers (None: that of all).

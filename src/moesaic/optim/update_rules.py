@@ -1,4 +1,4 @@
-"""Update rules of optimizers: AdamW by torch's kernels, and Muon.
+"""Update rules of optimizers: AdamW and Muon.
 
 AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
@@ -15,11 +15,15 @@ Letters: B stacked matrices, M rows, N columns.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
 
 import torch
 from torch.optim.adamw import adamw
 
 from moesaic.core.shapes import Float, Tensor
+from moesaic.ops.adamw import AdamWSettings, AdamWTensor
+from moesaic.ops.kernel_selection import REAL_TENSOR_TYPES, select_adamw
 from moesaic.optim.named_optimizer import GroupUpdate
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -29,6 +33,7 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 class AdamWRule:
     """State per parameter: ``exp_avg`` and ``exp_avg_sq`` of its shape, ``step`` a scalar."""
 
+    elementwise: ClassVar[bool] = True
     betas: tuple[float, float]
     eps: float
 
@@ -40,10 +45,37 @@ class AdamWRule:
         }
 
     def apply(self, update: GroupUpdate) -> None:
+        if all(type(p) in REAL_TENSOR_TYPES and p.device.type == "cpu" for p in update.params):
+            self._apply_on_cpu(update)
+        else:
+            self._apply_by_torch(update)
+            update.round_masters()
+
+    def _apply_on_cpu(self, update: GroupUpdate) -> None:
+        settings = AdamWSettings(update.lr, self.betas, self.eps, update.weight_decay)
+        torch._foreach_add_([state["step"] for state in update.states], 1)
+        at = cache(settings.factors)
+        select_adamw()(
+            [
+                AdamWTensor(
+                    param,
+                    grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    at(float(state["step"])),
+                    narrow,
+                )
+                for param, grad, state, narrow in zip(
+                    update.params, update.grads, update.states, update.narrow, strict=True
+                )
+            ]
+        )
+
+    def _apply_by_torch(self, update: GroupUpdate) -> None:
         fused = update.params[0].device.type in FUSED_DEVICES
         adamw(
             list(update.params),
-            list(update.grads),
+            update.float_grads(),
             [state["exp_avg"] for state in update.states],
             [state["exp_avg_sq"] for state in update.states],
             [],
@@ -75,6 +107,7 @@ class MuonRule:
     others' update.
     """
 
+    elementwise: ClassVar[bool] = False
     momentum: float
     steps: int
     scale: Callable[[int, int], float]
@@ -83,23 +116,19 @@ class MuonRule:
         return {"momentum": torch.zeros_like(parameter)}
 
     def apply(self, update: GroupUpdate) -> None:
-        params, grads = list(update.params), list(update.grads)
+        params, grads = list(update.params), update.float_grads()
         buffers = [state["momentum"] for state in update.states]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         directions = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov
         torch._foreach_mul_(params, 1 - update.lr * update.weight_decay)
-        sharding = update.sharding
-        if sharding is not None:
-            directions = sharding.all_gather_matrices(update.names, directions)
-        maps = [
-            one
-            for name, direction in zip(update.names, directions, strict=True)
-            for one in split_maps(direction, update.fused.get(name, ()))
-        ]
-        self._orthogonalize(maps)
-        if sharding is not None:
-            directions = sharding.local_shards(update.names, directions)
+        named = dict(zip(update.names, directions, strict=True))
+        if update.sharding is None:
+            pairs = ((each, update.fused.get(name, ())) for name, each in named.items())
+            self._orthogonalize([one for each, widths in pairs for one in split_maps(each, widths)])
+        else:
+            update.sharding.update_maps(named, fused=update.fused, function=self._orthogonalize)
         torch._foreach_add_(params, directions, alpha=-update.lr)
+        update.round_masters()
 
     def _orthogonalize(self, maps: Sequence[Tensor]) -> None:
         """Replace each map by its scaled orthogonal update, in place; one batch for each shape."""

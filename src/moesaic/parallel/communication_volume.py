@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.parallel.parameter_inventory import RankParameters
+from moesaic.parallel.precision import Precision
 
-FLOAT32_BYTES = 4
 Volumes = Iterator[tuple[str, str, int, int]]  # (kind, axis, bytes, messages)
 
 
@@ -53,15 +53,15 @@ def expert_tensor_bytes(tokens: DispatchedTokens, *, expert_tensor: int) -> floa
 
 
 def gradient_communication(
-    rank_parameters: RankParameters, *, micro_batches: int = 1
+    rank_parameters: RankParameters, *, precision: Precision, micro_batches: int = 1
 ) -> tuple[CommunicationVolume, ...]:
-    """Return what a rank sends in a step for gradients and ZeRO's parameters, sorted; float32."""
+    """Return what a rank sends in a step for gradients and ZeRO's parameters, sorted."""
     sums: Counter[tuple[str, str]] = Counter()
     messages: Counter[tuple[str, str]] = Counter()
     parts = (
-        *_zero_sync(rank_parameters, micro_batches=micro_batches),
-        *_replica_sync(rank_parameters),
-        *_pipeline_sync(rank_parameters),
+        *_zero_sync(rank_parameters, precision, micro_batches=micro_batches),
+        *_replica_sync(rank_parameters, precision),
+        *_pipeline_sync(rank_parameters, precision),
     )
     for kind, axis, size, calls in parts:
         sums[kind, axis] += size
@@ -71,7 +71,7 @@ def gradient_communication(
     )
 
 
-def _zero_sync(parameters: RankParameters, *, micro_batches: int) -> Volumes:
+def _zero_sync(parameters: RankParameters, precision: Precision, *, micro_batches: int) -> Volumes:
     """Yield ZeRO's all-gathers of weights and reduce-scatters of gradients: one a unit."""
     plan, first = parameters.plan, parameters.grid().coordinates(parameters.rank)["tensor"] == 0
     no_gradient = frozenset() if first else parameters.inventory.first_rank_biases
@@ -82,26 +82,27 @@ def _zero_sync(parameters: RankParameters, *, micro_batches: int) -> Volumes:
         if not shard.zero_axes:
             continue
         ranks = parameters.num_ranks(shard.zero_axes, num_experts=number)
-        size = FLOAT32_BYTES * shard.gathered_values * (ranks - 1)
+        size = shard.gathered_values * (ranks - 1)
+        held, summed = precision.parameter_dtype.itemsize, precision.reduce_dtype.itemsize
         # parameters outside of blocks stay gathered between forward and backward
         gathers = micro_batches * (2 if plan.zero == 3 and unit else 1)
         axis = parameters.group_name(shard.zero_axes, num_experts=number)
-        yield "all-gather", axis, size * gathers, gathers * (("gather", unit) not in seen)
+        yield "all-gather", axis, held * size * gathers, gathers * (("gather", unit) not in seen)
         seen.add(("gather", unit))
         if shard.parameter.name not in no_gradient:
             calls = reductions * (("scatter", unit) not in seen)
-            yield "reduce-scatter", axis, size * reductions, calls
+            yield "reduce-scatter", axis, summed * size * reductions, calls
             seen.add(("scatter", unit))
 
 
-def largest_bucket_bytes(parameters: RankParameters) -> int:
+def largest_bucket_bytes(parameters: RankParameters, *, precision: Precision) -> int:
     """Return the bytes of the largest bucket of gradients that are summed over ranks."""
-    groups = _replicated_gradients(parameters).values()
+    groups = _replicated_gradients(parameters, precision).values()
     return max((size for sizes in groups for size in _buckets(sizes)), default=0)
 
 
 def _replicated_gradients(
-    parameters: RankParameters,
+    parameters: RankParameters, precision: Precision
 ) -> dict[tuple[tuple[str, ...], int | None], list[int]]:
     """Return the bytes of gradients by the axes over which they are summed."""
     summed: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
@@ -112,26 +113,27 @@ def _replicated_gradients(
         )
         if axes:
             sizes = summed.setdefault((axes, number), [])
-            sizes.append(FLOAT32_BYTES * math.prod(shard.shape))
+            sizes.append(precision.reduce_dtype.itemsize * math.prod(shard.shape))
     return summed
 
 
-def _replica_sync(parameters: RankParameters) -> Volumes:
+def _replica_sync(parameters: RankParameters, precision: Precision) -> Volumes:
     """Yield the sums of gradients over the ranks with copies of a parameter, in buckets."""
-    for (axes, number), sizes in _replicated_gradients(parameters).items():
+    for (axes, number), sizes in _replicated_gradients(parameters, precision).items():
         ranks = parameters.num_ranks(axes, num_experts=number)
         axis = parameters.group_name(axes, num_experts=number)
         for size in _buckets(sizes):
             yield "all-reduce", axis, 2 * size * (ranks - 1) // ranks, 1
 
 
-def _pipeline_sync(parameters: RankParameters) -> Volumes:
+def _pipeline_sync(parameters: RankParameters, precision: Precision) -> Volumes:
     """Yield the sums of gradients over the stages that hold a parameter together."""
     shared: dict[tuple[int, ...], list[int]] = {}
     for shard in parameters.shards:
         holders = parameters.holders(shard.parameter)
         if len(holders) > 1:
-            shared.setdefault(holders, []).append(FLOAT32_BYTES * math.prod(shard.shape))
+            size = precision.reduce_dtype.itemsize * math.prod(shard.shape)
+            shared.setdefault(holders, []).append(size)
     for holders, sizes in shared.items():
         for size in _buckets(sizes):
             yield "all-reduce", "pipe", 2 * size * (len(holders) - 1) // len(holders), 1

@@ -1,21 +1,23 @@
 """Parallel model: a sharded model, as training steps, checkpoints and optimizers use it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from moesaic.checkpoint.snapshot import Shard
 from moesaic.core.shapes import Float, Tensor
-from moesaic.distributed.collectives import reduce_from_group
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.process_groups import Group
 from moesaic.distributed.world import local_tensor
 from moesaic.model.transformer import Transformer
+from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradient_clipping import GradNorm, global_norm, scale_gradients
 from moesaic.parallel.batch_ranks import group_world, world_over
+from moesaic.parallel.parameter_streaming import ParameterStream
 from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.precision import Precision
 from moesaic.parallel.sharding_plan import (
     GradientSync,
     Placement,
@@ -24,8 +26,6 @@ from moesaic.parallel.sharding_plan import (
     clip_spans,
     describe_shard,
     local_spans,
-    slice_local,
-    write_shard,
     zero_dim,
 )
 from moesaic.parallel.zero import set_gradient_accumulation
@@ -45,12 +45,15 @@ class ParallelModel:
         model: Transformer,
         *,
         mesh: Mesh,
+        precision: Precision,
         sharding_plan: ShardingPlan,
         gradient_sync: Mapping[str, GradientSync],
         pipeline: Pipeline | None = None,
     ) -> None:
         self.model, self.mesh, self.sharding_plan = model, mesh, sharding_plan
+        self.precision = precision
         self.gradient_sync, self.pipeline = dict(gradient_sync), pipeline
+        self.parameter_stream: ParameterStream | None = None  # of a plan with parameters on a tier
         # the shapes of a DTensor are those before ZeRO shards it, after other axes have
         self._shapes_before_zero = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.stage_world = world_over(mesh, *STAGE_AXES)
@@ -74,6 +77,10 @@ class ParallelModel:
     def before_backward(self, *, last: bool) -> None:
         """Prepare ZeRO for a micro-batch; ``last``: it is the step's last."""
         if self.mesh.plan.zero:
+            for parameter in self.model.parameters():
+                # FSDP2 adds a gradient of the parameter's dtype to what is there
+                if parameter.grad is None and parameter.dtype != self.precision.gradient_dtype:
+                    parameter.grad = self._zero_gradient(parameter)
             set_gradient_accumulation(self.model, last=last, zero_stage=self.mesh.plan.zero)
 
     def sum_gradients(self) -> None:
@@ -85,14 +92,20 @@ class ParallelModel:
         by_group: dict[Group, list[Tensor]] = {}
         for _, parameter, placement, sync in self._parameters():
             if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self._zero_gradient(parameter)
             group = self.mesh.group(*sync.all_reduce_axes, num_experts=placement.num_experts)
             if group is not None:
                 by_group.setdefault(group, []).append(parameter)
+        dtype = self.precision.reduce_dtype
         for group, parameters in by_group.items():
-            group_world(group, device=self.mesh.device).all_reduce_gradients(parameters)
+            group_world(group, device=self.mesh.device).all_reduce_gradients(
+                parameters, dtype=dtype
+            )
         if self.pipeline is not None:
-            self.pipeline.sum_shared_gradients()
+            self.pipeline.sum_shared_gradients(dtype=dtype)
+
+    def _zero_gradient(self, parameter: nn.Parameter) -> Tensor:
+        return torch.zeros_like(parameter, dtype=self.precision.gradient_dtype)
 
     def clip_gradients(self, max_norm: float = math.inf) -> GradNorm:
         """Scale all gradients so that their global norm is at most ``max_norm``.
@@ -122,20 +135,23 @@ class ParallelModel:
         plan = self.sharding_plan.items()
         return {name: each.num_experts for name, each in plan if each.num_experts}
 
-    def local_spans(self, name: str) -> tuple[Spans, ...]:
-        """Return the spans of each dim of a parameter that this rank holds."""
-        placement, shape = self.sharding_plan[name], self._shapes_before_zero[name]
-        experts, mesh = placement.num_experts, self.mesh
-        spans = local_spans(
-            placement, grid=mesh.grid(experts), coordinates=mesh.coordinates(experts)
-        )
-        ranks = mesh.ranks(*self.gradient_sync[name].zero_axes, num_experts=experts)
+    def local_spans(self, name: str, *, rank: int | None = None) -> tuple[Spans, ...]:
+        """Return the spans of each dim of a parameter that this rank holds, or another ``rank``."""
+        placement, rank = self.sharding_plan[name], self.mesh.rank if rank is None else rank
+        grid = self.mesh.grid(placement.num_experts)
+        spans = local_spans(placement, grid=grid, coordinates=grid.coordinates(rank))
+        ranks = grid.group(rank, self.gradient_sync[name].zero_axes)
         if len(ranks) == 1:
             return spans
         dim = self.zero_dim(name)
-        size = -(-shape[dim] // len(ranks))  # FSDP2 shards as torch.chunk does
-        start = min(ranks.index(mesh.rank) * size, shape[dim])
-        return clip_spans(spans, dim=dim, start=start, length=min(size, shape[dim] - start))
+        length = sum(size for _, size in spans[dim])
+        size = -(-length // len(ranks))  # FSDP2 shards as torch.chunk does
+        start = min(ranks.index(rank) * size, length)
+        return clip_spans(spans, dim=dim, start=start, length=min(size, length - start))
+
+    def position_of(self, name: str) -> ShardPosition:
+        """Return where this rank's shard of a parameter lies in the whole one."""
+        return ShardPosition(self.local_spans(name), self.sharding_plan[name].shape)
 
     def zero_dim(self, name: str) -> int:
         """Return the dim along which ZeRO shards a parameter, where it does."""
@@ -158,46 +174,3 @@ class ParallelModel:
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter, Placement, GradientSync]]:
         for name, parameter in self.model.named_parameters():
             yield name, parameter, self.sharding_plan[name], self.gradient_sync[name]
-
-
-class ShardedMatrices:
-    """Matrix sharding of an optimizer whose update needs full matrices (Muon).
-
-    Only the last two dims of stacked expert weights are gathered, so an expert is sent only to
-    ranks that hold a slice of it.
-    """
-
-    def __init__(self, parallel_model: ParallelModel) -> None:
-        self._parallel_model = parallel_model
-
-    def all_gather_matrices(
-        self, names: Sequence[str], parts: Sequence[Float[Tensor, "*E m n"]]
-    ) -> list[Float[Tensor, "*E M N"]]:
-        """Return the full matrices of these slices. Collective, one parameter at a time."""
-        return [self._gather_matrix(name, part) for name, part in zip(names, parts, strict=True)]
-
-    def local_shards(
-        self, names: Sequence[str], whole: Sequence[Float[Tensor, "*E M N"]]
-    ) -> list[Float[Tensor, "*E m n"]]:
-        """Return this rank's slices of full matrices."""
-        pairs = zip(names, whole, strict=True)
-        return [slice_local(matrix, self._matrix_spans(name, matrix)) for name, matrix in pairs]
-
-    def _gather_matrix(self, name: str, part: Tensor) -> Tensor:
-        model = self._parallel_model
-        placement, mesh = model.sharding_plan[name], model.mesh
-        shape = (*part.shape[:-2], *placement.shape[-2:])
-        dims = range(len(shape) - 2, len(shape))
-        axes = [sharded.axis for sharded in placement.sharded_dims if sharded.dim in dims]
-        axes += model.gradient_sync[name].zero_axes if model.zero_dim(name) in dims else ()
-        if mesh.size(*axes, num_experts=placement.num_experts) == 1:
-            return part
-        full = part.new_zeros(shape)
-        write_shard(full, describe_shard(part, self._matrix_spans(name, part), shape=shape))
-        group = mesh.group(*axes, num_experts=placement.num_experts)
-        # slices do not overlap, so a sum with zeros is exact; NCCL needs it on the device
-        return reduce_from_group(full.to(mesh.device), group=group).to(part.device)
-
-    def _matrix_spans(self, name: str, like: Tensor) -> tuple[Spans, ...]:
-        stacked: tuple[Spans, ...] = tuple(((0, size),) for size in like.shape[:-2])
-        return (*stacked, *self._parallel_model.local_spans(name)[-2:])

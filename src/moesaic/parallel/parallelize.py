@@ -6,12 +6,14 @@ communicate, checkpoint activations, and last let ZeRO shard the remaining copie
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from moesaic.core.errors import ConfigError
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import World
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
@@ -24,7 +26,9 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import ContextRanks, SequenceSharder
 from moesaic.parallel.expert_dispatch import DispatchGroups
 from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.parameter_streaming import ParameterStream
 from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.precision import Float32, Precision, set_gradient_dtype
 from moesaic.parallel.sharding_plan import (
     GradientSync,
     ShardingPlan,
@@ -37,10 +41,16 @@ from moesaic.parallel.zero import apply_zero
 
 
 def parallelize(
-    model: Transformer, *, parallel: ParallelConfig, world: World, timeout_s: float = 120.0
+    model: Transformer,
+    *,
+    parallel: ParallelConfig,
+    world: World,
+    precision: Precision | None = None,
+    timeout_s: float = 120.0,
 ) -> ParallelModel:
     """Parallelize a whole model, identical on every rank of ``world``, in place. Collective.
 
+    ``precision`` (by default float32) has the dtypes of parameters and gradients.
     Raises ConfigError where the plan does not fit the number of ranks or the model.
     """
     mesh = Mesh(
@@ -50,20 +60,26 @@ def parallelize(
         expert_counts=expert_counts(model),
         timeout_s=timeout_s,
     )
-    return parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
+    return parallelize_on_mesh(model, parallel=parallel, mesh=mesh, precision=precision)
 
 
 def parallelize_on_mesh(
-    model: Transformer, *, parallel: ParallelConfig, mesh: Mesh
+    model: Transformer,
+    *,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    precision: Precision | None = None,
 ) -> ParallelModel:
     """Parallelize a whole model over the ranks of a mesh (see ``parallelize``). Collective."""
     check_parallel(model, parallel=parallel, plan=mesh.plan)
+    precision = precision or Float32()
     stages = parallel.pipeline_stages(model.config) if mesh.plan.pipe > 1 else None
     full_plan = make_sharding_plan(model)
     if stages is not None:
         stages.remove_other_stages(model, rank=mesh.coordinates()["pipe"])
     local_plan = {name: full_plan[name] for name, _ in model.named_parameters()}
-    shard_parameters(model, sharding_plan=local_plan, mesh=mesh)
+    dtype = precision.parameter_dtype
+    shard_parameters(model, sharding_plan=local_plan, mesh=mesh, dtype=dtype)
     apply_tensor_parallel(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     apply_context_parallel(model, parallel=parallel, mesh=mesh)
     apply_expert_parallel(model, parallel=parallel, mesh=mesh)
@@ -71,15 +87,47 @@ def parallelize_on_mesh(
     apply_activation_checkpointing(model, by=parallel.activation_checkpointing)
     sync = {name: GradientSync(each.replicated_axes) for name, each in local_plan.items()}
     if mesh.plan.zero:
-        sync = apply_zero(model, mesh=mesh, gradient_sync=sync, sharding_plan=local_plan)
+        sync = apply_zero(
+            model, mesh=mesh, precision=precision, gradient_sync=sync, sharding_plan=local_plan
+        )
+    set_gradient_dtype(model, precision)
     pipeline = None if stages is None else Pipeline(model, mesh=mesh, stages=stages)
-    return ParallelModel(
-        model, mesh=mesh, sharding_plan=full_plan, gradient_sync=sync, pipeline=pipeline
+    parallel_model = ParallelModel(
+        model,
+        mesh=mesh,
+        precision=precision,
+        sharding_plan=full_plan,
+        gradient_sync=sync,
+        pipeline=pipeline,
     )
+    if not parallel.memory.parameters.is_device:
+        parallel_model.parameter_stream = stream_parameters(
+            model, memory=parallel.memory, mesh=mesh
+        )
+    return parallel_model
 
 
-def shard_parameters(model: nn.Module, *, sharding_plan: ShardingPlan, mesh: Mesh) -> None:
-    """Replace every parameter by this rank's slice of it."""
+def stream_parameters(model: Transformer, *, memory: MemoryPlan, mesh: Mesh) -> ParameterStream:
+    """Move the expert weights of a model to their tier, if they have values already."""
+    store = memory.parameters.open(
+        device=mesh.device,
+        label=f"rank{mesh.rank}-parameters",
+        in_flight_bytes=memory.in_flight_bytes,
+    )
+    stream = ParameterStream(model, store=store)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        stream.move_to_tier()
+    return stream
+
+
+def shard_parameters(
+    model: nn.Module,
+    *,
+    sharding_plan: ShardingPlan,
+    mesh: Mesh,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Replace every parameter by this rank's slice of it, rounded to ``dtype``."""
     local: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -89,8 +137,8 @@ def shard_parameters(model: nn.Module, *, sharding_plan: ShardingPlan, mesh: Mes
                 spans = local_spans(
                     placement, grid=mesh.grid(experts), coordinates=mesh.coordinates(experts)
                 )
-                part = slice_local(parameter.detach(), spans)
-                same = part.shape == parameter.shape
+                part = slice_local(parameter.detach(), spans).to(dtype)
+                same = part.shape == parameter.shape and part.dtype == parameter.dtype
                 local[parameter] = parameter if same else nn.Parameter(part)
             module.register_parameter(name, local[parameter])
 

@@ -119,9 +119,9 @@ class Pipeline:
         self.model, self.stages = model, stages
         self.shared_worlds: dict[tuple[int, ...], World] = {}
         for ranks in stages.shared_rank_sets:
-            lists = [[line[rank] for rank in ranks] for line in mesh.dense_grid.groups(("pipe",))]
-            group = mesh.new_group(lists)
             if mesh.coordinates()["pipe"] in ranks:
+                line = mesh.ranks("pipe")
+                group = mesh.group_of(tuple(line[rank] for rank in ranks))
                 self.shared_worlds[ranks] = ProcessGroupWorld(mesh.device, group=group)
         self.group, self.device = mesh.group("pipe"), mesh.device
         self.rank = distributed.get_rank(self.group)
@@ -236,8 +236,8 @@ class Pipeline:
             distributed.recv(buffer, group=self.group, group_src=rank)
         return buffers
 
-    def sum_shared_gradients(self) -> None:
-        """Sum the gradients of parameters that several pipeline ranks hold. Collective.
+    def sum_shared_gradients(self, *, dtype: torch.dtype) -> None:
+        """Sum, in ``dtype``, the gradients that several pipeline ranks have. Collective.
 
         After all other sums: those of different groups may differ in their last bits, and this one
         makes the copies identical again.
@@ -247,7 +247,7 @@ class Pipeline:
         for ranks in self.stages.shared_rank_sets:
             if self.rank in ranks:
                 shared = [p for name, p in named.items() if ranks_of[name] == ranks]
-                self.shared_worlds[ranks].all_reduce_gradients(shared)
+                self.shared_worlds[ranks].all_reduce_gradients(shared, dtype=dtype)
 
 
 def loss_term_names(stages: PipelineStages) -> tuple[str, ...]:

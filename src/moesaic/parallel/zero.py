@@ -14,9 +14,8 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
-    OffloadPolicy,
+    MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -29,6 +28,7 @@ from moesaic.model.kv_cache import EncoderOutput
 from moesaic.model.transformer import Transformer
 from moesaic.nn.embedding import Embedding
 from moesaic.ops.cross_entropy import TokenLoss
+from moesaic.parallel.precision import Precision
 from moesaic.parallel.sharding_plan import GradientSync, ShardingPlan, expert_modules, zero_dim
 
 
@@ -77,6 +77,7 @@ def apply_zero(
     model: Transformer,
     *,
     mesh: Mesh,
+    precision: Precision,
     gradient_sync: Mapping[str, GradientSync],
     sharding_plan: ShardingPlan,
 ) -> dict[str, GradientSync]:
@@ -94,13 +95,24 @@ def apply_zero(
         if mesh.size("expert_data", num_experts=number) > 1:
             shared = set(experts.parameters()) - own
             _fully_shard(
-                experts, mesh=mesh, axes=("expert_data",), num_experts=number, ignored=shared
+                experts,
+                mesh=mesh,
+                axes=("expert_data",),
+                precision=precision,
+                ignored=shared,
+                num_experts=number,
             )
             for method in ("forward_edges", "in_one_call"):
                 register_fsdp_forward_method(experts, method)
     if mesh.size(*DATA_CONTEXT_AXES) > 1:
         for module in _fsdp_units(model, pipe=mesh.plan.pipe):
-            _fully_shard(module, mesh=mesh, axes=DATA_CONTEXT_AXES, ignored=sharded_experts)
+            _fully_shard(
+                module,
+                mesh=mesh,
+                axes=DATA_CONTEXT_AXES,
+                precision=precision,
+                ignored=sharded_experts,
+            )
     sync = dict(gradient_sync)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
@@ -161,6 +173,7 @@ def _fully_shard(
     *,
     mesh: Mesh,
     axes: tuple[str, ...],
+    precision: Precision,
     ignored: set[nn.Parameter],
     num_experts: int | None = None,
 ) -> None:
@@ -177,16 +190,14 @@ def _fully_shard(
         mesh=device_mesh,
         reshard_after_forward=mesh.plan.zero == 3 and not keep_gathered,
         shard_placement_fn=shard_dim,
-        offload_policy=_offload_policy(mesh),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=precision.parameter_dtype,
+            reduce_dtype=precision.reduce_dtype,
+            cast_forward_inputs=False,
+        ),
         ignored_params=ignored,
     )
     # a rank's loss is its share (moe/batch_group.py): gradients are summed, never averaged
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
     _ViewWarningFilter(module)  # after FSDP2's own hooks: it has to enclose them
-
-
-def _offload_policy(mesh: Mesh) -> OffloadPolicy:
-    if not mesh.plan.offload:
-        return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")

@@ -8,7 +8,8 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.moe.config import MoE
 from moesaic.planner.cost_entries import DEVICE, HOST
-from moesaic.planner.step_cost import CostSettings, peak_memory
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.step_cost import peak_memory
 
 MAX_EXPERTS_PER_RANK = 1 << 20  # the search ends there
 

@@ -20,6 +20,7 @@ from moesaic.distributed.mesh import DATA_CONTEXT_AXES, STAGE_AXES, Mesh
 from moesaic.distributed.process_groups import Group
 from moesaic.distributed.simulation import SharedChunks, SimulatedRank, fake_process_group
 from moesaic.distributed.world import local_tensor
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.transformer import Transformer
@@ -27,12 +28,11 @@ from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.expert_selection import Select
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
-from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.communication_volume import CommunicationVolume
-from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.sharding_plan import EXPERT_STAGE_AXES
+from moesaic.planner.cost_settings import CostSettings
 
 DUMMY_TOKEN = 7  # any token but padding
 
@@ -98,45 +98,44 @@ def with_round_robin_routing(
     return config.replace(moe=changed(config.moe), **stacks)
 
 
-def simulate_step(
-    config: ModelConfig,
-    *,
-    parallel: ParallelConfig,
-    world_size: int,
-    sizes: BatchDims,
-    rank: int = 0,
-    optimizer: Optimizer | None = None,
-) -> DryRunResult:
-    """Run one step of one micro-batch as ``rank`` of ``world_size``; needs no process group.
+def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
+    """Run one step of one micro-batch of a whole model as one rank; needs no process group.
 
-    Raises ConfigError if the plan does not fit the number of ranks or the model.
+    Tiers of memory are not simulated. Raises ConfigError if the plan does not fit the number of
+    ranks or the model.
     """
+    config, precision, world = settings.model, settings.precision, settings.world
+    parallel = settings.parallel.replace(memory=MemoryPlan())
     started = time.perf_counter()
     with (
-        fake_process_group(world_size, rank=rank),
+        fake_process_group(world, rank=rank),
         SimulatedRank() as simulation,
         simulation.ledger.watch_resizes(),
     ):
         model = Transformer(with_round_robin_routing(config))
         mesh = Mesh(
-            parallel.plan.resolve(world_size),
+            parallel.plan.resolve(world),
             rank=rank,
             device=torch.device("cpu"),
             expert_counts=expert_counts(model),
         )
         with SharedChunks():
-            parallel_model = parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
+            parallel_model = parallelize_on_mesh(
+                model, parallel=parallel, mesh=mesh, precision=precision
+            )
         before = simulation.ledger.live_bytes
         simulation.ledger.reset_peak()
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
-            loss = _loss(parallel_model, batch=dummy_batch(config, sizes))
+            loss = _loss(parallel_model, batch=dummy_batch(config, settings.sizes))
             saved = simulation.ledger.live_bytes - before
             parallel_model.before_backward(last=True)
             loss.backward()
             parallel_model.sum_gradients()
         peak = simulation.ledger.peak_bytes
         kinds = model.parameter_kinds()
-        built = (optimizer or AdamW()).build(model.named_parameters(), kinds=kinds)
+        built = settings.optimizer.build(
+            model.named_parameters(), kinds=kinds, master_weights=precision.master_weights
+        )
         built.step()
         slots = [t for s in built.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         parameters = [local_tensor(p) for p in model.parameters()]
@@ -201,9 +200,11 @@ def volumes(calls: Counter[SentCall]) -> tuple[CommunicationVolume, ...]:
 
 
 def _loss(parallel_model: ParallelModel, *, batch: Batch) -> Tensor:
-    output = parallel_model.model(batch)
+    with parallel_model.precision.autocast(batch.device):
+        output = parallel_model.model(batch)
+        loss = parallel_model.model.loss(output)
     terms = [value for record in output.records for value in record.losses.values()]
-    return torch.stack([parallel_model.model.loss(output).total, *terms]).sum()
+    return torch.stack([loss.total, *terms]).sum()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -30,6 +30,7 @@ from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
+from moesaic.parallel.precision import Precision
 from moesaic.planner.block_chain import STACKS, BlockChain, Place
 from moesaic.planner.dry_run import dummy_batch, mesh_groups, with_round_robin_routing
 from moesaic.planner.operation_recorder import Operation, OperationRecorder
@@ -70,6 +71,7 @@ class MeasuredPart:
     parallel: ParallelConfig
     sizes: BatchDims
     optimizer: Optimizer
+    precision: Precision
     busiest_share: float | None = None
 
     def measure(self, *, last: Sequence[bool]) -> MeasuredStep:
@@ -89,13 +91,15 @@ class MeasuredPart:
                 expert_counts=expert_counts(model),
             )
             with SharedChunks():
-                parallel_model = parallelize_on_mesh(model, parallel=self.parallel, mesh=mesh)
+                parallel_model = parallelize_on_mesh(
+                    model, parallel=self.parallel, mesh=mesh, precision=self.precision
+                )
             simulation.counter = CommunicationCounter(axes=mesh_groups(mesh))
             recording = _Recording(simulation.ledger, recorder, simulation.counter)
             model.run_block = _MarkedBlocks(model, self.chain, recording)
             batch = dummy_batch(self.config, self.sizes)
             spans = tuple(recording.micro_batch(parallel_model, batch, last=each) for each in last)
-            return MeasuredStep(spans, recording.update(model, self.optimizer))
+            return MeasuredStep(spans, recording.update(parallel_model, self.optimizer))
 
 
 class _Recording:
@@ -121,8 +125,9 @@ class _Recording:
         model = parallel_model.model
         self._restart(FORWARD, Place(_first_stack(model)))
         parallel_model.before_backward(last=last)
-        output = model(batch)
-        loss = model.loss(output)
+        with parallel_model.precision.autocast(batch.device):
+            output = model(batch)
+            loss = model.loss(output)
         terms = [value for record in output.records for value in record.losses.values()]
         objective = torch.stack([loss.total, *terms]).sum()
         self.begin(BACKWARD, Place("head"))
@@ -132,13 +137,17 @@ class _Recording:
         self._end()
         return tuple(self.spans)
 
-    def update(self, model: nn.Module, optimizer: Optimizer) -> Span:
+    def update(self, parallel_model: ParallelModel, optimizer: Optimizer) -> Span:
         """Update the parameters twice, and return the span of the second time."""
-        assert isinstance(model, Transformer)
+        model, precision = parallel_model.model, parallel_model.precision
         for parameter in model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        built = optimizer.build(model.named_parameters(), kinds=model.parameter_kinds())
+        built = optimizer.build(
+            model.named_parameters(),
+            kinds=model.parameter_kinds(),
+            master_weights=precision.master_weights,
+        )
         built.step()
         self._restart(UPDATE, Place("update"))
         built.step()

@@ -11,15 +11,18 @@ from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
+from moesaic.parallel.precision import Float32, Precision
 from moesaic.planner.cost_entries import DEVICE, HOST, Purpose
-from moesaic.planner.step_cost import CostSettings, StepCost, step_cost
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.step_cost import StepCost, step_cost
 
 
 class ScaleConfig(Config):
-    """What a report depends on: model, parallel plan, optimizer, gradient accumulation."""
+    """What a report depends on: model, plan, precision, optimizer, gradient accumulation."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    precision: Precision = Float32()
     optimizer: Optimizer = AdamW()
     gradient_accumulation_steps: int = Field(default=1, ge=1)
 
@@ -28,6 +31,7 @@ class ScaleConfig(Config):
         return CostSettings(
             model=self.model,
             parallel=self.parallel,
+            precision=self.precision,
             optimizer=self.optimizer,
             sizes=sizes,
             micro_batches=self.gradient_accumulation_steps,
@@ -41,10 +45,11 @@ def scale_report(settings: CostSettings) -> dict[str, Any]:
     cost = step_cost(settings)
     return {
         "world": settings.world,
-        "plan": rank.plan.acronym,
+        "plan": rank.parallel.acronym,
         "parameters": count_parameters(settings.model).total,
         "mesh": _mesh_axes(rank),
         "batch": asdict(settings.sizes) | {"micro_batches": settings.micro_batches},
+        "precision": settings.precision.to_dict(),
         "bytes": bytes_by_purpose(cost),
         "sent": [asdict(line) for line in cost.sent],
         "sent_total": sum(line.bytes for line in cost.sent),

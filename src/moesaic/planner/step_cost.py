@@ -13,25 +13,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 
-import torch
-from pydantic import Field
-
-from moesaic.core.config import Config
 from moesaic.distributed.communication_counter import RING_BYTES, SentCall
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_flop_count import BatchDims
-from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.communication_volume import (
     CommunicationVolume,
     gradient_communication,
     largest_bucket_bytes,
 )
-from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
 from moesaic.parallel.partial_forward import BlockRange
 from moesaic.parallel.stage_serializer import LocalTokens, StageBoundary, StageSerializer
 from moesaic.planner.block_chain import BlockChain, Place
-from moesaic.planner.cost_entries import DEVICE, HeldBytes, MovedBytes, OperationCost, Purpose
+from moesaic.planner.cost_entries import DEVICE, DISK, HeldBytes, MovedBytes, OperationCost, Purpose
+from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import volumes
 from moesaic.planner.measured_step import (
     UPDATE,
@@ -40,33 +35,18 @@ from moesaic.planner.measured_step import (
     Span,
     smallest_plan,
 )
+from moesaic.planner.memory_tiers import moved_bytes, resident_weights, tier_name
 from moesaic.planner.operation_recorder import Operation, OperationKind
 from moesaic.planner.step_memory import (
     StateBytes,
     gathered_bytes,
+    gradient_corrections,
     kept_bytes,
     peak_bytes,
-    shard_corrections,
     stage_spans,
     state_bytes,
+    with_offloaded_activations,
 )
-
-
-class CostSettings(Config):
-    """What the cost of a step depends on.
-
-    ``sizes`` are those of one micro-batch of a data-parallel rank, ``world`` the number of ranks.
-    ``busiest_share`` is the share of a layer's edges that expert 0 has, which rank 0 holds; None is
-    even.
-    """
-
-    model: ModelConfig
-    parallel: ParallelConfig = ParallelConfig()
-    optimizer: Optimizer = AdamW()
-    sizes: BatchDims
-    micro_batches: int = Field(default=1, ge=1)
-    world: int = Field(default=1, ge=1)
-    busiest_share: float | None = Field(default=None, gt=0, le=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +111,7 @@ class _Composition:
         parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
         counts = sorted(set(inventory.expert_modules.values()))
         small = smallest_plan(parameters.plan, expert_counts=counts)
-        parallel = settings.parallel.replace(plan=small)
+        parallel = settings.parallel.replace(plan=small, memory=MemoryPlan())
         by = parallel.activation_checkpointing
         blocks = BlockChain.of(settings.model, checkpointing=by)
         part = MeasuredPart(
@@ -140,7 +120,8 @@ class _Composition:
             parallel,
             settings.sizes,
             settings.optimizer,
-            busiest_share=settings.busiest_share,
+            settings.precision,
+            settings.busiest_share,
         )
         measured_parameters = inventory.on_rank(parallel, world=small.world_size)
         return _Composition(settings, parameters, blocks, part, measured_parameters)
@@ -154,7 +135,7 @@ class _Composition:
     def plain(self) -> MeasuredStep:
         """The spans without ZeRO, for operations, and what is sent for activations."""
         parallel, plan = self.part.parallel, self.part.parallel.plan
-        without = parallel.replace(plan=plan.replace(zero=0, offload=False))
+        without = parallel.replace(plan=plan.replace(zero=0))
         return self._measure(replace(self.part, parallel=without)) if plan.zero else self.measured
 
     def _measure(self, part: MeasuredPart) -> MeasuredStep:
@@ -164,21 +145,38 @@ class _Composition:
 
     def held(self) -> tuple[tuple[HeldBytes, ...], Mapping[str, int]]:
         """Return the bytes by tier and purpose, and the most in each tier at once."""
-        state = self._state
-        peak, kept = self._peak(state)
-        gathered = gathered_bytes(self.parameters)
+        peak, kept = self._peak()
+        gathered = gathered_bytes(
+            self.parameters, itemsize=self.settings.precision.parameter_dtype.itemsize
+        )
         if self.parameters.plan.zero in (1, 2):
             kept -= gathered
-        held = {
-            Purpose.WEIGHTS: state.weights,
-            Purpose.GRADIENTS: state.gradients,
-            Purpose.STATES: state.states,
-            Purpose.GATHERED: gathered,
-            Purpose.ACTIVATIONS: max(0, kept),
-        }
-        held[Purpose.TRANSIENT] = max(0, peak - sum(held.values()))
-        lines = tuple(HeldBytes(DEVICE, purpose, size) for purpose, size in held.items())
-        return lines, {DEVICE: peak}
+        lines = [*self._state_lines(), HeldBytes(DEVICE, Purpose.GATHERED, gathered)]
+        lines.append(
+            HeldBytes(tier_name(self._memory.activations), Purpose.ACTIVATIONS, max(0, kept))
+        )
+        known = sum(line.bytes for line in lines if line.tier == DEVICE)
+        lines.append(HeldBytes(DEVICE, Purpose.TRANSIENT, max(0, peak - known)))
+        peaks = {DEVICE: peak}
+        for line in lines:
+            if line.tier != DEVICE:
+                peaks[line.tier] = peaks.get(line.tier, 0) + line.bytes
+        return tuple(line for line in lines if line.bytes), peaks
+
+    def _state_lines(self) -> Iterator[HeldBytes]:
+        """Yield the bytes of weights, gradients and states, each in its tier."""
+        state, memory = self._state, self._memory
+        resident = resident_weights(state, memory)
+        yield HeldBytes(DEVICE, Purpose.WEIGHTS, resident)
+        if not memory.parameters.is_device:
+            streamed = sum(state.experts.values())
+            yield HeldBytes(tier_name(memory.parameters), Purpose.WEIGHTS, streamed)
+        yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
+        yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.states)
+
+    @property
+    def _memory(self) -> MemoryPlan:
+        return self.settings.parallel.memory
 
     def cost(self) -> StepCost:
         """Return the whole cost."""
@@ -188,13 +186,15 @@ class _Composition:
             peak=peak,
             operations=self._operations(),
             sent=self._sent(),
-            moved=(),
+            moved=tuple(
+                moved_bytes(self._state, self._memory, micro_batches=self.settings.micro_batches)
+            ),
             bubble=self._bubble(),
         )
 
     @cached_property
     def _state(self) -> StateBytes:
-        return state_bytes(self.parameters, optimizer=self.settings.optimizer)
+        return state_bytes(self.parameters, self.settings)
 
     @property
     def _stages(self) -> list[BlockRange]:
@@ -214,21 +214,28 @@ class _Composition:
     def _spans(self, step: MeasuredStep, *, micro_batch: int) -> list[tuple[Span, ...]]:
         """Return the spans of a micro-batch on each stage of the rank."""
         more: Mapping[Place, int] = {}
-        if (
-            self.part.parallel.plan.zero
-            and step is self.measured
-            and micro_batch in (0, len(step.micro_batches) - 1)
-        ):
-            more = shard_corrections(self.parameters, self.measured_parameters, chain=self.blocks)
+        ends = (
+            micro_batch in (0, len(step.micro_batches) - 1)
+            if self.part.parallel.plan.zero
+            else micro_batch == 0
+        )
+        if ends and step is self.measured:
+            more = gradient_corrections(self.parameters, self.measured_parameters, self.settings)
         spans = step.micro_batches[micro_batch]
-        return [
+        stages = [
             stage_spans(spans, chain=self.blocks, blocks=blocks, corrections=more)
             for blocks in self._stages
         ]
+        if self._memory.activations.is_device:
+            return stages
+        return [with_offloaded_activations(stage) for stage in stages]
 
-    def _peak(self, state: StateBytes) -> tuple[int, int]:
-        """Return the most bytes of the step at once, and of activations."""
-        live, peak, most_kept = state.weights + state.states, 0, 0
+    def _peak(self) -> tuple[int, int]:
+        """Return the most bytes of the device at once, and of activations in any tier."""
+        state, memory = self._state, self._memory
+        fixed = resident_weights(state, memory)
+        fixed += state.states * memory.optimizer_states.is_device
+        live, peak, most_kept = fixed, 0, 0
         for number in range(len(self.measured.micro_batches)):
             stages = self._spans(self.measured, micro_batch=number)
             kept = [kept_bytes(spans) for spans in stages]
@@ -237,8 +244,20 @@ class _Composition:
                 peak = max(peak, live + waiting - each + peak_bytes(spans))
             live += sum(span.change for spans in stages for span in spans)
             most_kept = max(most_kept, waiting)
-        beside = max(self.measured.update.peak, largest_bucket_bytes(self.parameters))
-        return max(peak, state.total + beside), most_kept
+        beside = max(
+            self._update_peak(),
+            largest_bucket_bytes(self.parameters, precision=self.settings.precision),
+        )
+        gradients = state.gradients * memory.gradients.is_device
+        return max(peak, fixed + gradients + beside), most_kept
+
+    def _update_peak(self) -> int:
+        """Return the most bytes that the update has beside weights, gradients and states."""
+        states = self._memory.optimizer_states
+        if states.is_device:
+            return self.measured.update.peak
+        on_disk = tier_name(states) == DISK
+        return on_disk * min(self._memory.in_flight_bytes, self._state.states)
 
     @property
     def _in_flight(self) -> tuple[int, ...]:
@@ -298,7 +317,9 @@ class _Composition:
             calls[call] += self.settings.micro_batches
         found: dict[tuple[str, str], CommunicationVolume] = {}
         gradients = gradient_communication(
-            self.parameters, micro_batches=self.settings.micro_batches
+            self.parameters,
+            precision=self.settings.precision,
+            micro_batches=self.settings.micro_batches,
         )
         for each in (*volumes(calls), *gradients):
             key = (each.kind, each.axis)
@@ -324,7 +345,10 @@ class _Composition:
                 continue
             boundary = StageBoundary.after(blocks, config=config)
             serializer = StageSerializer.of(
-                boundary, dim=config.dim, dtype=torch.float32, tokens=[tokens]
+                boundary,
+                dim=config.dim,
+                dtype=self.settings.precision.parameter_dtype,
+                tokens=[tokens],
             )
             size = sum(buffer.nbytes for buffer in serializer.empty_buffers("meta"))
             yield SentCall("send", "pipe", size, size)

@@ -6,7 +6,7 @@ spans before have left, and the most within a span.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.parameter_inventory import ParameterShard, RankParameters
 from moesaic.parallel.partial_forward import BlockRange
 from moesaic.planner.block_chain import STACKS, BlockChain, Place
+from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.measured_step import BACKWARD, FORWARD, Span
 
 FLOAT32_BYTES = 4
@@ -22,25 +23,38 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """Bytes of a rank's weights, gradients and optimizer states, exact."""
+    """Bytes of a rank's weights, gradients and optimizer states, exact, in whichever tier.
+
+    ``experts`` are those of the weights of experts, by module.
+    """
 
     weights: int
     gradients: int
     states: int
+    experts: Mapping[str, int]
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.states
 
 
-def state_bytes(parameters: RankParameters, *, optimizer: Optimizer) -> StateBytes:
+def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateBytes:
     """Return the bytes of the shards of a rank."""
-    values = FLOAT32_BYTES * sum(math.prod(shard.shape) for shard in parameters.shards)
-    states = sum(_optimizer_bytes(shard, optimizer) for shard in parameters.shards)
-    return StateBytes(values, values, states)
+    precision = settings.precision
+    weight, gradient = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
+    master = precision.master_weights.bytes_per_value if weight < FLOAT32_BYTES else 0
+    values, experts = 0, dict[str, int]()
+    for shard in parameters.shards:
+        size = math.prod(shard.shape)
+        values += size
+        if shard.parameter.placement.num_experts is not None:
+            module = shard.parameter.fsdp_unit
+            experts[module] = experts.get(module, 0) + weight * size
+    rules = sum(_rule_bytes(shard, settings.optimizer) for shard in parameters.shards)
+    return StateBytes(weight * values, gradient * values, master * values + rules, experts)
 
 
-def _optimizer_bytes(shard: ParameterShard, optimizer: Optimizer) -> int:
+def _rule_bytes(shard: ParameterShard, optimizer: Optimizer) -> int:
     parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
     rule = optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
     return sum(slot.nbytes for slot in rule.initial_state(parameter).values())
@@ -86,7 +100,7 @@ def peak_bytes(spans: Iterable[Span]) -> int:
     return most
 
 
-def gathered_bytes(parameters: RankParameters) -> int:
+def gathered_bytes(parameters: RankParameters, *, itemsize: int) -> int:
     """Return the bytes of the weights that ZeRO has gathered at once in a forward pass.
 
     Stage 3 has those outside of blocks and one unit, stages 1 and 2 all of them.
@@ -97,26 +111,41 @@ def gathered_bytes(parameters: RankParameters) -> int:
             unit = shard.parameter.fsdp_unit
             units[unit] = units.get(unit, 0) + math.prod(shard.shape_before_zero)
     root, rest = units.pop("", 0), list(units.values())
-    return FLOAT32_BYTES * (
-        root + (max(rest, default=0) if parameters.plan.zero == 3 else sum(rest))
-    )
+    return itemsize * (root + (max(rest, default=0) if parameters.plan.zero == 3 else sum(rest)))
 
 
-def shard_corrections(
-    parameters: RankParameters, measured: RankParameters, *, chain: BlockChain
+def gradient_corrections(
+    parameters: RankParameters, measured: RankParameters, settings: CostSettings
 ) -> Mapping[Place, int]:
-    """Return, for each place, by how much gradients of a rank are larger than where it was run.
+    """Return, for each place, by how much more bytes of gradients stay than where it was run.
 
-    There are fewer ranks there, so ZeRO's shards are larger.
+    There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device.
     """
+    itemsize = settings.precision.gradient_dtype.itemsize
+    stays = settings.parallel.memory.gradients.is_device
     small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.shards}
     found: dict[Place, int] = {}
     for shard in parameters.shards:
         stack, _, rest = shard.parameter.name.partition(".")
         number = rest.partition(".")[0]
-        place = Place(STACKS[0] if chain.run["encoder"] else STACKS[1])
+        place = Place("encoder" if settings.model.encoder.layers else "decoder")
         if stack in STACKS and number.isdigit():
             place = Place(stack, int(number))
-        more = math.prod(shard.shape) - small[shard.parameter.name]
-        found[place] = found.get(place, 0) + FLOAT32_BYTES * more
+        more = stays * math.prod(shard.shape) - small[shard.parameter.name]
+        found[place] = found.get(place, 0) + itemsize * more
     return found
+
+
+def with_offloaded_activations(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Return spans whose kept activations leave at their end, and are fetched for backward."""
+    kept = {span.place: span.change for span in spans if span.phase == FORWARD}
+    return tuple(
+        replace(span, change=0)
+        if span.phase == FORWARD
+        else replace(
+            span,
+            change=span.change + kept[span.place],
+            peak=span.peak + kept[span.place],
+        )
+        for span in spans
+    )

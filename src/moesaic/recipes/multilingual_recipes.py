@@ -20,8 +20,9 @@ from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm, RMSNorm
 from moesaic.optim.lr_schedule import WSD, LinearDecay
 from moesaic.optim.optimizer import AdamW, Muon, Spectral
+from moesaic.parallel.precision import BFloat16
 from moesaic.train.corpus_source import NamedCorpus
-from moesaic.train.run import BFloat16, CheckpointConfig, LogConfig, Run, ValidationConfig
+from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.text_data import TextData
 
 # The 36 largest languages of the corpus, then 14 of other families and scripts.

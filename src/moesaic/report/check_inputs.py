@@ -59,6 +59,17 @@ def check_perplexity(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_head_scores(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of head-scores.json. Raises ValueError naming a value of another kind."""
+    _require(found, {"split": str, "scores": dict}, "")
+    for name, by_label in found["scores"].items():
+        _check({name: by_label}, {name: dict}, "scores.")
+        for label, score in by_label.items():
+            kinds: dict[str, Any] = dict.fromkeys(("score", "low", "high", "rows"), _NUMBER)
+            _require(score, kinds, f"scores.{name}.{label}.")
+    return found
+
+
 def _scores(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every score with its path: of each language and system, and of the means."""
     systems = [name for name in found.get("systems") or [] if isinstance(name, str)]

@@ -10,7 +10,7 @@ from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count, show_seconds
 from moesaic.report.html import Html, tag
 from moesaic.report.html_page import html_page, page_logo
-from moesaic.report.perplexity_section import quality_section, quality_sentences
+from moesaic.report.quality_section import quality_section, quality_sentences
 from moesaic.report.report_inputs import ReportInputs, lookup, read_report_inputs
 from moesaic.report.routing_sections import atlas_section, health_section, insight_section
 from moesaic.report.score_sections import (

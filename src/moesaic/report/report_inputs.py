@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from moesaic.checkpoint.routes_file import RoutesFile
 from moesaic.checkpoint.run_directory import (
+    HEAD_SCORES_FILE,
     INSIGHT_FILE,
     PERPLEXITY_FILE,
     SCORE_CURVE_FILE,
@@ -24,7 +25,12 @@ from moesaic.monitor.expert_usage import RecordedUsage, read_usage
 from moesaic.monitor.health_record import RecordedFinding, read_findings
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.report.charts import ChartSeries
-from moesaic.report.check_inputs import check_perplexity, check_score_curve, check_summary
+from moesaic.report.check_inputs import (
+    check_head_scores,
+    check_perplexity,
+    check_score_curve,
+    check_summary,
+)
 
 T = TypeVar("T")
 QUALITY_TITLE = "chrF++ at each checkpoint, mean over languages"
@@ -50,6 +56,7 @@ class ReportInputs:
     agreement_by_step: tuple[tuple[int, RoutingAgreement], ...] = ()
     quality_curve: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, Any] = field(default_factory=dict)
+    head_scores: dict[str, Any] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
 
     def curve(
@@ -106,6 +113,12 @@ def read_training_and_scores(run: RunDir) -> ReportInputs:
             lambda path: check_perplexity(read_json_mapping(path, PERPLEXITY_FILE)),
             {},
             gaps if run.perplexity.exists() else {},
+        ),
+        head_scores=_read_or_gap(
+            run.head_scores,
+            lambda path: check_head_scores(read_json_mapping(path, HEAD_SCORES_FILE)),
+            {},
+            gaps if run.head_scores.exists() else {},
         ),
         quality_curve=_read_or_gap(
             run.score_curve,

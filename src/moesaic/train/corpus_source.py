@@ -8,13 +8,17 @@ from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.data_home import corpora_dir
+from moesaic.corpus.sources.text_source import Progress, ignore_progress
 
 
 class CorpusSource(Choice):
     """Training text: ``NamedCorpus`` (by name), ``BuiltCorpus`` (a recipe), ``CorpusFolder``."""
 
-    def open(self) -> Corpus:
-        """Return the corpus, building it first if needed. Raises DataError."""
+    def open(self, progress: Progress = ignore_progress) -> Corpus:
+        """Return the corpus, building it first if needed. Raises DataError.
+
+        ``progress`` is called with a line of text after each file and part that is built.
+        """
         raise NotImplementedError
 
     def folder(self) -> Path | None:
@@ -30,8 +34,8 @@ class NamedCorpus(CorpusSource):
 
     name: FileName
 
-    def open(self) -> Corpus:
-        return build_corpus(self.name)
+    def open(self, progress: Progress = ignore_progress) -> Corpus:
+        return build_corpus(self.name, progress=progress)
 
     def folder(self) -> Path:
         return corpora_dir() / self.name
@@ -42,8 +46,8 @@ class BuiltCorpus(CorpusSource):
 
     recipe: CorpusRecipe
 
-    def open(self) -> Corpus:
-        return build_corpus(self.recipe)
+    def open(self, progress: Progress = ignore_progress) -> Corpus:
+        return build_corpus(self.recipe, progress=progress)
 
     def folder(self) -> Path:
         return corpora_dir() / self.recipe.name
@@ -54,7 +58,7 @@ class CorpusFolder(CorpusSource):
 
     path: str
 
-    def open(self) -> Corpus:
+    def open(self, progress: Progress = ignore_progress) -> Corpus:  # noqa: ARG002 - it is there
         return Corpus.open(self.folder())
 
     def folder(self) -> Path:

@@ -16,6 +16,7 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_manifest import CORPUS_MANIFEST
 from moesaic.corpus.data_home import corpora_dir, user_data_home
+from moesaic.corpus.sources.text_source import Progress, ignore_progress
 from moesaic.train.corpus_source import CorpusSource
 
 
@@ -54,7 +55,9 @@ def find_corpus(source: CorpusSource, *, run_dir: RunDir, given: Path | None = N
     raise DataError(_not_found(source, run_dir=run_dir, searched=searched))
 
 
-def open_run_corpus(source: CorpusSource, *, run_dir: RunDir) -> Corpus:
+def open_run_corpus(
+    source: CorpusSource, *, run_dir: RunDir, progress: Progress = ignore_progress
+) -> Corpus:
     """Return the corpus to train on: where the config says, or else where ``find_corpus`` is.
 
     A run that is resumed from another folder finds the corpus of its relative path.
@@ -65,7 +68,7 @@ def open_run_corpus(source: CorpusSource, *, run_dir: RunDir) -> Corpus:
             return find_corpus(source, run_dir=run_dir).corpus
         except DataError:
             pass  # opening it builds it, or raises the error that fits
-    return source.open()
+    return source.open(progress)
 
 
 def _places(source: CorpusSource, *, run_dir: RunDir) -> Iterator[Path]:

@@ -172,14 +172,14 @@ def prepare_data(
 
     def work() -> dict[str, str]:
         place.notify("opening the corpus")
-        whole = open_run_corpus(corpus, run_dir=run_dir)
+        whole = open_run_corpus(corpus, run_dir=run_dir, progress=place.notify)
         chosen = CorpusSubset.of(whole, languages=languages)
         for sentence in chosen.describe_empty_splits():
             place.notify(sentence)
         write_text_rules(run_dir.text_rules, chosen.text_rules)
         made = _load_or_train_tokenizer(place, config=tokenizer, corpus=chosen)
         place.notify("opening the token shards (they are written the first time)")
-        shards = cached_shards(chosen, tokenizer=made).path
+        shards = cached_shards(chosen, tokenizer=made, progress=place.notify).path
         return {"shards": str(shards), "corpus": whole.name, "fingerprint": whole.fingerprint}
 
     made = run_on_rank0(place.world, work)

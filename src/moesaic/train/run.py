@@ -3,10 +3,8 @@
 Two runs with equal configs on the same machine give the same weights, bit for bit.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated
 
-import torch
 from pydantic import AfterValidator, Field
 
 from moesaic.checkpoint.run_directory import RunDir
@@ -17,6 +15,7 @@ from moesaic.monitor.metric_writers import MetricWriter, TensorBoardWriter
 from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.precision import Float32, Precision
 from moesaic.train import row_data as row_data  # registers its member of TrainingData
 from moesaic.train import text_data as text_data  # registers its member of TrainingData
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
@@ -36,31 +35,6 @@ def _check_name(name: str) -> str:
     if len(name.encode(errors="surrogatepass")) > MAX_NAME_BYTES:
         raise ValueError(f"found {show_value(name)}, expected at most {MAX_NAME_BYTES} bytes")
     return name
-
-
-class Precision(Choice):
-    """Number format of matrix products in a step: ``Float32`` (the default) or ``BFloat16``.
-
-    Weights, gradients, optimizer state and routing are float32 either way.
-    """
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return the autocast context of the forward pass."""
-        raise NotImplementedError
-
-
-class Float32(Precision):
-    """Everything in float32."""
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[object]:  # noqa: ARG002
-        return nullcontext()
-
-
-class BFloat16(Precision):
-    """Matrix products in bfloat16 by autocast; faster only on hardware with bfloat16 products."""
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class MetricsSink(Choice):

@@ -7,6 +7,7 @@ part belong to that part's config class. Nothing is opened or built here.
 from collections.abc import Callable, Iterator
 
 from moesaic.core.errors import ConfigError
+from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, warmup_steps
 from moesaic.train.run import Run
 
@@ -23,6 +24,20 @@ def check_run(run: Run) -> None:
 def data_fits_the_model(run: Run) -> Iterator[str]:
     """The data has what the model reads and predicts."""
     yield from run.data.problems(run.model)
+
+
+def every_mixer_is_in_a_block(run: Run) -> Iterator[str]:
+    """Each named sequence mixer is in the pattern of a stack that has blocks."""
+    stacks = [stack for stack in (run.model.encoder, run.model.decoder) if stack.layers]
+    patterns = dict.fromkeys(stack.pattern for stack in stacks)
+    named = {name for text in patterns for block in parse_pattern(text) for name in block.names}
+    for name in run.model.mixers:
+        if name not in named:
+            yield (
+                f"model.mixers.{name}: no block has this mixer (found the pattern "
+                f"{' and '.join(map(repr, patterns))}): name it in model.decoder.pattern or "
+                "model.encoder.pattern, or leave it out"
+            )
 
 
 def schedule_fits_the_steps(run: Run) -> Iterator[str]:
@@ -62,6 +77,7 @@ def pipeline_has_enough_micro_batches(run: Run) -> Iterator[str]:
 
 RUN_RULES: tuple[RunRule, ...] = (
     data_fits_the_model,
+    every_mixer_is_in_a_block,
     schedule_fits_the_steps,
     pipeline_has_enough_micro_batches,
 )

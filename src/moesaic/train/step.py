@@ -20,7 +20,7 @@ from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.moe.routing_record import RoutingRecord, loss_terms
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.pipeline import LossSettings, MicroBatch, Pipeline
-from moesaic.train.run import Precision
+from moesaic.parallel.precision import Precision
 from moesaic.train.running_metrics import LossCategories, StepSums
 
 

@@ -26,7 +26,7 @@ from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.optim.named_optimizer import export_state, restore_state
-from moesaic.parallel.parallel_model import ShardedMatrices
+from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
 from moesaic.train.random_state import random_state, restore_random_state
@@ -78,14 +78,21 @@ class Trainer:
         self.model = model
         fused = fused_outputs(model)  # of the whole model, before it is sharded
         self.parallel_model = parallelize(
-            model, parallel=run.parallel, world=world, timeout_s=run.collective_timeout_s
+            model,
+            parallel=run.parallel,
+            world=world,
+            precision=run.precision,
+            timeout_s=run.collective_timeout_s,
         )
         self.optimizer = run.optimizer.build(
-            model.named_parameters(), kinds=model.parameter_kinds()
+            model.named_parameters(),
+            kinds=model.parameter_kinds(),
+            master_weights=run.precision.master_weights,
         )
         self.optimizer.fused_outputs = fused
-        if not self.parallel_model.is_replicated:
-            self.optimizer.matrix_sharding = ShardedMatrices(self.parallel_model)
+        self.optimizer.position_of = self.parallel_model.position_of
+        if world.size > 1:
+            self.optimizer.matrix_sharding = MatrixOwners(self.parallel_model)
         categories = LossCategories.of(data.labels)
         self.objective = Objective(categories, run.precision)
         self.metrics = self.new_metrics()
@@ -274,4 +281,4 @@ class Trainer:
             state.get("spikes", {})
         )  # absent in earlier checkpoints
         self.event_log.restore(state.get("events") or state[PREVIOUS_NAMES["events"]])
-        self.step = snapshot.step
+        self.step = self.optimizer.steps_taken = snapshot.step

@@ -70,7 +70,7 @@ def make_setup(run: Run, *, steps: int = 3, timeout_s: float = 120.0) -> VerifyS
     return VerifySetup(
         run,
         model_shapes(run),
-        SyntheticShape(source=run.model.encoder.layers > 0),
+        SyntheticShape.of_model(run.model),
         Tolerances.for_run(run),
         steps=steps,
         timeout_s=timeout_s,

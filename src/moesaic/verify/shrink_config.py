@@ -13,7 +13,8 @@ from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.optim.lr_schedule import Constant
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
-from moesaic.train.run import Float32, Run
+from moesaic.parallel.precision import Float32
+from moesaic.train.run import Run
 from moesaic.verify.synthetic_batches import VOCABULARY
 
 DIM, HEAD_DIM, HIDDEN = 32, 4, 32

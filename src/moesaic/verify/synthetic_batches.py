@@ -2,12 +2,13 @@
 
 The n-th batch is a function of n. Its rows are sharded round-robin over the data-parallel ranks, so
 some ranks have more tokens than others; every third batch has fewer rows than a large plan has
-ranks, and some rows have no token at all. Letters: B rows, S source length, L target length.
+ranks, and some rows have no token at all. Values and labels are of the kinds that the model's input
+and head read. Letters: B rows, S source length, L target length.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from moesaic.data.batch import (
     Batch,
     InputRows,
 )
+from moesaic.model.config import ModelConfig
+from moesaic.model.head import POINT_LABELS, ROW_LABELS, TOKEN_LABELS, LabelKind
 
 VOCABULARY = 64
 TASKS = ("one", "other")
@@ -30,11 +33,28 @@ FIRST_ID = 5
 
 @dataclass(frozen=True, slots=True)
 class SyntheticShape:
-    """``rows`` of at most ``length`` tokens; ``source``: whether there is an encoder input."""
+    """``rows`` of at most ``length`` tokens; ``source``: whether there is an encoder input.
+
+    ``value_shape`` is that of a token's value, () for an id; ``rows_per_label`` follow each other
+    on one rank.
+    """
 
     rows: int = 10
     length: int = 11
     source: bool = True
+    value_shape: tuple[int, ...] = ()
+    labels: LabelKind = TOKEN_LABELS
+    rows_per_label: int = 1
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> "SyntheticShape":
+        """Return the shape of the batches that a model can be trained on."""
+        return cls(
+            source=model.encoder.layers > 0,
+            value_shape=model.input.value_shape,
+            labels=model.head.label_kind,
+            rows_per_label=model.head.rows_per_label,
+        )
 
 
 class SyntheticBatches(ABC):
@@ -46,8 +66,10 @@ class SyntheticBatches(ABC):
         labels: Mapping[str, Sequence[str]] = LABELS,
         shard: int = 0,
         num_shards: int = 1,
+        rows_per_label: int = 1,
     ) -> None:
         self.labels = labels
+        self._rows_per_label = rows_per_label
         self.skipped: dict[str, int] = {}
         self.num_draws = 0
         self.drawn = 0
@@ -82,7 +104,9 @@ class SyntheticBatches(ABC):
 
     def _read_shard(self, number: int) -> Batch:
         batch = self.full_batch(number)
-        return shard_batch(batch, rank=self._shard, world_size=self._num_shards)
+        return shard_batch(
+            batch, rank=self._shard, world_size=self._num_shards, together=self._rows_per_label
+        )
 
 
 class UnevenBatches(SyntheticBatches):
@@ -91,17 +115,19 @@ class UnevenBatches(SyntheticBatches):
     def __init__(
         self, shape: SyntheticShape, *, seed: int, shard: int = 0, num_shards: int = 1
     ) -> None:
-        super().__init__(shard=shard, num_shards=num_shards)
+        super().__init__(shard=shard, num_shards=num_shards, rows_per_label=shape.rows_per_label)
         self._shape, self._seed = shape, seed
 
     def full_batch(self, number: int) -> Batch:
         rows = self._shape.rows if number % 3 else max(1, self._shape.rows // 4)
+        rows += -rows % self._shape.rows_per_label
         return uneven_batch(self._shape, rows=rows, seed=1_000_003 * self._seed + number)
 
 
-def shard_batch(batch: Batch, *, rank: int, world_size: int) -> Batch:
-    """Return every ``world_size``-th row, from ``rank`` on."""
-    return batch.select(slice(rank, None, world_size))
+def shard_batch(batch: Batch, *, rank: int, world_size: int, together: int = 1) -> Batch:
+    """Return every ``world_size``-th run of ``together`` rows, from the run ``rank`` on."""
+    runs = torch.arange(batch.rows).view(-1, together)
+    return batch.select(runs[rank::world_size].flatten())
 
 
 def uneven_batch(shape: SyntheticShape, *, rows: int, seed: int) -> Batch:
@@ -113,7 +139,7 @@ def uneven_batch(shape: SyntheticShape, *, rows: int, seed: int) -> Batch:
     if not shape.source:  # a decoder-only model does not predict its prompt
         prompt = torch.randint(1, 3, (rows, 1), generator=generator)
         predicted &= place >= prompt - 1
-    return Batch(
+    batch = Batch(
         source=_random_ids(rows, shape.length if shape.source else 0, generator=generator),
         target=target,
         labels=target.values.roll(-1, dims=1).where(predicted, IGNORE_LABEL),
@@ -123,6 +149,33 @@ def uneven_batch(shape: SyntheticShape, *, rows: int, seed: int) -> Batch:
             TARGET_LANGUAGE: torch.randint(len(LANGUAGES), (rows,), generator=generator),
         },
         key=torch.randint(2**62, (rows,), generator=generator),
+    )
+    if (shape.value_shape, shape.labels) == ((), TOKEN_LABELS):
+        return batch
+    return _of_other_kind(batch, shape, generator=generator)
+
+
+def _of_other_kind(batch: Batch, shape: SyntheticShape, *, generator: torch.Generator) -> Batch:
+    """Return the same rows with the values and labels of an input and a head of other kinds."""
+
+    def values_of(rows: InputRows) -> InputRows:
+        drawn = torch.randn(rows.rows, rows.width, *shape.value_shape, generator=generator)
+        return InputRows(drawn, rows.lengths) if shape.value_shape else rows
+
+    target, kind = values_of(batch.target), torch.randint(2, (batch.rows,), generator=generator)
+    labels = batch.labels
+    if shape.labels == ROW_LABELS:
+        runs = torch.arange(batch.rows) // shape.rows_per_label
+        labels = kind.where(runs % 5 != 4, IGNORE_LABEL)
+    elif shape.labels == POINT_LABELS:
+        points = torch.randn(labels.shape, generator=generator)
+        labels = points.where(target.real, torch.nan)
+    return replace(
+        batch,
+        source=values_of(batch.source),
+        target=target,
+        labels=labels,
+        groups=batch.groups | {"class": kind},
     )
 
 

@@ -1,9 +1,9 @@
-"""CPU library: compile the C source on this machine, cache it, load it and check its results.
+"""CPU library: compile a C source on this machine, cache it, load it and check its results.
 
-It is compiled once per source, compiler and CPU. The file name in the user's cache contains the
-hash of its inputs and of its own content, so readers need no lock: a file whose content does not
-match is compiled again. It is written to a temporary file and renamed; of two concurrent builds the
-later wins.
+A library is compiled once per source, compiler and CPU. Its file name in the user's cache contains
+the hash of its inputs and of its own content, so readers need no lock: a file whose content does
+not match is compiled again. It is written to a temporary file and renamed; of two concurrent builds
+the later wins.
 """
 
 import os
@@ -29,8 +29,10 @@ SOURCE_DIRECTORY = Path(__file__).parent / "source"
 COMPILERS = ("cc", "gcc", "clang")
 COMPILER_FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-math-errno", "-fno-trapping-math"),
 )
+# whether products and sums may be fused: each library by the name of its main file
+CONTRACTION = {"moe": "-ffp-contract=fast", "adamw": "-ffp-contract=off"}
 NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler accepts
 COMPILE_TIMEOUT_S = 300.0
 
@@ -39,8 +41,8 @@ class BuildError(Exception):
     """The library cannot be built; the message is the reason."""
 
 
-def build_library(*, cache: Path | None = None, path: str | None = None) -> Path:
-    """Return the path of the library; compile it if it is not in the cache.
+def build_library(name: str = "moe", *, cache: Path | None = None, path: str | None = None) -> Path:
+    """Return the path of the library of ``name.c``; compile it if it is not in the cache.
 
     ``cache`` and ``path`` (searched for compilers) default to those of the user. Raises BuildError
     without a compiler, or if none compiles it.
@@ -50,7 +52,7 @@ def build_library(*, cache: Path | None = None, path: str | None = None) -> Path
         raise BuildError(f"no C compiler ({', '.join(COMPILERS)}) on the PATH")
     failures = []
     for compiler in dict.fromkeys(os.path.realpath(each) for each in compilers):
-        built = _build_with(compiler, folder=cache or cache_directory())
+        built = _build_with(compiler, name=name, folder=cache or cache_directory())
         if isinstance(built, Path):
             return built
         failures.append(built)
@@ -68,12 +70,12 @@ def cache_directory() -> Path:
         ) from error
 
 
-def _build_with(compiler: str, *, folder: Path) -> Path | str:
+def _build_with(compiler: str, *, name: str, folder: Path) -> Path | str:
     """Return the library, or why this compiler does not build it."""
     try:
-        key = _cache_key(compiler)
-        return _cached_library(folder, key=key) or _compile_into_cache(
-            compiler, folder=folder, key=key
+        stem = f"{name}-{_cache_key(compiler, name=name)}"
+        return _cached_library(folder, stem=stem) or _compile_into_cache(
+            compiler, folder=folder, stem=stem
         )
     except OSError as error:
         return f"{compiler}: {error}"
@@ -83,12 +85,11 @@ def _build_with(compiler: str, *, folder: Path) -> Path | str:
         return str(error)
 
 
-def _cache_key(compiler: str) -> str:
+def _cache_key(compiler: str, *, name: str) -> str:
     """Return the hash of everything that the content of the library depends on."""
     parts = [path.read_bytes() for path in sorted(SOURCE_DIRECTORY.iterdir())]
-    parts += [
-        text.encode() for text in (*COMPILER_FLAGS, _compiler_version(compiler), _cpu_description())
-    ]
+    flags = (*COMPILER_FLAGS, CONTRACTION[name])
+    parts += [text.encode() for text in (*flags, _compiler_version(compiler), _cpu_description())]
     return sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -109,41 +110,33 @@ def _cpu_description() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(names)}))
 
 
-def _cached_library(folder: Path, *, key: str) -> Path | None:
-    for path in sorted(folder.glob(f"moe-{key}-*.so")):
+def _cached_library(folder: Path, *, stem: str) -> Path | None:
+    for path in sorted(folder.glob(f"{stem}-*.so")):
         if hash_of_file(path).startswith(path.stem.rpartition("-")[2]):
             return path
         path.unlink(missing_ok=True)  # cut short by a full disk, or damaged
     return None
 
 
-def _compile_into_cache(compiler: str, *, folder: Path, key: str) -> Path:
+def _compile_into_cache(compiler: str, *, folder: Path, stem: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as name:
-        part = Path(name) / "moe.so"
+        part = Path(name) / f"{stem.partition('-')[0]}.so"
         _compile(compiler, out=part)
-        target = folder / f"moe-{key}-{hash_of_file(part)[:16]}.so"
+        target = folder / f"{stem}-{hash_of_file(part)[:16]}.so"
         part.replace(target)
     return target
 
 
 def _compile(compiler: str, *, out: Path) -> None:
-    failure = ""
+    source, failure = SOURCE_DIRECTORY / f"{out.stem}.c", ""
+    flags = (*COMPILER_FLAGS, CONTRACTION[out.stem])
     for native in NATIVE_FLAGS:
-        done = _run_command(
-            [
-                compiler,
-                *COMPILER_FLAGS,
-                *native,
-                str(SOURCE_DIRECTORY / "moe.c"),
-                "-o",
-                str(out),
-            ]
-        )
+        done = _run_command([compiler, *flags, *native, str(source), "-o", str(out), "-lm"])
         if not done.returncode:
             return
         failure = _first_error_line(done.stderr)
-    raise BuildError(f"{compiler} did not compile moe.c: {failure}")
+    raise BuildError(f"{compiler} did not compile {source.name}: {failure}")
 
 
 def _run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

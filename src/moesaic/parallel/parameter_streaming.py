@@ -1,0 +1,213 @@
+"""Parameter streaming: expert weights on a memory tier, fetched for each MoE layer that computes.
+
+A layer's weights are on the device from its forward to the end of it, and again in its backward;
+those of the layer that computes next are fetched meanwhile. Dense parameters stay: ZeRO-3 shards
+them and gathers slices from peers, the other dimension of SE-MoE's prefetch (2205.10034).
+
+Between uses a parameter is a view of the tier's memory, so optimizers and checkpoints read and
+write it there. In use it is a buffer on the device whose memory is released afterwards; views that
+autograd saved of it are valid again once it is refilled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+from torch.distributed.tensor import DTensor
+
+from moesaic.core.errors import ConfigError
+from moesaic.core.shapes import Tensor
+from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore
+from moesaic.moe.layer import MoELayer, MoEOutput
+
+
+@dataclass(eq=False, slots=True)
+class StreamedLayer:
+    """The expert weights of a layer: ``resting`` in the tier, ``buffers`` on the device in use.
+
+    ``missing_gradients`` counts the parameters whose gradient the present backward has not added.
+    """
+
+    module: MoELayer
+    prefix: str
+    resting: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    in_use: bool = False
+    missing_gradients: int = 0
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by their name in the model."""
+        found = self.module.experts.named_parameters()
+        return {f"{self.prefix}{name}": parameter for name, parameter in found}
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all parameters."""
+        return sum(parameter.nbytes for parameter in self.parameters.values())
+
+
+class ParameterStream:
+    """Streams the expert weights of a model from ``store`` (see the module's docstring).
+
+    At most two layers are on the device: the one that computes, and the one that is fetched.
+    ``device_bytes`` counts both, ``peak_device_bytes`` is the most there has been.
+    """
+
+    def __init__(self, model: nn.Module, *, store: TensorStore) -> None:
+        self.store = store
+        self._layers = [
+            StreamedLayer(module, f"{path}.experts." if path else "experts.")
+            for path, module in model.named_modules()
+            if isinstance(module, MoELayer)
+        ]
+        self.device_bytes, self.peak_device_bytes = 0, 0
+        self._coming: tuple[StreamedLayer, FetchedTensors] | None = None
+        self._hooked: set[nn.Parameter] = set()
+        self._side = torch.cuda.Stream(store.device) if store.device.type == "cuda" else None
+        for number, layer in enumerate(self._layers):
+            self._add_hooks(layer, number)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters that are streamed."""
+        return [name for layer in self._layers for name in layer.parameters]
+
+    def memory(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return memory of the tier for a parameter: zeros."""
+        if name not in self.store.specs:
+            self.store.allocate(name, shape, dtype)
+        return self.store.live(name)
+
+    @torch.no_grad()
+    def move_to_tier(self) -> None:
+        """Move all parameters that are not yet there to the tier."""
+        for layer in self._layers:
+            for name, parameter in layer.parameters.items():
+                self._move(layer, name, parameter)
+
+    def _move(self, layer: StreamedLayer, name: str, parameter: nn.Parameter) -> None:
+        known = layer.resting.get(name)
+        if known is not None and known.data_ptr() == parameter.data_ptr():
+            return
+        if isinstance(parameter, DTensor):
+            raise ConfigError(
+                [
+                    f"parallel.memory.parameters: ZeRO shards {name} over the ranks with copies of "
+                    "its expert: set parallel.plan.expert so that there is one copy, or zero to 0"
+                ]
+            )
+        resting = self.memory(name, parameter.shape, parameter.dtype)
+        if resting.data_ptr() != parameter.data_ptr():
+            resting.copy_(parameter)
+            parameter.data = resting
+        buffer = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.store.device)
+        buffer.untyped_storage().resize_(0)
+        layer.resting[name], layer.buffers[name] = resting, buffer
+        if parameter.requires_grad and parameter not in self._hooked:
+            self._hooked.add(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda _: self._count_gradient(layer))
+
+    def _add_hooks(self, layer: StreamedLayer, number: int) -> None:
+        last = number == len(self._layers) - 1
+
+        def before(*_: Any) -> None:
+            self._use(number, then=number - 1 if _in_backward() else number + 1)
+
+        def after(_module: nn.Module, _inputs: Any, output: MoEOutput) -> None:
+            if _in_backward():  # recomputed: the backward of the layer comes next
+                return
+            if output.out.requires_grad:
+                output.out.register_hook(lambda _: self._start_backward(number))
+            if not (last and torch.is_grad_enabled()):  # backward begins with the last one
+                self._release(layer)
+
+        layer.module.register_forward_pre_hook(before)
+        layer.module.register_forward_hook(after)
+
+    def _start_backward(self, number: int) -> None:
+        layer = self._layers[number]
+        layer.missing_gradients = sum(p.requires_grad for p in layer.parameters.values())
+        self._use(number, then=number - 1)
+        Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _count_gradient(self, layer: StreamedLayer) -> None:
+        layer.missing_gradients -= 1
+        if layer.missing_gradients == 0:
+            self._release(layer)
+
+    def _end_backward(self) -> None:
+        """Release what no gradient has reached, and what was fetched in vain."""
+        self._discard()
+        for layer in self._layers:
+            self._release(layer)
+
+    @torch.no_grad()
+    def _use(self, number: int, *, then: int) -> None:
+        """Have a layer's weights on the device, and fetch those of layer number ``then``."""
+        layer = self._layers[number]
+        if not layer.in_use:
+            for name, parameter in layer.parameters.items():
+                self._move(layer, name, parameter)
+            self._fill(layer)
+        if 0 <= then < len(self._layers) and not self._layers[then].in_use:
+            self._prefetch(self._layers[then])
+
+    def _fill(self, layer: StreamedLayer) -> None:
+        self._prefetch(layer)
+        assert self._coming is not None
+        _, coming = self._coming
+        self._coming = None
+        for tensor, (name, parameter) in zip(coming.wait(), layer.parameters.items(), strict=True):
+            if self._side is not None:
+                torch.cuda.current_stream().wait_stream(self._side)
+                tensor.record_stream(torch.cuda.current_stream())
+            buffer = layer.buffers[name]
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+            parameter.data = buffer.copy_(tensor)
+        coming.release()
+        layer.in_use = True
+
+    def _prefetch(self, layer: StreamedLayer) -> None:
+        if self._coming is not None and self._coming[0] is not layer:
+            self._discard()
+        if self._coming is None and layer.resting:
+            parts = [Part(name) for name in layer.parameters]
+            with torch.cuda.stream(self._side):
+                self._coming = layer, self.store.fetch(parts, access=Access.READ)
+            self._count_bytes(layer.num_bytes)
+
+    def _discard(self) -> None:
+        if self._coming is not None:
+            layer, coming = self._coming
+            coming.release()
+            self._coming = None
+            self._count_bytes(-layer.num_bytes)
+
+    def _count_bytes(self, change: int) -> None:
+        self.device_bytes += change
+        self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
+
+    def _release(self, layer: StreamedLayer) -> None:
+        if not layer.in_use:
+            return
+        for name, parameter in layer.parameters.items():
+            parameter.data = layer.resting[name]
+            layer.buffers[name].untyped_storage().resize_(0)
+        layer.in_use = False
+        self._count_bytes(-layer.num_bytes)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def streamed_bytes_per_step(layer_bytes: Sequence[int], *, micro_batches: int) -> int:
+    """Return the bytes that a step fetches, given those of each layer's experts in order.
+
+    Each layer is fetched for forward and for backward; the last one stays between both.
+    """
+    return micro_batches * (2 * sum(layer_bytes) - layer_bytes[-1])

@@ -1,0 +1,148 @@
+"""Counters of work for cost laws: operations, bytes held, store messages, open files.
+
+Bytes sent are those of ``distributed/communication_counter.py``.
+"""
+
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LEFT_FACTOR = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument of a product
+WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique")
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts operations by name, and the FLOPs of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name, out = func.__name__.partition(".")[0], func(*args, **(kwargs or {}))
+        self.names[name] += 1
+        if name in LEFT_FACTOR:
+            self.flops += 2 * out.numel() * args[LEFT_FACTOR[name]].shape[-1]
+        return out
+
+    @property
+    def total(self) -> int:
+        return self.names.total()
+
+    @property
+    def waits(self) -> int:
+        """The operations whose result the host reads."""
+        return sum(self.names[name] for name in WAITS)
+
+
+class HeldBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make while it is entered.
+
+    ``peak`` is the most that were alive at once; what existed before does not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._known:
+                self._known.add(key)
+                self.live += size
+                weakref.finalize(storage, self._free, key, size)
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def count_operations(function: Callable[[], object]) -> int:
+    """Return the number of tensor operations of a call."""
+    with OperationCounter() as counter:
+        function()
+    return counter.total
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Return the FLOPs of the matrix products of a call."""
+    with OperationCounter() as counter:
+        function()
+    return counter.flops
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Return the most bytes at once that a call holds beside what existed before."""
+    with HeldBytes() as held:
+        function()
+    return held.peak
+
+
+class CountingStore:
+    """A rendezvous store in memory, for ranks in one process; counts messages and their bytes."""
+
+    def __init__(self) -> None:
+        self._store = distributed.HashStore()
+        self.messages = self.bytes = 0
+
+    def _count(self, content: Any = b"") -> None:
+        self.messages += 1
+        self.bytes += len(content)
+
+    def set(self, key: str, value: str) -> None:
+        self._count(value)
+        self._store.set(key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        self._count()
+        return self._store.add(key, amount)
+
+    def get(self, key: str) -> bytes:
+        value = self._store.get(key)
+        self._count(value)
+        return value
+
+    def check(self, keys: Sequence[str]) -> bool:
+        self._count()
+        return self._store.check(list(keys))
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        values = [self._store.get(key) for key in keys]
+        self._count(b"".join(values))
+        return values
+
+
+def open_files() -> int:
+    """Return the number of file descriptors that this process has open."""
+    return len(os.listdir("/proc/self/fd"))

@@ -1,0 +1,153 @@
+"""Law: counted work (operations, bytes, messages, files) is what its formula says.
+
+A row has a count, a function of one size, and its formula in the same unit, constants included.
+Both are compared at a size and at twice that size. Nothing here measures seconds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as distributed
+
+from cost_counters import CountingStore, count_flops, peak_bytes
+from moesaic.distributed import watchdog as watchdog_module
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.compare_ranks import require_same_on_all_ranks
+from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
+from moesaic.distributed.mesh import Mesh
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.simulation import fake_process_group
+from moesaic.distributed.watchdog import Watchdog
+from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.model.transformer import Transformer
+from moesaic.optim.optimizer import Muon
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.matrix_owners import MatrixOwners
+from moesaic.parallel.parallelize import parallelize
+from moesaic.testing.tiny_models import tiny_model_config
+
+SLACK = 0.1
+
+
+@dataclass(frozen=True)
+class CostLaw:
+    """``count(n)`` is counted work, and ``formula(n)`` the most that it may be (less 10 %).
+
+    A formula of more than twice the count is refused as well: it would see no fault.
+    """
+
+    count: Callable[[int], float]
+    formula: Callable[[int], float]
+    size: int
+
+
+def _stalled_ranks(ranks: int) -> CountingStore:
+    """All ranks post a heartbeat and find that they make no progress; rank 1 is missing."""
+    store = CountingStore()
+    files = [HeartbeatFile() for _ in range(ranks)]
+    watchdogs = [
+        Watchdog(store, rank=rank, size=ranks, timeout_s=1e-6, heartbeat_file=file)
+        for rank, file in enumerate(files)
+    ]
+    for rank, watchdog in enumerate(watchdogs):
+        if rank != 1:
+            files[rank].begin_collective("all_reduce", group=DEFAULT_GROUP)
+        watchdog._post_heartbeat()
+    clock = patch.object(watchdog_module.time, "time", return_value=2e9)
+    printing = patch.object(watchdog_module, "_print_stderr")
+    with clock, printing as printed, patch.object(Watchdog, "_wait_for_exit", return_value=True):
+        for watchdog in watchdogs:
+            watchdog._warn_if_stalled()
+            watchdog._store.close()
+    assert "rank 1 did not reach all_reduce" in printed.call_args_list[0].args[0]
+    return store
+
+
+def _compared_bytes(ranks: int) -> int:
+    """A rank of so many compares its config with the others'."""
+    with fake_process_group(ranks), CommunicationCounter() as counter:
+        world = ProcessGroupWorld()
+        with patch.object(ProcessGroupWorld, "any_rank", lambda *_: False):
+            require_same_on_all_ranks({"lr": 0.1}, world=world, what="config")
+    return counter.total_bytes()
+
+
+def _groups_made(ranks: int) -> int:
+    """A rank of so many makes the process groups of its plan."""
+    plan = ParallelPlan(data=ranks // 4, tensor=2, pipe=2, expert=2)
+    made = patch.object(distributed, "new_group", wraps=distributed.new_group)
+    with fake_process_group(ranks), made as calls:
+        Mesh(plan, rank=0, device=torch.device("cpu"), expert_counts=(4,))
+    return calls.call_count
+
+
+class _MuonStep(NamedTuple):
+    flops: int
+    peak_bytes: int
+    sent_bytes: int
+
+
+@cache
+def _muon_step(ranks: int, zero: int) -> _MuonStep:
+    """A rank of so many updates the matrices of a model: replicated, or sharded by ZeRO."""
+    with fake_process_group(ranks):
+        model = Transformer(tiny_model_config())
+        parallel = ParallelConfig(plan=ParallelPlan(zero=zero))
+        parallel_model = parallelize(model, parallel=parallel, world=ProcessGroupWorld())
+        matrices = (named for named in model.named_parameters() if named[1].ndim > 1)
+        optimizer = Muon().build(matrices, kinds=model.parameter_kinds())
+        optimizer.matrix_sharding = MatrixOwners(parallel_model)
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if "muon" in g["name"]]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # the first one makes states and plans
+        with CommunicationCounter() as sent:
+            flops = count_flops(optimizer.step)
+        return _MuonStep(flops, peak_bytes(optimizer.step), sent.total_bytes())
+
+
+MATRIX_BYTES, MUON_FLOPS = 61440, 4055040  # of the tiny model: all matrices, one rank
+LAWS: dict[str, CostLaw] = {
+    "messages of the watchdogs of n ranks, one of them lost": CostLaw(
+        lambda n: _stalled_ranks(n).messages, lambda n: 2 * n + 7, size=8
+    ),
+    "bytes of the watchdogs of n ranks, one of them lost": CostLaw(
+        lambda n: _stalled_ranks(n).bytes, lambda n: 3 * 480 * (n + 1), size=8
+    ),
+    "bytes that a rank of n sends to compare its config": CostLaw(
+        _compared_bytes, lambda n: 2 * 32 * 8 * (n - 1) / n, size=8
+    ),
+    "FLOPs of Muon on a rank of n with copies": CostLaw(
+        lambda n: _muon_step(n, zero=0).flops, lambda n: MUON_FLOPS / n, size=2
+    ),
+    "FLOPs of Muon on a rank of n with ZeRO": CostLaw(
+        lambda n: _muon_step(n, zero=3).flops, lambda n: MUON_FLOPS / n, size=2
+    ),
+    "bytes held by Muon on a rank of n with copies": CostLaw(
+        lambda n: _muon_step(n, zero=0).peak_bytes,
+        lambda n: MATRIX_BYTES * (1 + 1.8 / n),  # its update, and the products for its own
+        size=2,
+    ),
+    "bytes held by Muon on a rank of n with ZeRO": CostLaw(
+        lambda n: _muon_step(n, zero=3).peak_bytes, lambda n: MATRIX_BYTES * 2.8 / n, size=2
+    ),
+    "bytes sent by Muon on a rank of n with copies": CostLaw(
+        lambda n: _muon_step(n, zero=0).sent_bytes, lambda n: MATRIX_BYTES * (n - 1) / n, size=2
+    ),
+    "process groups that a rank of n makes": CostLaw(_groups_made, lambda _: 6, size=16),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_costs_grow_as_their_formulas_say(name: str) -> None:
+    law = LAWS[name]
+    for size in (law.size, 2 * law.size):
+        counted, formula = law.count(size), law.formula(size)
+        assert counted <= (1 + SLACK) * formula, f"{name}: at {size}"
+        assert counted >= formula / 2, f"{name}: the formula is loose at {size}"

@@ -1,0 +1,67 @@
+"""Streamed expert weights train to the same bits and are fetched as often as stated."""
+
+import pytest
+import torch
+
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import DiskStorage, HostMemory
+from moesaic.moe.layer import moe_layers
+from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.parallel.activation_checkpointing import CheckpointBlocks, NoActivationCheckpointing
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.parameter_streaming import streamed_bytes_per_step
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
+from moesaic.train.trainer import Trainer
+
+STEPS = 3
+TIERS = {"host": HostMemory(), "disk": DiskStorage()}
+RUN = tiny_run(model=tiny_model_config(layers=2), clip_norm=0.1)
+RUNS = {
+    "adamw": RUN.replace(optimizer=AdamW(lr=0.01)),
+    "muon, accumulated": RUN.replace(optimizer=Muon(lr=0.01), gradient_accumulation_steps=2),
+    "checkpointed": RUN.replace(
+        parallel=ParallelConfig(activation_checkpointing=CheckpointBlocks())
+    ),
+}
+
+
+def trained(run, *, memory):
+    trainer = tiny_trainer(run.replace(parallel=run.parallel.replace(memory=memory)))
+    losses = [trainer.train_step().result.sums.losses for _ in range(STEPS)]
+    return trainer, losses
+
+
+def expert_bytes(trainer: Trainer) -> list[int]:
+    layers = moe_layers(trainer.model)
+    return [sum(p.nbytes for p in layer.experts.parameters()) for layer in layers]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", RUNS)
+def test_streamed_training_equals_resident_training_bit_for_bit(name, tier):
+    run = RUNS[name]
+    resident, losses = trained(run, memory=MemoryPlan())
+    streamed, others = trained(run, memory=MemoryPlan(parameters=TIERS[tier]))
+    for a, b in zip(losses, others, strict=True):
+        assert torch.equal(a, b)
+    theirs = dict(streamed.model.named_parameters())
+    for parameter_name, parameter in resident.model.named_parameters():
+        assert torch.equal(parameter, theirs[parameter_name]), parameter_name
+    stream = streamed.parallel_model.parameter_stream
+    assert stream is not None
+    if isinstance(run.parallel.activation_checkpointing, NoActivationCheckpointing):
+        per_step = streamed_bytes_per_step(
+            expert_bytes(streamed), micro_batches=run.gradient_accumulation_steps
+        )
+        assert stream.store.moved.fetched == STEPS * per_step
+
+
+def test_between_steps_no_streamed_weight_is_on_the_device():
+    trainer, _ = trained(RUNS["adamw"], memory=MemoryPlan(parameters=HostMemory()))
+    stream = trainer.parallel_model.parameter_stream
+    assert stream is not None
+    parameters = dict(trainer.model.named_parameters())
+    for name in stream.names:
+        assert parameters[name].data_ptr() == stream.store.live(name).data_ptr()
+    assert stream.device_bytes == 0
+    assert stream.peak_device_bytes <= 2 * max(expert_bytes(trainer))
