@@ -128,7 +128,7 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
         ("bytes", ""),
         ((name, show_bytes(size)) for name, size in found["bytes"].items()),
         title=(
-            f"\none training step in {found["precision"]}, {batch['rows']} rows of {read}"
+            f"\none training step in {found['precision']}, {batch['rows']} rows of {read}"
             f"{batch['target']} tokens"
         ),
     )

@@ -22,8 +22,6 @@ from moesaic.parallel.communication_volume import (
     largest_bucket_bytes,
 )
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
-from moesaic.parallel.partial_forward import BlockRange
-from moesaic.parallel.stage_serializer import LocalTokens, StageBoundary, StageSerializer
 from moesaic.planner.block_chain import BlockChain, Place
 from moesaic.planner.cost_entries import DEVICE, DISK, HeldBytes, MovedBytes, OperationCost, Purpose
 from moesaic.planner.cost_settings import CostSettings
@@ -37,6 +35,7 @@ from moesaic.planner.measured_step import (
 )
 from moesaic.planner.memory_tiers import moved_bytes, resident_weights, tier_name
 from moesaic.planner.operation_recorder import Operation, OperationKind
+from moesaic.planner.pipeline_cost import PipelineCost
 from moesaic.planner.step_memory import (
     StateBytes,
     gathered_bytes,
@@ -189,21 +188,16 @@ class _Composition:
             moved=tuple(
                 moved_bytes(self._state, self._memory, micro_batches=self.settings.micro_batches)
             ),
-            bubble=self._bubble(),
+            bubble=self._pipeline.bubble(),
         )
 
     @cached_property
     def _state(self) -> StateBytes:
         return state_bytes(self.parameters, self.settings)
 
-    @property
-    def _stages(self) -> list[BlockRange]:
-        """The blocks of each stage of the rank."""
-        stages = self.parameters.stages
-        if stages is None:
-            return [BlockRange.all_blocks(self.settings.model)]
-        numbers = stages.stages_of_rank(self.parameters.pipe_rank)
-        return [stages.block_ranges[number] for number in numbers]
+    @cached_property
+    def _pipeline(self) -> PipelineCost:
+        return PipelineCost(self.parameters, self.settings)
 
     @property
     def _counts(self) -> list[int]:
@@ -224,7 +218,7 @@ class _Composition:
         spans = step.micro_batches[micro_batch]
         stages = [
             stage_spans(spans, chain=self.blocks, blocks=blocks, corrections=more)
-            for blocks in self._stages
+            for blocks in self._pipeline.block_ranges
         ]
         if self._memory.activations.is_device:
             return stages
@@ -234,12 +228,13 @@ class _Composition:
         """Return the most bytes of the device at once, and of activations in any tier."""
         state, memory = self._state, self._memory
         fixed = resident_weights(state, memory)
-        fixed += state.states * memory.optimizer_states.is_device
+        fixed += state.states * memory.optimizer_states.is_device + self._pipeline.buffers()
         live, peak, most_kept = fixed, 0, 0
         for number in range(len(self.measured.micro_batches)):
             stages = self._spans(self.measured, micro_batch=number)
             kept = [kept_bytes(spans) for spans in stages]
-            waiting = sum(n * each for n, each in zip(self._in_flight, kept, strict=True))
+            in_flight = self._pipeline.in_flight(gradients=number > 0)
+            waiting = sum(n * each for n, each in zip(in_flight, kept, strict=True))
             for spans, each in zip(stages, kept, strict=True):
                 peak = max(peak, live + waiting - each + peak_bytes(spans))
             live += sum(span.change for spans in stages for span in spans)
@@ -258,22 +253,6 @@ class _Composition:
             return self.measured.update.peak
         on_disk = tier_name(states) == DISK
         return on_disk * min(self._memory.in_flight_bytes, self._state.states)
-
-    @property
-    def _in_flight(self) -> tuple[int, ...]:
-        """How many micro-batches each stage of the rank keeps the activations of."""
-        plan, schedule = self.parameters.plan, self.settings.parallel.pipeline_schedule
-        if plan.pipe == 1:
-            return (1,)
-        return schedule.in_flight(
-            ranks=plan.pipe,
-            rank=self.parameters.pipe_rank,
-            micro_batches=self.settings.micro_batches,
-        )
-
-    def _bubble(self) -> float:
-        plan, schedule = self.parameters.plan, self.settings.parallel.pipeline_schedule
-        return schedule.bubble(ranks=plan.pipe, micro_batches=self.settings.micro_batches)
 
     def _operations(self) -> tuple[OperationCost, ...]:
         found: Counter[tuple[str, Operation]] = Counter()
@@ -313,7 +292,7 @@ class _Composition:
                 for call, times in span.sent.items():
                     scaled = call.axis in ranks and call.kind in RING_BYTES
                     calls[call.over(ranks[call.axis]) if scaled else call] += times * count
-        for call in self._pipeline_sends():
+        for call in self._pipeline.sends():
             calls[call] += self.settings.micro_batches
         found: dict[tuple[str, str], CommunicationVolume] = {}
         gradients = gradient_communication(
@@ -328,30 +307,6 @@ class _Composition:
                 known, bytes=known.bytes + each.bytes, messages=known.messages + each.messages
             )
         return tuple(found[key] for key in sorted(found))
-
-    def _pipeline_sends(self) -> Iterator[SentCall]:
-        """Yield what the rank's stages send for a micro-batch: states on, gradients back."""
-        stages, config = self.parameters.stages, self.settings.model
-        if stages is None:
-            return
-        plan, sizes = self.parameters.plan, self.settings.sizes
-        ranks = plan.context * plan.tensor
-        tokens = LocalTokens(
-            -(-sizes.rows * sizes.source // ranks), -(-sizes.rows * sizes.target // ranks)
-        )
-        owners, own = stages.rank_of_stage, self.parameters.pipe_rank
-        for number, blocks in enumerate(stages.block_ranges[:-1]):
-            if owners[number] == owners[number + 1] or own not in owners[number : number + 2]:
-                continue
-            boundary = StageBoundary.after(blocks, config=config)
-            serializer = StageSerializer.of(
-                boundary,
-                dim=config.dim,
-                dtype=self.settings.precision.parameter_dtype,
-                tokens=[tokens],
-            )
-            size = sum(buffer.nbytes for buffer in serializer.empty_buffers("meta"))
-            yield SentCall("send", "pipe", size, size)
 
 
 def _kinds_of_micro_batches(number: int, *, zero: int) -> tuple[bool, ...]:
