@@ -63,6 +63,7 @@ from moesaic.monitor.health_record import (
 from moesaic.monitor.health_rules import HealthFinding, HealthState
 from moesaic.monitor.metric_writers import METRICS_FILE, read_metrics
 from moesaic.ops.triton.tiles import TABLE, TILES_FILE, load_table
+from moesaic.planner.machine import MACHINE_FILE, find_machine, read_machine
 from moesaic.report.html_report import write_report
 from moesaic.serve.open_run import open_run
 from moesaic.testing.tiny_models import synthetic_run, text_of
@@ -120,6 +121,7 @@ def make_files(folder: Path) -> Made:
         (folder / name).parent.mkdir()
         (folder / name).write_text(text)
     shutil.copy(TABLE, folder / "tiles.json")
+    (folder / "machine.yaml").write_text(find_machine("gh200").to_yaml())
     reshard(run / "checkpoints" / STEP, root=folder / "sharded", form=ShardedForm(2))
     corpus = text_of(config).corpus.open()
     shutil.copytree(corpus.path, folder / "corpus")
@@ -279,6 +281,8 @@ DOORS = (
     Door(INDEX_KIND, f"sharded/{STEP}/index.json", "json", _read_index),
     Door(INSIGHT_FILE, "run/insight.json", "json", _report),
     Door(LOCK_FILE, "run.lock", "json", _read_lock),
+    Door(MACHINE_FILE, "machine.yaml", "yaml",
+         lambda made: read_machine(made.folder / "machine.yaml")),
     Door(MANIFEST_KIND, f"run/checkpoints/{STEP}/manifest.json", "json",
          lambda made: load_checkpoint(made.folder / "run" / "checkpoints" / STEP)),
     Door(MANIFEST_KIND, f"sharded/{STEP}/manifest.json", "json",

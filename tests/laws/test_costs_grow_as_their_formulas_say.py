@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from cost_counters import CountingStore, count_flops, peak_bytes
+from cost_counters import CountingStore, OperationCounter, count_flops, peak_bytes
 from moesaic.distributed import watchdog as watchdog_module
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.compare_ranks import require_same_on_all_ranks
@@ -25,6 +25,8 @@ from moesaic.distributed.simulation import fake_process_group
 from moesaic.distributed.watchdog import Watchdog
 from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.model.transformer import Transformer
+from moesaic.ops import cross_entropy as cross_entropy_module
+from moesaic.ops.cross_entropy import cross_entropy
 from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.matrix_owners import MatrixOwners
@@ -86,6 +88,30 @@ def _groups_made(ranks: int) -> int:
     return calls.call_count
 
 
+def _loss_of(tokens: int, words: int) -> Callable[[], None]:
+    """The loss of so many tokens over so many words, 32 channels, 2**12 bytes of logits."""
+    hidden, table = (torch.randn(size, 32, requires_grad=True) for size in (tokens, words))
+    label = torch.randint(words, (tokens,))
+
+    def loss_and_gradients() -> None:
+        cross_entropy(hidden, weight=table, label=label).total.backward()
+
+    return loss_and_gradients
+
+
+def _table_passes(tokens: int, words: int) -> int:
+    """How often the gradient of the table is read and written."""
+    with patch.dict(cross_entropy_module.LOGIT_BYTES, cpu=1 << 12), OperationCounter() as counter:
+        _loss_of(tokens, words)()
+    return counter.names["addmm_"]
+
+
+def _loss_bytes(words: int) -> int:
+    """The bytes that a loss holds at once."""
+    with patch.dict(cross_entropy_module.LOGIT_BYTES, cpu=1 << 12):
+        return peak_bytes(_loss_of(64, words))
+
+
 class _MuonStep(NamedTuple):
     flops: int
     peak_bytes: int
@@ -114,6 +140,16 @@ def _muon_step(ranks: int, zero: int) -> _MuonStep:
 
 MATRIX_BYTES, MUON_FLOPS = 61440, 4055040  # of the tiny model: all matrices, one rank
 LAWS: dict[str, CostLaw] = {
+    "passes over the table's gradient in a loss of n tokens": CostLaw(
+        lambda n: _table_passes(n, 64), lambda n: n / 16, size=64
+    ),
+    "passes over the table's gradient in a loss over n words": CostLaw(
+        lambda n: _table_passes(64, n), lambda n: n / 16, size=64
+    ),
+    # gradients of table and states, twice in backward; logits, their slice and its powers
+    "bytes of a loss over n words": CostLaw(
+        _loss_bytes, lambda n: 2 * 4 * 32 * (n + 64) + 2 * (1 << 12), size=256
+    ),
     "messages of the watchdogs of n ranks, one of them lost": CostLaw(
         lambda n: _stalled_ranks(n).messages, lambda n: 2 * n + 7, size=8
     ),

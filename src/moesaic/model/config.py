@@ -188,6 +188,11 @@ class ModelConfig(Config):
             norm=self.norm,
         )
 
+    def is_dense_layer(self, stack: Stack, *, layer: int) -> bool:
+        """Return whether a block has a dense feed-forward."""
+        moe = self.moe_of_layer(stack, layer=layer)
+        return isinstance(moe, NoMoE) and stack.block_pattern(layer).feed_forward
+
     def mixers_of_stack(self, stack: Stack) -> list[SequenceMixer]:
         """Return the mixers of all residual branches of a stack, in order."""
         layers = range(stack.layers)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -58,6 +59,13 @@ class MixtureOfAttention(SequenceMixer):
 
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         return Attention().mixing_flops(self._combined(shape), tokens=tokens)
+
+    def exchanged_values(
+        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
+    ) -> float:
+        return Attention().exchanged_values(
+            self._combined(shape), tokens=tokens, ranks=ranks, tensor=tensor
+        )
 
     def _combined(self, shape: MixerShape) -> MixerShape:
         return replace(shape, attention=self.combined_attention(shape))
@@ -109,7 +117,7 @@ class AttentionMixture(SequenceMixerModule, CustomInitializers):
     def expert_weights(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T N"]:
         """Return the weights of the experts, float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.gate(x.float()).softmax(-1)
+            return F.linear(x.float(), self.gate.weight.float()).softmax(-1)
 
     def _weight_heads(
         self, heads: Float[Tensor, "T HD"], *, x: Float[Tensor, "T D"]

@@ -29,6 +29,10 @@ class Limit(Choice):
         """Return the routing with edges dropped. Collective over ``batch_group``."""
         raise NotImplementedError
 
+    def num_gathered_integers(self, _edges: int, /) -> int:
+        """Return how many integers a rank with so many edges gathers (for forecasts)."""
+        return 0
+
 
 class Dropless(Limit):
     """No limit: no edge is dropped (2211.15841)."""
@@ -140,6 +144,9 @@ class Capacity(Limit):
         )
         limited = routing.expert < routing.num_experts - router.num_null_experts
         return routing.drop((position >= capacity) & limited)
+
+    def num_gathered_integers(self, edges: int, /) -> int:
+        return 1 + edges * (1 + self.priority.num_key_columns)
 
     def expert_capacity(self, edges: int, *, num_experts: int, factor: float) -> int:
         """Return the largest number of edges that one expert takes of so many."""

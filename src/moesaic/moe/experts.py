@@ -26,6 +26,7 @@ from moesaic.nn.initializer import (
     normal_parameter,
 )
 from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
+from moesaic.ops.autocast import as_autocast
 from moesaic.ops.grouped_gemm import (
     ActivationFunction,
     FeedForwardWeights,
@@ -181,12 +182,6 @@ class FunctionalExperts(_Direct):
             return run_compiled_experts(x, edges=edges, weights=self.weights, kernel_name=name)
         kernel = select_moe_kernel(x, activation=self.activation)
         return kernel(x, edges=edges, weights=self.weights, activation=self.activation)
-
-
-def as_autocast(x: Tensor) -> Tensor:
-    """Return rows in the dtype of autocast matrix products, if autocast is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class LoRAExpert(Expert):

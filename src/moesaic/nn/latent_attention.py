@@ -105,6 +105,14 @@ class LatentAttention(SequenceMixer):
         pairs = self.window.mask(causal=shape.causal).num_pairs(tokens)
         return 2.0 * self.num_heads(shape) * (self.key_dim + self.value_dim) * pairs
 
+    def exchanged_values(
+        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
+    ) -> float:
+        heads = AttentionConfig(heads=self.num_heads(shape), head_dim=self.key_dim)
+        return heads.exchanged_values(
+            shape.dim, queries=tokens, keys=tokens, ranks=ranks, tensor=tensor
+        )
+
     def shrink(self, _shape: MixerShape, /) -> Self:
         rank = self.query_rank and min(self.query_rank, 6)
         widths = {"nope_dim": min(self.nope_dim, 4), "value_dim": min(self.value_dim, 4)}

@@ -6,10 +6,8 @@ block while another computes), and the first block makes what a stack shares. So
 for each kind between kinds of neighbours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import nn
 
 from moesaic.model.config import ModelConfig
 from moesaic.parallel.activation_checkpointing import ActivationCheckpointing
@@ -63,20 +61,13 @@ class BlockChain:
         return not (stack in STACKS and number.isdigit()) or int(number) in self.run[stack]
 
 
-def checkpointed_blocks(number: int, *, by: ActivationCheckpointing) -> frozenset[int]:
-    """Return the places of the checkpointed blocks of a stack of ``number`` blocks."""
-    blocks: Sequence[nn.Module] = [nn.Identity() for _ in range(number)]
-    places = {id(block): place for place, block in enumerate(blocks)}
-    return frozenset(places[id(block)] for block in by.select(blocks))
-
-
 def _kinds(config: ModelConfig, *, side: str, by: ActivationCheckpointing) -> list[str]:
     """Return a text for each block of a stack, equal where the blocks are."""
     stack = config.stack_of(side)
-    chosen, kinds = checkpointed_blocks(stack.layers, by=by), []
+    kinds = []
     for layer in range(stack.layers):
         sparse = repr(config.moe_of_layer(stack, layer=layer))
         mixers = repr(config.mixers_of_layer(stack, layer=layer))
         feed_forward = stack.block_pattern(layer).feed_forward
-        kinds.append(f"{mixers} {sparse} {feed_forward} {layer in chosen}")
+        kinds.append(f"{mixers} {sparse} {feed_forward} {layer % by.period}")
     return kinds

@@ -24,15 +24,22 @@ class Purpose(StrEnum):
     TRANSIENT = "transient"
 
 
+class Phase(StrEnum):
+    """Where in a step an operation runs; recomputed activations count as backward."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    UPDATE = "update"
+
+
 @dataclass(frozen=True, slots=True)
 class OperationCost:
     """``count`` equal operations of a rank in a step; FLOPs and bytes are those of one.
 
-    ``phase`` is forward, backward (with recomputed activations) or update. ``dtype`` is that of the
-    first tensor.
+    ``dtype`` is that of the result.
     """
 
-    phase: str
+    phase: Phase
     kind: OperationKind
     dtype: str
     flops: int

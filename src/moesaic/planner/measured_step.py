@@ -27,22 +27,22 @@ from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.transformer import RunBlock, Transformer
 from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.optim.optimizer import Optimizer
+from moesaic.parallel.activation_checkpointing import NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.precision import Precision
 from moesaic.planner.block_chain import STACKS, BlockChain, Place
+from moesaic.planner.cost_entries import Phase
 from moesaic.planner.dry_run import dummy_batch, mesh_groups, with_round_robin_routing
 from moesaic.planner.operation_recorder import Operation, OperationRecorder
-
-FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """A part of a step: bytes at its end and at most, beside those at its start, and its work."""
 
-    phase: str
+    phase: Phase
     place: Place
     change: int
     peak: int
@@ -77,6 +77,7 @@ class MeasuredPart:
     def measure(self, *, last: Sequence[bool]) -> MeasuredStep:
         """Run a step whose micro-batches are the step's last where ``last`` says so."""
         plan, recorder = self.parallel.plan, OperationRecorder()
+        parallel = self.parallel.replace(activation_checkpointing=NoActivationCheckpointing())
         with (
             fake_process_group(plan.world_size, rank=0),
             SimulatedRank(recorder) as simulation,
@@ -92,14 +93,27 @@ class MeasuredPart:
             )
             with SharedChunks():
                 parallel_model = parallelize_on_mesh(
-                    model, parallel=self.parallel, mesh=mesh, precision=self.precision
+                    model, parallel=parallel, mesh=mesh, precision=self.precision
                 )
+            self._apply_checkpointing(model)
             simulation.counter = CommunicationCounter(axes=mesh_groups(mesh))
             recording = _Recording(simulation.ledger, recorder, simulation.counter)
             model.run_block = _MarkedBlocks(model, self.chain, recording)
             batch = dummy_batch(self.config, self.sizes)
             spans = tuple(recording.micro_batch(parallel_model, batch, last=each) for each in last)
             return MeasuredStep(spans, recording.update(parallel_model, self.optimizer))
+
+    def _apply_checkpointing(self, model: Transformer) -> None:
+        """Checkpoint the blocks that are run as in the whole model, where others are between."""
+        stacks = {side: model.get_submodule(side) for side in STACKS}
+        for side, stack in stacks.items():
+            whole: list[nn.Module] = [nn.Identity() for _ in self.chain.representative[side]]
+            for number, block in zip(self.chain.run[side], stack.children(), strict=True):
+                whole[number] = block
+            model.add_module(side, nn.ModuleList(whole))
+        self.parallel.activation_checkpointing.apply(model)
+        for side, stack in stacks.items():
+            model.add_module(side, stack)
 
 
 class _Recording:
@@ -109,11 +123,11 @@ class _Recording:
         self, ledger: AllocationLedger, recorder: OperationRecorder, counter: CommunicationCounter
     ) -> None:
         self._ledger, self._recorder, self._counter = ledger, recorder, counter
-        self._phase, self._place, self._start = FORWARD, Place(""), 0
+        self._phase, self._place, self._start = Phase.FORWARD, Place(""), 0
         self._sent: Counter[SentCall] = Counter()
         self.spans: list[Span] = []
 
-    def begin(self, phase: str, place: Place) -> None:
+    def begin(self, phase: Phase, place: Place) -> None:
         """End the span in progress and start another."""
         self._end()
         self._phase, self._place = phase, place
@@ -123,14 +137,15 @@ class _Recording:
     ) -> tuple[Span, ...]:
         """Run forward and backward as ``train/step.py`` does, and return the spans."""
         model = parallel_model.model
-        self._restart(FORWARD, Place(_first_stack(model)))
-        parallel_model.before_backward(last=last)
+        self._restart(Phase.FORWARD, Place(_first_stack(model)))
+        if parallel_model.mesh.plan.zero:
+            parallel_model.before_backward(last=last)  # without ZeRO it would sum gradients
         with parallel_model.precision.autocast(batch.device):
             output = model(batch)
             loss = model.loss(output)
         terms = [value for record in output.records for value in record.losses.values()]
         objective = torch.stack([loss.total, *terms]).sum()
-        self.begin(BACKWARD, Place("head"))
+        self.begin(Phase.BACKWARD, Place("head"))
         objective.backward()
         accumulate_routing_stats(model, output.records)
         del output, loss, terms, objective
@@ -149,12 +164,12 @@ class _Recording:
             master_weights=precision.master_weights,
         )
         built.step()
-        self._restart(UPDATE, Place("update"))
+        self._restart(Phase.UPDATE, Place("update"))
         built.step()
         self._end()
         return self.spans[-1]
 
-    def _restart(self, phase: str, place: Place) -> None:
+    def _restart(self, phase: Phase, place: Place) -> None:
         self._end()
         self.spans, self._phase, self._place = [], phase, place
 
@@ -195,14 +210,14 @@ class _MarkedBlocks:
         place, recording = self._places[block], self._recording
         before = Place(place.stack)
         if place.block == 0:
-            _on_gradient(state.x, lambda: recording.begin(BACKWARD, before))
-        recording.begin(FORWARD, place)
+            _on_gradient(state.x, lambda: recording.begin(Phase.BACKWARD, before))
+        recording.begin(Phase.FORWARD, place)
         state = self._run(block, state, **inputs)
         x = state.x.view_as(state.x)
-        _on_gradient(x, lambda: recording.begin(BACKWARD, place))
+        _on_gradient(x, lambda: recording.begin(Phase.BACKWARD, place))
         if (place.block,) == self._last[place.stack]:
             following = "decoder" if place.stack == "encoder" else "head"
-            recording.begin(FORWARD, Place(following))
+            recording.begin(Phase.FORWARD, Place(following))
         return replace(state, x=x)
 
 

@@ -18,16 +18,24 @@ from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
 from moesaic.parallel.communication_volume import (
     CommunicationVolume,
+    gradient_buckets,
     gradient_communication,
-    largest_bucket_bytes,
 )
+from moesaic.parallel.gradient_sums import IN_FLIGHT
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
 from moesaic.planner.block_chain import BlockChain, Place
-from moesaic.planner.cost_entries import DEVICE, DISK, HeldBytes, MovedBytes, OperationCost, Purpose
+from moesaic.planner.cost_entries import (
+    DEVICE,
+    DISK,
+    HeldBytes,
+    MovedBytes,
+    OperationCost,
+    Phase,
+    Purpose,
+)
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import volumes
 from moesaic.planner.measured_step import (
-    UPDATE,
     MeasuredPart,
     MeasuredStep,
     Span,
@@ -38,6 +46,7 @@ from moesaic.planner.operation_recorder import Operation, OperationKind
 from moesaic.planner.pipeline_cost import PipelineCost
 from moesaic.planner.step_memory import (
     StateBytes,
+    bucket_copies,
     gathered_bytes,
     gradient_corrections,
     kept_bytes,
@@ -71,7 +80,7 @@ class StepCost:
             if tier in (None, each.tier) and purpose in (None, each.purpose)
         )
 
-    def flops(self, *, kind: OperationKind | None = None, phase: str | None = None) -> int:
+    def flops(self, *, kind: OperationKind | None = None, phase: Phase | None = None) -> int:
         """Return the FLOPs of a kind, of a phase, or of both."""
         return sum(
             each.flops * each.count
@@ -215,6 +224,9 @@ class _Composition:
         )
         if ends and step is self.measured:
             more = gradient_corrections(self.parameters, self.measured_parameters, self.settings)
+        if micro_batch == len(step.micro_batches) - 1 and step is self.measured:
+            copies = bucket_copies(self.parameters, self.settings)
+            more = {place: more.get(place, 0) + copies.get(place, 0) for place in {*more, *copies}}
         spans = step.micro_batches[micro_batch]
         stages = [
             stage_spans(spans, chain=self.blocks, blocks=blocks, corrections=more)
@@ -239,10 +251,9 @@ class _Composition:
                 peak = max(peak, live + waiting - each + peak_bytes(spans))
             live += sum(span.change for spans in stages for span in spans)
             most_kept = max(most_kept, waiting)
-        beside = max(
-            self._update_peak(),
-            largest_bucket_bytes(self.parameters, precision=self.settings.precision),
-        )
+        buckets = gradient_buckets(self.parameters, precision=self.settings.precision)
+        summed = sum(bucket.bytes for bucket in buckets[-IN_FLIGHT:])
+        beside = max(self._update_peak(), summed)
         gradients = state.gradients * memory.gradients.is_device
         return max(peak, fixed + gradients + beside), most_kept
 
@@ -255,13 +266,13 @@ class _Composition:
         return on_disk * min(self._memory.in_flight_bytes, self._state.states)
 
     def _operations(self) -> tuple[OperationCost, ...]:
-        found: Counter[tuple[str, Operation]] = Counter()
+        found: Counter[tuple[Phase, Operation]] = Counter()
         for number, count in enumerate(self._counts):
             for span in chain.from_iterable(self._spans(self.plain, micro_batch=number)):
                 for operation, times in span.operations.items():
                     found[span.phase, operation] += times * count
         for operation, times in self._update_operations():
-            found[UPDATE, operation] += times
+            found[Phase.UPDATE, operation] += times
         return tuple(
             OperationCost(phase, o.kind, o.dtype, o.flops, o.bytes_read, o.bytes_written, count)
             for (phase, o), count in sorted(found.items())

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from moesaic.optim.optimizer import Optimizer
+from moesaic.parallel.communication_volume import gradient_buckets
+from moesaic.parallel.gradient_sums import IN_FLIGHT
 from moesaic.parallel.parameter_inventory import ParameterShard, RankParameters
 from moesaic.parallel.partial_forward import BlockRange
 from moesaic.planner.block_chain import STACKS, BlockChain, Place
+from moesaic.planner.cost_entries import Phase
 from moesaic.planner.cost_settings import CostSettings
-from moesaic.planner.measured_step import BACKWARD, FORWARD, Span
+from moesaic.planner.measured_step import Span
 
 FLOAT32_BYTES = 4
 
@@ -78,9 +81,9 @@ def stage_spans(
         places += [Place(stack, number) for number in numbers]
     if blocks.decoder.stop == len(chain.representative["decoder"]):
         places.append(Place("head"))
-    forward = [by_place[FORWARD, chain.run_for(place)] for place in places]
+    forward = [by_place[Phase.FORWARD, chain.run_for(place)] for place in places]
     backward = [
-        by_place[BACKWARD, chain.run_for(place)].with_more(corrections.get(place, 0))
+        by_place[Phase.BACKWARD, chain.run_for(place)].with_more(corrections.get(place, 0))
         for place in reversed(places)
     ]
     return (*forward, *backward)
@@ -88,14 +91,14 @@ def stage_spans(
 
 def kept_bytes(spans: Iterable[Span]) -> int:
     """Return what the forward spans leave for backward."""
-    return sum(span.change for span in spans if span.phase == FORWARD)
+    return sum(span.change for span in spans if span.phase == Phase.FORWARD)
 
 
 def peak_bytes(spans: Iterable[Span]) -> int:
     """Return the most that is there at once beside what was there before the first span."""
     live = most = 0
     for span in spans:
-        most = max(most, live + span.peak)
+        most = max(most, live + span.peak, live + span.change)
         live += span.change
     return most
 
@@ -126,22 +129,50 @@ def gradient_corrections(
     small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.shards}
     found: dict[Place, int] = {}
     for shard in parameters.shards:
-        stack, _, rest = shard.parameter.name.partition(".")
-        number = rest.partition(".")[0]
-        place = Place("encoder" if settings.model.encoder.layers else "decoder")
-        if stack in STACKS and number.isdigit():
-            place = Place(stack, int(number))
+        place = _place_of(shard.parameter.name, settings)
         more = stays * math.prod(shard.shape) - small[shard.parameter.name]
         found[place] = found.get(place, 0) + itemsize * more
     return found
 
 
+def _place_of(name: str, settings: CostSettings) -> Place:
+    """Return where the gradient of a parameter is complete: outside of blocks, at the end."""
+    stack, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    if stack in STACKS and number.isdigit():
+        return Place(stack, int(number))
+    return Place("encoder" if settings.model.encoder.layers else "decoder")
+
+
+def bucket_copies(parameters: RankParameters, settings: CostSettings) -> Mapping[Place, int]:
+    """Return, for each place, by how much the copies of gradients that are summed grow there.
+
+    A bucket is copied when its last gradient is complete, after those before it; of more than
+    ``IN_FLIGHT`` the oldest is done then.
+    """
+    found: dict[Place, int] = {}
+    sizes: list[int] = []
+    last = Place("head")
+    for bucket in gradient_buckets(parameters, precision=settings.precision):
+        places = [last, *(_place_of(name, settings) for name in bucket.names)]
+        last = min(places, key=_order)
+        done = sizes[-IN_FLIGHT] if len(sizes) >= IN_FLIGHT else 0
+        sizes.append(bucket.bytes)
+        found[last] = found.get(last, 0) + bucket.bytes - done
+    return found
+
+
+def _order(place: Place) -> tuple[int, int]:
+    """Sort places as a forward pass has them."""
+    return (*STACKS, "head").index(place.stack), place.block
+
+
 def with_offloaded_activations(spans: Sequence[Span]) -> tuple[Span, ...]:
     """Return spans whose kept activations leave at their end, and are fetched for backward."""
-    kept = {span.place: span.change for span in spans if span.phase == FORWARD}
+    kept = {span.place: span.change for span in spans if span.phase == Phase.FORWARD}
     return tuple(
         replace(span, change=0)
-        if span.phase == FORWARD
+        if span.phase == Phase.FORWARD
         else replace(
             span,
             change=span.change + kept[span.place],

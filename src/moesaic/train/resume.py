@@ -31,6 +31,7 @@ REPORTED_KEYS = (
     "optimizer.adamw.router_lr",
     "schedule",
     "clip_norm",
+    "precision",
     "spikes",
 )
 

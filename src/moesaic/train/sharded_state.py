@@ -13,7 +13,12 @@ from moesaic.checkpoint.sharded_checkpoint import load_sharded
 from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
 from moesaic.distributed.world import World
 from moesaic.model.weights import export_weights
-from moesaic.optim.named_optimizer import NamedOptimizer, export_state
+from moesaic.optim.named_optimizer import (
+    NamedOptimizer,
+    export_masters,
+    export_state,
+    round_masters,
+)
 from moesaic.parallel.parallel_model import ParallelModel
 
 SHARDED_FILES = ("model", "optimizer")  # their tensors are distributed over ranks
@@ -23,7 +28,8 @@ def local_shards(
     parallel_model: ParallelModel, optimizer: NamedOptimizer
 ) -> dict[str, dict[str, TensorOrShard]]:
     """Return this rank's shards of weights and optimizer state, without copying."""
-    weights, names = export_weights(parallel_model.model), set(parallel_model.sharding_plan)
+    weights = export_weights(parallel_model.model) | export_masters(optimizer)
+    names = set(parallel_model.sharding_plan)
     model: dict[str, TensorOrShard] = {
         name: parallel_model.shard_of(name, tensor) if name in names else tensor
         for name, tensor in weights.items()
@@ -49,4 +55,5 @@ def restore_shards(
             if name in saved:
                 optimizer.ensure_state(parameter, rule=group["rule"])
     load_sharded(path, into=local_shards(parallel_model, optimizer), world=world)
+    round_masters(optimizer)
     return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])

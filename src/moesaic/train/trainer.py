@@ -25,7 +25,7 @@ from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
-from moesaic.optim.named_optimizer import export_state, restore_state
+from moesaic.optim.named_optimizer import export_masters, export_state, restore_state
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
@@ -230,7 +230,7 @@ class Trainer:
         if not self.parallel_model.is_replicated:
             shards = local_shards(self.parallel_model, self.optimizer)
             return RankSnapshot(self.step, shards | files, state, **about)
-        files["model"] = export_weights(self.model)
+        files["model"] = export_weights(self.model) | export_masters(self.optimizer)
         files["optimizer"] = export_state(self.optimizer)
         return Snapshot(self.step, files, state, **about)
 
@@ -256,7 +256,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a full snapshot (every rank holds every parameter)."""
         restore_weights(self.model, snapshot.files["model"])
-        restore_state(self.optimizer, snapshot.files["optimizer"])
+        restore_state(self.optimizer, snapshot.files["optimizer"], weights=snapshot.files["model"])
         self._restore_host_state(snapshot)
 
     def _restore_host_state(self, snapshot: Snapshot) -> None:

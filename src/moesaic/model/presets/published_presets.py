@@ -1,4 +1,4 @@
-"""Presets of published MoE models: Z-code M3, NLLB-MoE, DeepSpeed-MoE, DeepSeekMoE, Kimi K2.
+"""Presets of published MoE models: Z-code M3, NLLB, DeepSpeed, DeepSeek, Mixtral, Kimi K2.
 
 The comment above each family says which numbers are published, and where; the others are guesses.
 """
@@ -242,6 +242,33 @@ def deepseek_moe_2b() -> Preset:
     return Preset(
         config, DEEPSEEK_SOURCE, (Published("total", 2e9, "paper", DEEPSEEK_SOURCE),), guessed
     )
+
+
+# Mixtral 8x22B: the released config (56 layers, width 6144, 48 heads, 8 of keys and values, 8
+# experts 16,384 wide of which 2 are chosen, vocabulary 32,768, untied). Its parameters are quoted
+# in secondary texts.
+
+MIXTRAL_SOURCE = "the released config of Mixtral-8x22B-v0.3 (mistralai), as quoted elsewhere"
+
+
+@PRESETS.register()
+def mixtral_8x22b() -> Preset:
+    """56 layers of 8 experts, 2 per token: the model of MoE Parallel Folding (2504.14960)."""
+    config = ModelConfig(
+        vocab_size=32_768,
+        dim=6144,
+        encoder=NO_ENCODER,
+        decoder=Stack(layers=56, moe_every=1),
+        attention=AttentionConfig(heads=48, kv_heads=8),
+        feed_forward=FeedForwardConfig(hidden=16_384),
+        moe=MoE(experts=8, select=TopK(k=2), balance=(SwitchBalance(weight=0.001),)),
+        embedding=EmbeddingConfig(tied=False, scaled=False),
+    )
+    published = (
+        Published("total", 141e9, "secondary", MIXTRAL_SOURCE),
+        Published("active", 39e9, "secondary", MIXTRAL_SOURCE),
+    )
+    return Preset(config, MIXTRAL_SOURCE, published, ("moe.balance", "init"))
 
 
 # Models that need hundreds or thousands of ranks.

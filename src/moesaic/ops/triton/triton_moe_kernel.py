@@ -112,18 +112,17 @@ class _TritonMoE(torch.autograd.Function):
             )
             del rows  # before the next chunk is allocated
         if save:
-            ctx.save_for_backward(
-                x, used_weight, used_up, used_down, hidden, up, down, up_bias, down_bias
-            )
+            ctx.save_for_backward(x, used_weight, hidden, up, down, up_bias, down_bias)
             ctx.job, ctx.max_elements, ctx.weight_dtype = job, max_elements, weight.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, used_up, used_down, hidden, up, down, up_bias, down_bias = ctx.saved_tensors
+        x, weight, hidden, up, down, up_bias, down_bias = ctx.saved_tensors
         job, needs = ctx.job, ctx.needs_input_grad
         grad = grads[0].contiguous()
+        used_down = down.to(x.dtype).contiguous()  # not saved: it may be a copy of all experts
         through = kernel_launch.down_backward(
             grad, used_down, bias=_contiguous(down_bias), weight=weight, hidden=hidden, job=job
         )
@@ -145,6 +144,7 @@ class _TritonMoE(torch.autograd.Function):
                 grad, weight=weight, like=down_bias, schedule=job.schedule
             )
         if needs[0]:
+            used_up = up.to(x.dtype).contiguous()
             grad_x = _input_gradient(
                 grad_hidden, up=used_up, like=x, job=job, max_elements=ctx.max_elements
             )

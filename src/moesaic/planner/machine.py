@@ -1,0 +1,185 @@
+"""Machine: memory, rates and latencies of a cluster, each number with its source, read from a file.
+
+A rate that depends on the size of a call is a curve of measured points. What runs at the same time
+slows each other down: for a contended pair, ``slow_down`` is the time of both together over that of
+the longer one alone, 1 if they overlap fully and 2 if they take turns.
+"""
+
+import math
+from bisect import bisect_right
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from moesaic.core.config import Config
+from moesaic.core.errors import ConfigError, UserError, did_you_mean
+from moesaic.core.file_reader import KIB, FileKind, read_text
+from moesaic.core.yaml_reader import read_yaml
+
+MACHINE_FILE = FileKind(name="machine file", max_bytes=256 * KIB, error=ConfigError)
+CALIBRATE = "`moesaic calibrate --out machine.yaml` measures it on the machine itself"
+Positive = Annotated[float, Field(gt=0)]
+Source = Annotated[str, Field(min_length=1)]
+
+
+class Sourced(Config):
+    """One positive number and the text that says where it is from."""
+
+    value: Positive
+    source: Source
+
+
+class SlowDown(Config):
+    """Time of two kinds of work together over the longer alone, for equal times: 1 to about 2."""
+
+    value: Annotated[float, Field(ge=1)]
+    source: Source
+
+
+class SizedRate(Config):
+    """Rate of a kind of call as a function of its size: ``points`` of (size, units per second).
+
+    Between points the time is interpolated in log-log; a call below the smallest takes as long as
+    the smallest (the cost of a call), and one above the largest has its rate.
+    """
+
+    points: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)]
+    source: Source
+
+    @field_validator("points")
+    @classmethod
+    def _check_order(
+        cls, points: tuple[tuple[float, float], ...]
+    ) -> tuple[tuple[float, float], ...]:
+        sizes = [size for size, _ in points]
+        if sizes != sorted(set(sizes)):
+            raise ValueError("points must stand in the order of their sizes, each size once")
+        return points
+
+    def seconds(self, size: float) -> float:
+        """Return the time of one call of this size (FLOPs or bytes). Zero takes no time."""
+        sizes, times = self._log_times
+        if size <= 0:
+            return 0.0
+        x = math.log(size)
+        place = bisect_right(sizes, x)
+        if place == 0:
+            return math.exp(times[0])
+        if place == len(sizes):
+            return math.exp(times[-1] + x - sizes[-1])
+        share = (x - sizes[place - 1]) / (sizes[place] - sizes[place - 1])
+        return math.exp(times[place - 1] + share * (times[place] - times[place - 1]))
+
+    @cached_property
+    def _log_times(self) -> tuple[list[float], list[float]]:
+        """Logarithms of sizes and of times; noise must not make a larger call faster."""
+        times: list[float] = []
+        for size, rate in self.points:
+            times.append(max(size / rate, *times[-1:], 0.0))
+        return [math.log(size) for size, _ in self.points], [math.log(t) for t in times]
+
+
+class LinkSpeed(Config):
+    """A link: seconds until the first byte, and bytes per second."""
+
+    latency_s: Sourced
+    bytes_per_s: Sourced
+
+    def seconds(self, size: float, *, messages: float = 1) -> float:
+        """Return the time of ``size`` bytes in so many messages."""
+        return messages * self.latency_s.value + size / self.bytes_per_s.value
+
+
+class Products(Config):
+    """Rates of products of one dtype in FLOP/s, by the FLOPs of a call.
+
+    ``peak`` is what MFU is a share of: the data sheet's, or the highest rate that was measured.
+    """
+
+    peak: Sourced
+    dense: SizedRate
+    grouped: SizedRate
+    attention: SizedRate
+
+
+class ContendedPairs(Config):
+    """Slow-downs of pairs of work that a step overlaps."""
+
+    product_copy: SlowDown
+    copy_copy: SlowDown
+    disk_product: SlowDown
+    product_collective: SlowDown
+
+
+class Machine(Config):
+    """A cluster of equal nodes. Bytes and rates are those of one device, unless they say node.
+
+    ``memory`` is the rate of reading and writing device memory, by the bytes of a call. ``update``
+    is that of the optimizer on the host, over all bytes that it reads and writes.
+    """
+
+    name: Source
+    devices_per_node: Sourced
+    device_memory: Sourced
+    host_memory_per_node: Sourced
+    disk_per_node: Sourced
+    products: dict[str, Products]
+    memory: SizedRate
+    within_node: LinkSpeed
+    between_nodes: LinkSpeed
+    host_to_device: LinkSpeed
+    device_to_host: LinkSpeed
+    disk_read: LinkSpeed
+    disk_write: LinkSpeed
+    update: Sourced
+    contended: ContendedPairs
+    price_per_device_hour: Sourced | None = None
+
+    def products_of(self, dtype: str) -> Products:
+        """Return the rates of a dtype. Raises ConfigError if the machine has none."""
+        if dtype not in self.products:
+            known = ", ".join(sorted(self.products)) or "none"
+            raise ConfigError(
+                [
+                    f"machine {self.name}: products.{dtype} is missing (it has {known}): add "
+                    f"points of dense and grouped products in {dtype}; {CALIBRATE}"
+                ]
+            )
+        return self.products[dtype]
+
+    def link(self, *, ranks_span: int) -> LinkSpeed:
+        """Return the link of a group whose rank numbers span so many ranks."""
+        inside = ranks_span <= self.devices_per_node.value
+        return self.within_node if inside else self.between_nodes
+
+
+def read_machine(path: Path) -> Machine:
+    """Read a machine file, YAML or JSON. Raises ConfigError that names each missing number."""
+    try:
+        return Machine.from_dict(read_yaml(read_text(path, MACHINE_FILE)))
+    except ConfigError as error:
+        problems = [p if p.startswith(str(path)) else f"{path}: {p}" for p in error.problems]
+        missing = any("missing" in problem for problem in problems)
+        raise ConfigError([*problems, CALIBRATE] if missing else problems) from error
+
+
+def machine_names() -> tuple[str, ...]:
+    """Return the names of the machines that ship with the package."""
+    found = files("moesaic.planner").joinpath("machines").iterdir()
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in found if f.name.endswith(".yaml")))
+
+
+def find_machine(name: str) -> Machine:
+    """Return a shipped machine by name, or read a file. Raises ConfigError or UserError."""
+    if name in machine_names():
+        file = files("moesaic.planner").joinpath("machines", f"{name}.yaml")
+        return Machine.from_dict(read_yaml(file.read_text(encoding="utf-8")))
+    if Path(name).suffix in (".yaml", ".yml", ".json") or Path(name).exists():
+        return read_machine(Path(name))
+    raise UserError(
+        f'unknown machine "{name}"{did_you_mean(name, machine_names())}: expected one of '
+        f"{', '.join(machine_names())}, or a machine file that `moesaic calibrate` wrote"
+    )

@@ -1,0 +1,285 @@
+"""Plan report: the best plans of a request with bytes, time, cost, and why others are slower."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moesaic.core.config import Config
+from moesaic.core.errors import ConfigError, UserError
+from moesaic.core.units import show_seconds
+from moesaic.model.config import ModelConfig
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
+from moesaic.moe.config import MoE
+from moesaic.optim.optimizer import AdamW, Optimizer
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import BFloat16, Precision
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.machine import Machine
+from moesaic.planner.plan_model import (
+    Limits,
+    PlanForecast,
+    PlanModel,
+    PlanModelSettings,
+    dtype_name,
+    tier_names,
+)
+from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
+from moesaic.planner.search import Certificate, SearchResult, search
+from moesaic.planner.state_bytes import ShardedState
+from moesaic.planner.step_cost import StepCost, step_cost
+
+RESERVE = 0.05  # of device memory: the context of the driver, libraries, fragmentation
+
+
+class PlanRequest(Config):
+    """What is planned: a model, its optimizer, and the space of plans."""
+
+    name: str
+    model: ModelConfig
+    space: PlanSpace
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: Optimizer = AdamW()
+    precision: Precision = BFloat16()
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of matrix products, as in a machine file."""
+        return dtype_name(self.precision)
+
+    @property
+    def batch(self) -> BatchDims:
+        """The rows of one step over all ranks."""
+        return self.space.micro_batch(self.space.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """The best plans of a request, fastest first."""
+
+    request: PlanRequest
+    machine: Machine
+    limits: Limits
+    best: tuple[PlanForecast, ...]
+    certificate: Certificate
+
+    def rows(self, *, token_budget: float | None = None) -> list[dict[str, Any]]:
+        """Return each plan as JSON data; the first is the fastest."""
+        return [self._row(found, token_budget) for found in self.best]
+
+    def tokens_per_second(self, found: PlanForecast) -> float:
+        """Source and target tokens of all ranks per second."""
+        return self.request.batch.tokens / found.time.total
+
+    def mfu(self, found: PlanForecast) -> float:
+        """FLOPs that active parameters need, over what the devices could do in the time."""
+        flops = 3 * count_parameters(self.request.model).forward_flops(self.request.batch)
+        peak = self.machine.products_of(self.request.dtype).peak.value
+        return flops / found.time.total / (peak * self.request.space.ranks)
+
+    def _row(self, found: PlanForecast, token_budget: float | None) -> dict[str, Any]:
+        degrees, option, time = found.choice.degrees, found.choice.option, found.time
+        row: dict[str, Any] = {
+            "plan": {name: value for name, value in degrees._asdict().items() if name != "rows"},
+            "micro_batch_rows": degrees.rows,
+            "zero": option.zero,
+            "memory": tier_names(option.memory),
+            "checkpointing": type(option.checkpointing).__name__,
+            "combination": found.choice.parallel_config(self.request.parallel).acronym,
+            "bytes": _nested(found.held),
+            "seconds": {
+                "step": time.total,
+                "compute": dict(time.compute),
+                "communication": dict(time.communication),
+                "transfers": dict(time.transfers),
+                "update": time.update,
+                "bubble": time.bubble,
+                "hidden": time.hidden,
+            },
+            "tokens_per_second": self.tokens_per_second(found),
+            "mfu_active": self.mfu(found),
+            "streaming": self._streaming(found),
+        }
+        if token_budget is not None:
+            row["budget"] = self._budget(found, token_budget)
+        if found is not self.best[0]:
+            row["slower"] = why_slower(found, self.best[0])
+        return row
+
+    def _streaming(self, found: PlanForecast) -> dict[str, float] | None:
+        rule = streaming_rule(
+            self.request.model,
+            found.choice,
+            sizes=self.request.space.micro_batch(found.choice.degrees.rows),
+            machine=self.machine,
+            dtype=self.request.dtype,
+        )
+        return None if rule is None else {"tokens_per_expert": rule.tokens, "needed": rule.needed}
+
+    def _budget(self, found: PlanForecast, tokens: float) -> dict[str, float]:
+        hours = tokens / self.tokens_per_second(found) / 3600
+        cost = {"tokens": tokens, "hours": hours, "device_hours": hours * self.request.space.ranks}
+        price = self.machine.price_per_device_hour
+        return cost | ({"money": cost["device_hours"] * price.value} if price else {})
+
+
+@dataclass(frozen=True, slots=True)
+class StreamingRule:
+    """Whether weights can stream under the products of their layer: ``tokens`` M against M*.
+
+    M are the rows of a micro-batch that meet at one expert with even routing. Forward hides the
+    copy of an expert's weights where M >= M* = b F / (2 B): b bytes per weight, F FLOP/s of grouped
+    products, B bytes/s of the link from the host.
+    """
+
+    tokens: float
+    needed: float
+
+
+def streaming_rule(
+    model: ModelConfig, choice: CompletePlan, *, sizes: BatchDims, machine: Machine, dtype: str
+) -> StreamingRule | None:
+    """Return M and M* of a plan whose micro-batch has ``sizes``; None for a dense model."""
+    moe = model.moe
+    if not isinstance(moe, MoE):
+        return None
+    _, _, context, tensor, expert, slices, _, _ = choice.degrees
+    chosen = moe.select.experts_per_token(moe.num_router_outputs)
+    tokens = sizes.tokens / (context * tensor) * expert * slices * chosen / moe.experts
+    rate = max(rate for _, rate in machine.products_of(dtype).grouped.points)
+    weight = 2 if dtype == "bfloat16" else 4
+    return StreamingRule(tokens, weight * rate / (2 * machine.host_to_device.bytes_per_s.value))
+
+
+def find_plans(
+    request: PlanRequest,
+    *,
+    machine: Machine,
+    limits: Limits,
+    keep: int = 5,
+) -> PlanReport:
+    """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
+    inventory = ParameterInventory(request.model)
+    model = plan_model(request, inventory=inventory, machine=machine)
+    legal = _can_be_cut(request, inventory)
+    found = search(model, limits=limits, keep=keep, legal=legal)
+    if not found.best:
+        raise ConfigError([nothing_fits(request, found)])
+    return PlanReport(request, machine, limits, found.best, found.certificate)
+
+
+def plan_model(
+    request: PlanRequest,
+    *,
+    inventory: ParameterInventory,
+    machine: Machine,
+    reference: StepCost | None = None,
+) -> PlanModel:
+    """Return the model that forecasts a request's plans; one step is measured on fake tensors."""
+    settings = CostSettings(
+        model=request.model, optimizer=request.optimizer, sizes=request.space.micro_batch(1)
+    )
+    return PlanModel(
+        PlanModelSettings(
+            inventory=inventory,
+            reference=reference or step_cost(settings),
+            machine=machine,
+            state=ShardedState(inventory, optimizer=request.optimizer, each=request.precision),
+            precision=request.precision,
+            base=request.parallel,
+        ),
+        request.space,
+    )
+
+
+def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable[[Degrees], bool]:
+    """Return a check of whether the model's layers and stages can be cut by some degrees."""
+    option = Option(0, request.space.memory[0], request.space.checkpointing[0])
+
+    def legal(degrees: Degrees) -> bool:
+        plan = CompletePlan(degrees, option).plan
+        try:
+            request.parallel.replace(plan=plan).pipeline_stages(request.model)
+            stage = request.parallel.replace(plan=plan.replace(pipe=1))
+            inventory.on_rank(stage, world=plan.stage_size)
+        except UserError:
+            return False
+        return True
+
+    return legal
+
+
+def machine_limits(
+    machine: Machine,
+    *,
+    ranks: int,
+    memory: float | None = None,
+    host: float | None = None,
+    disk: float | None = None,
+) -> Limits:
+    """Return the bytes that one rank may hold in each tier: its device's, its share of its node's.
+
+    ``memory`` replaces the machine's device memory, ``host`` and ``disk`` those of a node.
+    """
+    per_node = min(ranks, int(machine.devices_per_node.value))
+    device = machine.device_memory.value if memory is None else memory
+    node = machine.host_memory_per_node.value if host is None else host
+    files = machine.disk_per_node.value if disk is None else disk
+    return Limits({DEVICE: (1 - RESERVE) * device, HOST: node / per_node, DISK: files / per_node})
+
+
+def nothing_fits(request: PlanRequest, found: SearchResult) -> str:
+    """Return the sentence of a budget that no plan meets: the nearest plan and what it lacks."""
+    ranks, plans = request.space.ranks, found.certificate.plans
+    if found.nearest is None:
+        batch = request.batch
+        return (
+            f"{request.name}: no plan of {ranks} ranks can be built for {batch.rows} rows of "
+            f"{batch.source} + {batch.target} tokens: rows must divide over the data ranks, tokens "
+            "over context x tensor, experts over expert ranks; choose another --batch or --gpus"
+        )
+    return (
+        f"{request.name}: none of {plans:,} plans of {ranks} ranks fits. The nearest is "
+        f"{plan_words(found.nearest.choice)}: {found.nearest}. Give it more --memory, --host or "
+        "--gpus, or a smaller --batch"
+    )
+
+
+def plan_words(choice: CompletePlan) -> str:
+    """Return a plan in words: its degrees above 1, ZeRO, tiers, checkpointing, micro-batch."""
+    degrees, option = choice.degrees, choice.option
+    words = [f"{n} {v}" for n, v in zip(degrees._fields[:6], degrees[:6], strict=True) if v > 1]
+    words += [f"zero {option.zero}"] if option.zero else []
+    words += [
+        f"{name.replace('_', ' ')} on {tier.removesuffix('Memory').removesuffix('Storage').lower()}"
+        for name, tier in tier_names(option.memory).items()
+        if tier != DEVICE
+    ]
+    words += ["checkpointing"] if option.recomputes else []
+    return ", ".join([*words, f"{degrees.micro_batches} micro-batches of {degrees.rows}"])
+
+
+def why_slower(found: PlanForecast, best: PlanForecast) -> str:
+    """Return what costs a plan its time beside the best one: the largest difference."""
+    mine, others = _parts(found), _parts(best)
+    more = {name: mine.get(name, 0.0) - others.get(name, 0.0) for name in mine | others}
+    name = max(more, key=lambda key: more[key])
+    ratio = found.time.total / best.time.total - 1
+    if more[name] <= 0:
+        return "equally fast"
+    return f"{ratio:.1%} slower: {show_seconds(more[name])} more of {name}"
+
+
+def _parts(found: PlanForecast) -> dict[str, float]:
+    time = found.time
+    named = (time.compute, time.communication, time.transfers)
+    parts = {name: seconds for part in named for name, seconds in part.items()}
+    return parts | {"update": time.update, "bubble": time.bubble}
+
+
+def _nested(held: Mapping[tuple[str, Purpose], int]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for (tier, purpose), size in held.items():
+        found.setdefault(tier, {})[str(purpose)] = size
+    return found

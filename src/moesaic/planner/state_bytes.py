@@ -1,0 +1,206 @@
+"""Sharded state: bytes of weights, gradients and optimizer states under many plans, and their sums.
+
+Parameters with the same placement, kind and unit of gathering are counted once with their number,
+so a plan takes microseconds. The numbers are those of ``parallel/parameter_inventory.py``.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
+from moesaic.optim.optimizer import Optimizer
+from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.precision import Precision
+from moesaic.parallel.sharding_plan import Placement, local_spans, zero_dim
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterClass:
+    """``copies`` equal parameters of a model in units of gathering of one ``unit`` shape.
+
+    ``state_per_value`` are the bytes of optimizer state of a value.
+    """
+
+    placement: Placement
+    in_block: bool
+    copies: int
+    state_per_value: float
+
+
+class PlanKey(NamedTuple):
+    """A plan of one pipeline stage, as a key of caches."""
+
+    data: int
+    context: int
+    tensor: int
+    expert: int
+    expert_tensor: int
+    zero: Literal[0, 1, 2, 3]
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """The plan."""
+        return ParallelPlan(**self._asdict())
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes of rank 0: its shards, and what ZeRO gathers beside them at the peak.
+
+    ``synced`` are the bytes that it sends in a step by (kind, axis): (once, per micro-batch).
+    """
+
+    values: int
+    weights: int
+    gradients: int
+    states: int
+    gathered: int
+    synced: tuple[tuple[str, str, float, float], ...]
+
+
+class ShardedState:
+    """The parameters of a model by class."""
+
+    def __init__(
+        self, inventory: ParameterInventory, *, optimizer: Optimizer, each: Precision
+    ) -> None:
+        self._each = each
+        narrow = each.parameter_dtype != torch.float32
+        master = each.master_weights.bytes_per_value if narrow else 0
+        counted = Counter((p.placement, p.kind, bool(p.fsdp_unit)) for p in inventory.parameters)
+        self.classes = tuple(
+            ParameterClass(placement, in_block, copies, _state(placement, kind, optimizer) + master)
+            for (placement, kind, in_block), copies in counted.items()
+        )
+        self._units = _unit_shapes(inventory)
+        self.of_plan = lru_cache(maxsize=100_000)(self._of_plan)  # of a ``PlanKey``
+
+    @property
+    def values(self) -> int:
+        """The parameters of the whole model."""
+        return sum(math.prod(c.placement.shape) * c.copies for c in self.classes)
+
+    def _of_plan(self, key: PlanKey) -> StateBytes:
+        """Return the bytes of a plan."""
+        plan = key.plan
+        sums = Counter[str]()
+        synced: Counter[tuple[str, str, bool]] = Counter()
+        for each in self.classes:
+            shard = _shard(each.placement, key)
+            sums["values"] += each.copies * shard.values
+            sums["states"] += round(each.copies * shard.values * each.state_per_value)
+            for kind, axis, size, often in _sync(shard, plan=plan, in_block=each.in_block):
+                itemsize = (
+                    self._each.parameter_dtype.itemsize
+                    if kind == "all-gather"
+                    else self._each.reduce_dtype.itemsize
+                )
+                synced[kind, axis, often] += each.copies * round(size * itemsize)
+        return StateBytes(
+            values=sums["values"],
+            weights=sums["values"] * self._each.parameter_dtype.itemsize,
+            gradients=sums["values"] * self._each.gradient_dtype.itemsize,
+            states=sums["states"],
+            gathered=self._gathered(key),
+            synced=tuple(
+                (kind, axis, 0.0 if often else size, size if often else 0.0)
+                for (kind, axis, often), size in synced.items()
+            ),
+        )
+
+    def _gathered(self, plan: PlanKey) -> int:
+        """Unsharded weights and gradients beside the shards: of all, or two units, and the root."""
+        if not plan.zero:
+            return 0
+        sizes = {
+            shape: sum(n * _shard(p, plan).gathered_beside for p, n in shape)
+            for shape in self._units
+        }
+        every = sum(n * sizes[shape] for shape, n in self._units.items())
+        root = sizes.get(self._root, 0)
+        blocks = [s for shape, s in sizes.items() if shape != self._root]
+        two = 2 * max(blocks, default=0)
+        weights = root + (two if plan.zero == 3 else every - root)
+        gradients = root + (every - root if plan.zero == 1 else two)
+        return (
+            weights * self._each.parameter_dtype.itemsize
+            + gradients * self._each.gradient_dtype.itemsize
+        )
+
+    @property
+    def _root(self) -> tuple[tuple[Placement, int], ...]:
+        return next(iter(self._units))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A rank's shard of a parameter: its values, those before ZeRO, and over which axes it sums."""
+
+    values: int
+    before_zero: int
+    zero_ranks: int
+    zero_axes: tuple[str, ...]
+    sum_ranks: int
+    sum_axes: tuple[str, ...]
+
+    @property
+    def gathered_beside(self) -> int:
+        return self.before_zero if self.zero_ranks > 1 else 0
+
+
+@lru_cache(maxsize=200_000)
+def _shard(placement: Placement, key: PlanKey) -> _Shard:
+    plan = key.plan
+    grid = RankGrid(plan.axes(num_experts=placement.num_experts))
+    spans = local_spans(placement, grid=grid, coordinates=dict.fromkeys(grid.axes, 0))
+    shape = tuple(sum(length for _, length in dim) for dim in spans)
+    before, axes = math.prod(shape), placement.replicated_axes
+    zero_axes = tuple(a for a in placement.zero_axes if plan.zero and grid.axes[a] > 1)
+    zero_ranks = grid.size(zero_axes)
+    values = before
+    if zero_ranks > 1:
+        dim = zero_dim(shape, ranks=zero_ranks)
+        values = before // shape[dim] * -(-shape[dim] // zero_ranks)
+    sum_axes = tuple(a for a in axes if a not in zero_axes and grid.axes[a] > 1)
+    return _Shard(values, before, zero_ranks, zero_axes, grid.size(sum_axes), sum_axes)
+
+
+def _sync(
+    shard: _Shard, *, plan: ParallelPlan, in_block: bool
+) -> Iterable[tuple[str, str, float, bool]]:
+    """Yield (kind, axis, values sent, whether in each micro-batch) of one parameter."""
+    if shard.zero_ranks > 1:
+        axis, sent = "+".join(shard.zero_axes), shard.values * (shard.zero_ranks - 1)
+        yield "all-gather", axis, sent * (2 if plan.zero == 3 and in_block else 1), True
+        yield "reduce-scatter", axis, sent, plan.zero != 1
+    if shard.sum_ranks > 1:
+        sent = 2 * shard.values * (shard.sum_ranks - 1) / shard.sum_ranks
+        yield "all-reduce", "+".join(shard.sum_axes), sent, False
+
+
+def _state(placement: Placement, kind: str, optimizer: Optimizer) -> float:
+    """Return the bytes of optimizer state of a value of a parameter."""
+    parameter = nn.Parameter(torch.empty(placement.shape, device="meta"))
+    rule = optimizer.param_group(parameter, kind=kind)["rule"]
+    state = sum(s.numel() * s.element_size() for s in rule.initial_state(parameter).values())
+    return state / max(1, parameter.numel())
+
+
+def _unit_shapes(
+    inventory: ParameterInventory,
+) -> dict[tuple[tuple[Placement, int], ...], int]:
+    """Return the distinct units of gathering, each as (placement, number), with their number.
+
+    The first is the root: parameters outside of blocks.
+    """
+    units: dict[str, Counter[Placement]] = {"": Counter()}
+    for parameter in inventory.parameters:
+        units.setdefault(parameter.fsdp_unit, Counter())[parameter.placement] += 1
+    return dict(Counter(tuple(found.items()) for found in units.values()))

@@ -1,0 +1,213 @@
+"""Step time: the seconds of a training step on a machine, from what the step costs.
+
+Compute, communication and copies that overlap take ``together``: the longer one, and of the shorter
+one the share that the contended pair loses. Gradient sums overlap the backward pass and gathered
+weights the pass that needs them; exchanges between layers (tensor, context, expert) do not. Links
+between nodes are those of ranks numbered node by node.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from moesaic.distributed.parallel_plan import DENSE_AXES, ParallelPlan
+from moesaic.parallel.communication_volume import CommunicationVolume
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, OperationCost, Phase
+from moesaic.planner.machine import LinkSpeed, Machine, SizedRate
+from moesaic.planner.operation_recorder import OperationKind
+from moesaic.planner.step_cost import StepCost
+
+SYNC_AXES = ("data", "expert_data", "stage")  # sums of gradients and gathered weights
+SYNC_KINDS = ("all-reduce", "reduce-scatter", "all-gather")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step by what the rank waits for; ``hidden`` is what compute covers.
+
+    ``compute`` is by kind of operation, ``communication`` by collective and axis, ``transfers`` by
+    source and target tier. ``bubble`` is the wait of a pipeline's rank for others.
+    """
+
+    compute: Mapping[str, float] = field(default_factory=dict)
+    communication: Mapping[str, float] = field(default_factory=dict)
+    transfers: Mapping[str, float] = field(default_factory=dict)
+    update: float = 0.0
+    bubble: float = 0.0
+    hidden: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        parts = (self.compute, self.communication, self.transfers)
+        return sum(sum(part.values()) for part in parts) + self.update + self.bubble
+
+
+def together(first: float, second: float, *, slow_down: float) -> float:
+    """Return the time of two pieces of work at once: ``slow_down`` times that of equal pieces."""
+    return max(first, second) + (slow_down - 1) * min(first, second)
+
+
+def step_time(
+    cost: StepCost, *, machine: Machine, plan: ParallelPlan, dtype: str = "float32"
+) -> StepTime:
+    """Return the time of a step on a machine. ``plan`` has its ``data`` degree.
+
+    Raises ConfigError if the machine has no rates of ``dtype``.
+    """
+    compute = compute_seconds(cost.operations, machine=machine, dtype=dtype)
+    update = compute.pop("update", 0.0)
+    if any(held.tier != DEVICE and held.purpose == "states" and held.bytes for held in cost.held):
+        update = _host_update_seconds(cost.operations, machine=machine)
+    lines = {line: collective_seconds(line, machine=machine, plan=plan) for line in cost.sent}
+    exposed = {f"{x.kind} {x.axis}": s for x, s in lines.items() if not _is_sync(x)}
+    under = sum(s for line, s in lines.items() if _is_sync(line))
+    copies = _transfer_seconds(cost.moved, machine=machine)
+    return overlapped(
+        StepTime(compute, exposed, copies, update=update),
+        sync=under,
+        machine=machine,
+        bubble=cost.bubble,
+    )
+
+
+def overlapped(serial: StepTime, *, sync: float, machine: Machine, bubble: float) -> StepTime:
+    """Return a step whose gradient sums and transfers overlap its compute, with its bubble.
+
+    ``serial`` has each part alone, ``sync`` seconds of gradient sums; ``bubble`` is a share.
+    """
+    pairs = machine.contended
+    compute = sum(serial.compute.values())
+    busy = together(compute, sync, slow_down=pairs.product_collective.value)
+    communication = dict(serial.communication)
+    if sync:
+        communication["gradients and gathered weights"] = busy - compute
+    copied, waits = 0.0, dict[str, float]()
+    for way, seconds in serial.transfers.items():
+        from_disk = DISK in way
+        pair = pairs.disk_product if from_disk else pairs.product_copy
+        waits[way] = together(busy, seconds, slow_down=pair.value) - busy
+        copied += seconds - waits[way]
+    whole = compute + sum(communication.values()) + sum(waits.values()) + serial.update
+    return StepTime(
+        serial.compute,
+        communication,
+        waits,
+        update=serial.update,
+        bubble=whole * bubble / (1 - bubble),
+        hidden=max(0.0, compute + sync - busy) + copied,
+    )
+
+
+def compute_seconds(
+    operations: Iterable[OperationCost], *, machine: Machine, dtype: str
+) -> dict[str, float]:
+    """Return the seconds of forward and backward by kind of operation, and those of the update."""
+    found: dict[str, float] = {}
+    rates = operation_rates(machine, dtype=dtype)
+    for each in operations:
+        name = "update" if each.phase is Phase.UPDATE else each.kind.value
+        rate = rates[each.kind]
+        size = each.bytes_read + each.bytes_written if rate is machine.memory else each.flops
+        found[name] = found.get(name, 0.0) + each.count * rate.seconds(size)
+    return found
+
+
+def operation_rates(machine: Machine, *, dtype: str) -> dict[OperationKind, SizedRate]:
+    """Return the curve that times each kind of operation."""
+    products = machine.products_of(dtype)
+    return {
+        OperationKind.DENSE_PRODUCT: products.dense,
+        OperationKind.GROUPED_PRODUCT: products.grouped,
+        OperationKind.ATTENTION: products.attention,
+        OperationKind.MEMORY: machine.memory,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """``ranks`` of a group of which ``local`` are on one node."""
+
+    ranks: int
+    local: int
+
+
+def group_shape(plan: ParallelPlan, axis: str, *, devices_per_node: int) -> GroupShape:
+    """Return the shape of the group of ranks along ``axis`` ("data+context", "stage", "expert").
+
+    An axis varies every ``stride`` ranks; of its ranks, ``devices_per_node / stride`` share a node.
+    """
+    names = DENSE_AXES[1:] if axis == "stage" else tuple(axis.split("+"))
+    grid = plan.axes() if set(names) <= set(DENSE_AXES) else expert_axes(plan)
+    ranks, local, stride = 1, 1, 1
+    for name, size in reversed(grid.items()):
+        if name in names:
+            ranks *= size
+            local *= max(1, min(size, devices_per_node // stride))
+        stride *= size
+    return GroupShape(ranks, local)
+
+
+def expert_axes(plan: ParallelPlan) -> dict[str, int]:
+    """Return the axes of a layer whose experts are sharded over ``plan.expert`` ranks."""
+    return plan.axes(num_experts=plan.expert)
+
+
+def collective_seconds(line: CommunicationVolume, *, machine: Machine, plan: ParallelPlan) -> float:
+    """Return the time of a step's collectives of one kind over one axis."""
+    shape = group_shape(plan, line.axis, devices_per_node=int(machine.devices_per_node.value))
+    return sent_seconds(line.bytes, kind=line.kind, shape=shape, machine=machine)
+
+
+def sent_seconds(
+    size: float, *, kind: str, shape: GroupShape, machine: Machine, messages: float = 1
+) -> float:
+    """Return the time in which each rank of a group sends ``size`` bytes in so many collectives.
+
+    Across nodes, an all-to-all sends the share of the other nodes' ranks over the slow link. Other
+    collectives run in rings through the nodes: each of a node's ``local`` ranks carries its share
+    of what crosses. The links within a node carry all bytes at the same time.
+    """
+    inside, across = machine.within_node, machine.between_nodes
+    if shape.ranks <= 1 or not size:
+        return 0.0
+    if shape.local >= shape.ranks:
+        return inside.seconds(size, messages=messages)
+    if kind == "all-to-all":
+        crossing = size * (shape.ranks - shape.local) / (shape.ranks - 1)
+    else:
+        crossing = size / shape.local
+    return max(
+        inside.seconds(size, messages=messages) if shape.local > 1 else 0.0,
+        across.seconds(crossing, messages=messages),
+    )
+
+
+def transfer_link(machine: Machine, source: str, target: str) -> LinkSpeed:
+    """Return the link between two tiers; to and from disk it is that of the disk."""
+    if source == DISK:
+        return machine.disk_read
+    if target == DISK:
+        return machine.disk_write
+    return machine.host_to_device if source == HOST else machine.device_to_host
+
+
+def _is_sync(line: CommunicationVolume) -> bool:
+    return line.kind in SYNC_KINDS and line.axis.split("+")[0] in SYNC_AXES
+
+
+def _transfer_seconds(moved: Iterable[MovedBytes], *, machine: Machine) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for each in moved:
+        way = f"{each.source} to {each.target}"
+        seconds = transfer_link(machine, each.source, each.target).seconds(each.bytes)
+        found[way] = found.get(way, 0.0) + seconds
+    return found
+
+
+def _host_update_seconds(operations: Iterable[OperationCost], *, machine: Machine) -> float:
+    size = sum(
+        (each.bytes_read + each.bytes_written) * each.count
+        for each in operations
+        if each.phase is Phase.UPDATE
+    )
+    return size / machine.update.value

@@ -1,0 +1,82 @@
+import pytest
+from plan_cases import hand_made_step
+
+from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
+from moesaic.parallel.communication_volume import CommunicationVolume
+from moesaic.planner.machine import find_machine
+from moesaic.planner.step_cost import DEVICE, DISK, HOST, MovedBytes, Purpose, StepCost
+from moesaic.planner.step_time import group_shape, sent_seconds, step_time, together
+
+H100 = find_machine("h100")
+PLAN = ParallelPlan(data=4, tensor=2, expert=4).resolve(8)
+
+
+def _step(
+    sent: tuple[CommunicationVolume, ...] = (),
+    moved: tuple[MovedBytes, ...] = (),
+    bubble: float = 0,
+) -> StepCost:
+    made = hand_made_step()
+    return StepCost(0, made.held, {}, made.operations, sent, moved, bubble=bubble)
+
+
+@pytest.mark.parametrize("axis", ["data", "tensor", "data+context", "stage", "expert", "pipe"])
+@pytest.mark.parametrize("node", [1, 4, 8])
+def test_the_ranks_of_a_group_on_one_node_are_those_of_its_rank_numbers(axis: str, node: int):
+    plan = ParallelPlan(pipe=2, data=4, context=2, tensor=2, expert=8, expert_tensor=2).resolve(32)
+    names = {"stage": ("data", "context", "tensor")}.get(axis, tuple(axis.split("+")))
+    axes = plan.axes() if axis != "expert" else plan.axes(num_experts=8)
+    group = RankGrid(axes).group(0, names)
+    found = group_shape(plan, axis, devices_per_node=node)
+    assert found.ranks == len(group)
+    assert found.local == sum(rank < node for rank in group)
+
+
+def test_equal_pieces_take_the_slow_down_of_their_pair_and_a_short_one_a_share_of_it():
+    assert together(2.0, 2.0, slow_down=1.5) == 3.0
+    assert together(2.0, 0.0, slow_down=1.5) == 2.0
+    assert together(2.0, 1.0, slow_down=1.0) == 2.0
+
+
+def test_gradient_sums_hide_under_compute_and_exchanges_between_layers_do_not():
+    alone = step_time(_step(), machine=H100, plan=PLAN)
+    size = int(0.5 * alone.total * H100.within_node.bytes_per_s.value)
+    hidden, waited = (
+        step_time(_step((CommunicationVolume(kind, axis, size),)), machine=H100, plan=PLAN)
+        for kind, axis in (("reduce-scatter", "data"), ("all-to-all", "expert"))
+    )
+    assert alone.total < hidden.total < 1.2 * alone.total
+    assert waited.total > 1.45 * alone.total
+
+
+def test_copies_between_tiers_are_waited_for_where_compute_does_not_cover_them():
+    alone = step_time(_step(), machine=H100, plan=PLAN)
+    few, many = (int(n * alone.total * H100.host_to_device.bytes_per_s.value) for n in (0.5, 10))
+    covered, bound = (
+        step_time(
+            _step(moved=(MovedBytes(HOST, DEVICE, Purpose.WEIGHTS, size),)), machine=H100, plan=PLAN
+        )
+        for size in (few, many)
+    )
+    assert covered.total < 1.1 * alone.total
+    assert bound.total == pytest.approx(10 * alone.total, rel=0.1)
+    disk = (MovedBytes(DISK, HOST, Purpose.STATES, many),)
+    assert step_time(_step(moved=disk), machine=H100, plan=PLAN).total > bound.total
+
+
+def test_a_bubble_is_its_share_of_the_whole_step():
+    alone = step_time(_step(), machine=H100, plan=PLAN)
+    piped = step_time(_step(bubble=0.25), machine=H100, plan=PLAN)
+    assert piped.total == pytest.approx(alone.total / 0.75)
+
+
+def test_a_group_across_nodes_sends_over_the_slow_link():
+    inside = group_shape(PLAN, "expert", devices_per_node=8)
+    across = group_shape(PLAN, "expert", devices_per_node=2)
+    fast, slow = (
+        sent_seconds(1e9, kind="all-to-all", shape=shape, machine=H100)
+        for shape in (inside, across)
+    )
+    rate = H100.between_nodes.bytes_per_s.value
+    assert slow == pytest.approx(1e9 * (4 - across.local) / 3 / rate, rel=0.01)
+    assert fast < slow
