@@ -154,7 +154,7 @@ def _run(case: CostSettings, *, rank: int) -> MeasuredPeak:
     gc.collect()
     before, meter = _rss_anon(), AllocationMeter()
     with meter, meter.ledger.watch_resizes(), _RssGauge() as gauge:
-        model = Transformer(model_config)
+        model = Transformer.without_values(model_config)
         mesh = Mesh(
             case.parallel.plan.resolve(case.world),
             rank=rank,

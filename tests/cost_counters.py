@@ -115,7 +115,7 @@ class CountingStore:
     """A rendezvous store in memory, for ranks in one process; counts messages and their bytes."""
 
     def __init__(self) -> None:
-        self._store = distributed.HashStore()
+        self._store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         self.messages = self.bytes = 0
 
     def _count(self, content: Any = b"") -> None:

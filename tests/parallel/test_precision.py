@@ -1,5 +1,7 @@
 """bfloat16 parameters: what a rank holds and saves, what resumes, and what every plan agrees on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from moesaic.parallel.memory_estimate import estimate_memory
@@ -7,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from head_cases import HEADS, head_batch
 from model.samples import VARIANTS, batch_for
+from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint, load_checkpoint
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.parameter_flop_count import BatchDims
@@ -24,7 +27,10 @@ from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, BFloat16Autocast, Float32, Precision
-from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, tiny_model_config, tiny_run, tiny_trainer
+from moesaic.train.loop import training_loop
+from moesaic.train.trainer import Trainer
+from moesaic.train.training_hooks import CheckpointHook
 
 
 def _model(precision: Precision, config=None) -> ParallelModel:
@@ -135,3 +141,29 @@ def test_gradients_add_up_in_the_stated_dtype():
         sums[gradients] = float(weight.grad[0])
     assert sums["float32"] == 1 + 8 * added
     assert sums["bfloat16"] == 1  # each sum was rounded back
+
+
+def _trained(precision: Precision, folder: Path, *, until: int, resume: Path | None) -> Trainer:
+    trainer = tiny_trainer(tiny_run(steps=6, precision=precision))
+    if resume is not None:
+        trainer.load_checkpoint(resume)
+    training_loop(trainer, hooks=[CheckpointHook(folder, flush=lambda: None)], until=until)
+    return trainer
+
+
+@pytest.mark.parametrize("master", MASTERS, ids=repr)
+def test_a_run_in_bfloat16_resumes_bit_for_bit_and_in_any_precision(master, tmp_path):
+    precision = BFloat16(master=master)
+    whole = _trained(precision, tmp_path / "whole", until=6, resume=None)
+    _trained(precision, tmp_path / "half", until=3, resume=None)
+    saved = find_latest_checkpoint(tmp_path / "half").path
+    again = _trained(precision, tmp_path / "again", until=6, resume=saved)
+    assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+    weights = load_checkpoint(saved).files["model"]
+    for other in (Float32(), BFloat16(master=StochasticRounding()), BFloat16()):
+        resumed = tiny_trainer(tiny_run(steps=6, precision=other))
+        resumed.load_checkpoint(saved)
+        for name, parameter in resumed.model.named_parameters():
+            held = resumed.optimizer.state[parameter].get("master", parameter)
+            assert torch.equal(held, weights[name].to(held.dtype)), name
+            assert torch.equal(parameter, weights[name].to(parameter.dtype)), name

@@ -62,14 +62,19 @@ class SentCall:
 class CommunicationCounter(TorchDispatchMode):
     """Dispatch mode that counts what this rank sends while it is entered.
 
-    ``axes`` names groups; other groups have their description as name (a DeviceMesh's axis name).
+    ``axes`` names groups, and all with the same ranks (those of gradient sums); other groups have
+    their description as name (a DeviceMesh's axis name).
     Counts remain after exit, and entering again adds to them.
     """
 
     def __init__(self, *, axes: Mapping[str, Group] | None = None) -> None:
         super().__init__()
         named = (axes or {}).items()
-        self._names = {group.group_name: name for name, group in named if group is not None}
+        self._names = {
+            tuple(distributed.get_process_group_ranks(group)): name
+            for name, group in named
+            if group is not None
+        }
         self._bytes: Counter[tuple[str, str, str, int]] = Counter()
         self._calls: Counter[SentCall] = Counter()
 
@@ -129,9 +134,9 @@ class CommunicationCounter(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         call = dict(zip(names, args, strict=False)) | kwargs
         group = _call_group(call)
-        axis = self._names.get(group.group_name) or _axis_name(group)
         ranks = distributed.get_process_group_ranks(group)
         given, sent = _input_of(call), 0
+        axis = self._names.get(tuple(ranks)) or _axis_name(group)
         for place, size in BLOCKS_SENT[kind](call, group):
             if place != group.rank():
                 sent += size

@@ -120,7 +120,9 @@ def _shared_chunks(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
 
 
 def _creates_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation without tensor arguments creates floating-point tensors."""
+    """Whether an operation without tensor arguments allocates floating-point tensors."""
+    if torch.device(kwargs.get("device") or "cpu").type == "meta":
+        return False
     if func._opname == "full" and kwargs.get("dtype") is None:
         return isinstance(args[1], float)
     dtype = kwargs.get("dtype") or torch.get_default_dtype()

@@ -17,6 +17,7 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.nn.attention_backend import AttentionBackend, LocalAttention, QueryKeyValue
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.attention_parts import NoWindow, Window
 from moesaic.nn.attention_scores import AttentionScores
 from moesaic.nn.decode_state import DecodeState, KVState

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moesaic.core.errors import UserError
+from moesaic.distributed.mesh import STAGE_AXES
 from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.config import MoE

@@ -32,6 +32,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.precision import Precision
+from moesaic.parallel.weight_start import allocate_shards
 from moesaic.planner.block_chain import STACKS, BlockChain, Place
 from moesaic.planner.cost_entries import Phase
 from moesaic.planner.dry_run import dummy_batch, mesh_groups, with_round_robin_routing
@@ -84,7 +85,7 @@ class MeasuredPart:
             simulation.ledger.watch_resizes(),
         ):
             config = with_round_robin_routing(self.config, busiest_share=self.busiest_share)
-            model = Transformer(config, layers=self.chain.run)
+            model = Transformer.without_values(config, layers=self.chain.run)
             mesh = Mesh(
                 plan,
                 rank=0,
@@ -95,6 +96,7 @@ class MeasuredPart:
                 parallel_model = parallelize_on_mesh(
                     model, parallel=parallel, mesh=mesh, precision=self.precision
                 )
+                allocate_shards(parallel_model)
             self._apply_checkpointing(model)
             simulation.counter = CommunicationCounter(axes=mesh_groups(mesh))
             recording = _Recording(simulation.ledger, recorder, simulation.counter)

@@ -24,7 +24,7 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
             trainer.run.precision.parameter_dtype,
             trainer.parallel_model.sharding_plan,
         )
-        weights |= {name: weights[name].to(dtype) for name in parameters}
+        weights = {**weights, **{name: weights[name].to(dtype) for name in parameters}}
     run = trainer.run
     metadata = weights_metadata(run_dir, model=run.model.to_dict())
     write_tensors(run_dir.model, tensors=weights, metadata=metadata)
