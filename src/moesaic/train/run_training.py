@@ -32,6 +32,7 @@ from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.distributed.initialize import init_distributed
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
+from moesaic.memory.disk_store import DiskFullError
 from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
@@ -108,9 +109,9 @@ def train(
                 tokens = trainer.metrics.total_tokens(world)
                 mark_phase("export")
                 run_on_rank0(world, lambda: export_model(trainer, run_dir=run_dir, tokens=tokens))
-            except NonFiniteError as error:
+            except (NonFiniteError, DiskFullError) as error:
                 saved = f"The last good state is saved. {_resume_hint(run_dir)}"
-                raise NonFiniteError(f"{error}. {saved}") from None
+                raise type(error)(f"{error}. {saved}") from None
             finally:
                 trainer.data.close()
                 log.close()
