@@ -52,6 +52,7 @@ from moesaic.train.resume import (
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
+from moesaic.train.timeline_hook import TimelineHook
 from moesaic.train.trainer import NonFiniteError, Trainer
 from moesaic.train.training_data import BatchLoader, Preparation, PreparedData
 from moesaic.train.training_hooks import (
@@ -239,6 +240,7 @@ def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
         RoutingTraceHook(run_dir.routes),
         RoutingProbeHook(run_dir.routing_snapshots),
         StragglerHook(),
+        TimelineHook(run_dir),
     ]
 
 
