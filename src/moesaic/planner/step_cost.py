@@ -23,7 +23,7 @@ from moesaic.parallel.communication_volume import (
 )
 from moesaic.parallel.gradient_sums import IN_FLIGHT
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
-from moesaic.planner.block_chain import BlockChain, Place
+from moesaic.planner.block_chain import BlockChain, SpanPlace
 from moesaic.planner.cost_entries import (
     DEVICE,
     DISK,
@@ -41,11 +41,10 @@ from moesaic.planner.measured_step import (
     Span,
     smallest_plan,
 )
-from moesaic.planner.memory_tiers import moved_bytes, resident_weights, tier_name
 from moesaic.planner.operation_recorder import Operation, OperationKind
 from moesaic.planner.pipeline_cost import PipelineCost
 from moesaic.planner.step_memory import (
-    StateBytes,
+    RankState,
     bucket_copies,
     gathered_bytes,
     gradient_corrections,
@@ -55,6 +54,7 @@ from moesaic.planner.step_memory import (
     state_bytes,
     with_offloaded_activations,
 )
+from moesaic.planner.tier_cost import moved_bytes, resident_weights, tier_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class _Composition:
         )
 
     @cached_property
-    def _state(self) -> StateBytes:
+    def _state(self) -> RankState:
         return state_bytes(self.parameters, self.settings)
 
     @cached_property
@@ -216,7 +216,7 @@ class _Composition:
 
     def _spans(self, step: MeasuredStep, *, micro_batch: int) -> list[tuple[Span, ...]]:
         """Return the spans of a micro-batch on each stage of the rank."""
-        more: Mapping[Place, int] = {}
+        more: Mapping[SpanPlace, int] = {}
         ends = (
             micro_batch in (0, len(step.micro_batches) - 1)
             if self.part.parallel.plan.zero
