@@ -133,7 +133,7 @@ def attention(watch: Stopwatch, *, tokens: int, dtype: torch.dtype) -> Measureme
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(out, (q, k, v), grad)
 
-    flops = 4.0 * 4 * 4 * tokens * tokens * 32  # as they are counted: without the causal half
+    flops = 2.0 * 4 * 4 * tokens * tokens * 32  # as they are counted: the causal half
     found = watch.measure(f"attention {tokens}", call, size=flops)
     return Measurement(found.what, flops, tuple(s / 3.5 for s in found.seconds))
 

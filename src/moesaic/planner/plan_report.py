@@ -1,21 +1,25 @@
 """Plan report: the best plans of a request with bytes, time, cost, and why others are slower."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, UserError
 from moesaic.core.units import show_seconds
+from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE
 from moesaic.optim.optimizer import AdamW, Optimizer
+from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, Precision
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
 from moesaic.planner.machine import Machine
 from moesaic.planner.plan_model import (
+    EXCHANGES,
     Limits,
     PlanForecast,
     PlanModel,
@@ -26,15 +30,7 @@ from moesaic.planner.plan_model import (
 from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
 from moesaic.planner.search import Certificate, SearchResult, search
 from moesaic.planner.state_bytes import ShardedState
-from moesaic.planner.step_cost import (
-    DEVICE,
-    DISK,
-    HOST,
-    CostSettings,
-    Purpose,
-    StepCost,
-    step_cost,
-)
+from moesaic.planner.step_cost import CostSettings, step_cost
 
 RESERVE = 0.05  # of device memory: the context of the driver, libraries, fragmentation
 
@@ -176,20 +172,20 @@ def find_plans(
 
 
 def plan_model(
-    request: PlanRequest,
-    *,
-    inventory: ParameterInventory,
-    machine: Machine,
-    reference: StepCost | None = None,
+    request: PlanRequest, *, inventory: ParameterInventory, machine: Machine
 ) -> PlanModel:
-    """Return the model that forecasts a request's plans; one step is measured on fake tensors."""
+    """Return the model that forecasts a request's plans, from steps measured on fake tensors."""
     settings = CostSettings(
-        model=request.model, optimizer=request.optimizer, sizes=request.space.micro_batch(1)
+        model=request.model,
+        optimizer=request.optimizer,
+        precision=request.precision,
+        sizes=request.space.micro_batch(1),
     )
     return PlanModel(
         PlanModelSettings(
             inventory=inventory,
-            reference=reference or step_cost(settings),
+            reference=step_cost(settings),
+            exchanges=_measure_exchanges(request, settings),
             machine=machine,
             state=ShardedState(inventory, optimizer=request.optimizer, each=request.precision),
             precision=request.precision,
@@ -197,6 +193,29 @@ def plan_model(
         ),
         request.space,
     )
+
+
+def _measure_exchanges(
+    request: PlanRequest, settings: CostSettings
+) -> dict[str, tuple[CommunicationVolume, ...]]:
+    """Return what one of two ranks sends for a row that it holds, by the axis of the two."""
+    halves = (request.space.source % 2, request.space.target % 2) == (0, 0)
+    found: dict[str, tuple[CommunicationVolume, ...]] = {}
+    for axis in EXCHANGES if request.space.ranks > 1 else ():
+        dense = axis in ("tensor", "context")
+        plan = ParallelPlan(**{axis: 2}, data=1 if dense else 2)
+        if dense and not halves:
+            continue
+        parallel = request.parallel.replace(plan=plan)
+        try:
+            sent = step_cost(settings.replace(parallel=parallel, world=2)).sent
+        except UserError:
+            continue  # no plan has this axis
+        share = 2 if dense else 1  # a row is on both ranks
+        found[axis] = tuple(
+            replace(line, bytes=share * line.bytes) for line in sent if line.kind != "all-reduce"
+        )
+    return found
 
 
 def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable[[Degrees], bool]:
