@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from moesaic.planner.cost_entries import DEVICE
+from moesaic.planner.cost_settings import CostSettings
 from support import write_result
 
 from moesaic.data.batch import Batch
@@ -37,7 +38,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.planner.calibrate import calibrate
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
 from moesaic.planner.machine import Machine
-from moesaic.planner.step_cost import CostSettings, step_cost
+from moesaic.planner.step_cost import step_cost
 from moesaic.planner.step_time import step_time
 from moesaic.testing.tiny_models import TinyStream, tiny_run
 from moesaic.train.run_training import seeded_trainer

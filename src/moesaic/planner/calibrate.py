@@ -151,13 +151,12 @@ def _measure_machine(
     memory = [memory_bound(watch, size=12 * 4**n) for n in range(3, 12)]
     update = optimizer_update(watch, values=2**22)
     run.keep("optimizer update", update)
-    by_kind = [m for m in sent if not m.what.startswith("product")]
+    by_kind = [m for m in sent if m.what.startswith("all-")]
     within = run.link("collectives", by_kind) if by_kind else _borrowed(like, measured)
-    overlapping = [m for m in sent if m.what.startswith("product")]
+    pairs |= {m.what: m for m in sent if m not in by_kind}
     slow = {name: run.slow_down(found) for name, found in pairs.items()}
-    slow["product_collective"] = (
-        run.slow_down(overlapping[0]) if overlapping else slow["product_copy"]
-    )
+    slow.setdefault("product_collective", slow["product_copy"])
+    slow.setdefault("all_devices", SlowDown(value=1, source="there is one device"))
     cuda_bytes = torch.cuda.mem_get_info()[1] if run.cuda else _host_bytes()
     return Machine(
         name=torch.cuda.get_device_name() if run.cuda else "this machine",

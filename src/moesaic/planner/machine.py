@@ -106,8 +106,12 @@ class Products(Config):
 
 
 class ContendedPairs(Config):
-    """Slow-downs of pairs of work that a step overlaps."""
+    """Slow-downs of pairs of work that a step overlaps.
 
+    ``all_devices`` is that of a device's products while the other devices of its node compute.
+    """
+
+    all_devices: SlowDown
     product_copy: SlowDown
     copy_copy: SlowDown
     disk_product: SlowDown

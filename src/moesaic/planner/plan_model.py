@@ -182,7 +182,9 @@ class PlanModel:
         return degrees.rows / (degrees.context * degrees.tensor)
 
     def _compute(self, degrees: Degrees, *, recomputes: bool) -> dict[str, float]:
-        often = degrees.micro_batches * self._share(degrees)
+        machine, often = self.settings.machine, degrees.micro_batches * self._share(degrees)
+        if min(self.space.ranks, machine.devices_per_node.value) > 1:
+            often *= machine.contended.all_devices.value
         tokens, experts = self._tokens(degrees), degrees.expert
         found: dict[str, float] = {}
         for kind in OperationKind:

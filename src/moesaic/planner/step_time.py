@@ -60,10 +60,13 @@ def step_time(
     """
     local = max(1.0, num_experts / plan.expert)
     compute = compute_seconds(cost.operations, machine=machine, local_experts=local)
+    neighbours = min(plan.world_size, int(machine.devices_per_node.value))
+    if neighbours > 1:
+        slow = machine.contended.all_devices.value
+        compute = {kind: slow * seconds for kind, seconds in compute.items()}
     update = compute.pop("update", 0.0)
-    if any(
-        held.tier != DEVICE and held.purpose is Purpose.STATES and held.bytes for held in cost.held
-    ):
+    states = [held for held in cost.held if held.purpose is Purpose.STATES and held.bytes]
+    if any(held.tier != DEVICE for held in states):
         update = _host_update_seconds(cost.operations, machine=machine)
     lines = {line: collective_seconds(line, machine=machine, plan=plan) for line in cost.sent}
     exposed = {f"{x.kind} {x.axis}": s for x, s in lines.items() if not _is_sync(x)}
