@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from moesaic.planner.cost_entries import DEVICE, HeldBytes, OperationCost, Purpose
-from moesaic.planner.measured_step import BACKWARD, FORWARD
+from moesaic.planner.cost_entries import DEVICE, HeldBytes, OperationCost, Phase, Purpose
 from moesaic.planner.operation_recorder import OperationKind
 
 from moesaic.model.config import ModelConfig, Stack
@@ -50,7 +49,7 @@ def hand_made_step() -> StepCost:
         OperationCost(
             phase, kind, "float32", flops, 4 * TOKENS * DIM, 4 * TOKENS * DIM, passes * n * LAYERS
         )
-        for phase, passes in ((FORWARD, 1), (BACKWARD, 2))
+        for phase, passes in ((Phase.FORWARD, 1), (Phase.BACKWARD, 2))
         for kind, n, flops in kinds
     ]
     saved = HeldBytes(DEVICE, Purpose.ACTIVATIONS, 4 * TOKENS * DIM * 20 * LAYERS)

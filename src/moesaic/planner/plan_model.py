@@ -23,9 +23,8 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
-from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Phase, Purpose
 from moesaic.planner.machine import Machine
-from moesaic.planner.measured_step import BACKWARD, FORWARD, UPDATE
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_space import (
     CompletePlan,
@@ -109,7 +108,7 @@ class PlanModel:
         self.settings, self.space = settings, space
         self._config = settings.inventory.config
         self._layers = max(self._config.encoder.layers, self._config.decoder.layers)
-        self._lines = [op for op in settings.reference.operations if op.phase != UPDATE]
+        self._lines = [op for op in settings.reference.operations if op.phase != Phase.UPDATE]
         self._saved = settings.reference.held_bytes(purpose=Purpose.ACTIVATIONS)
         self._dims = max(1, self._config.dim)
         self._num_experts = max(expert_numbers(self._config), default=1)
@@ -198,14 +197,14 @@ class PlanModel:
         self, kind: OperationKind, tokens: float, experts: int
     ) -> tuple[float, float]:
         """Return the seconds of forward and of backward of one micro-batch of a kind."""
-        found = {FORWARD: 0.0, BACKWARD: 0.0}
+        found = {Phase.FORWARD: 0.0, Phase.BACKWARD: 0.0}
         local = max(1.0, self._num_experts / experts)
         for op in self._lines:
             if op.kind is kind:
                 rate = operation_rate(self.settings.machine, op)
                 seconds = operation_seconds(op, rate, scale=tokens, local_experts=local)
                 found[op.phase] += op.count * seconds
-        return found[FORWARD], found[BACKWARD]
+        return found[Phase.FORWARD], found[Phase.BACKWARD]
 
     def _exchange_seconds(self, degrees: Degrees) -> dict[str, float]:
         often = degrees.micro_batches * self._share(degrees)

@@ -8,6 +8,11 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, UserError
 from moesaic.core.units import show_seconds
 from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.memory.streaming_rule import (
+    StreamingRates,
+    hidden_forward_tokens,
+    tokens_per_expert,
+)
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE
@@ -110,14 +115,16 @@ class PlanReport:
         return row
 
     def _streaming(self, found: PlanForecast) -> dict[str, float] | None:
-        rule = streaming_rule(
+        found_tokens = streaming_tokens(
             self.request.model,
             found.choice,
             sizes=self.request.space.micro_batch(found.choice.degrees.rows),
             machine=self.machine,
             dtype=self.request.dtype,
         )
-        return None if rule is None else {"tokens_per_expert": rule.tokens, "needed": rule.needed}
+        if found_tokens is None:
+            return None
+        return dict(zip(("tokens_per_expert", "needed"), found_tokens, strict=True))
 
     def _budget(self, found: PlanForecast, tokens: float) -> dict[str, float]:
         hours = tokens / self.tokens_per_second(found) / 3600
@@ -126,32 +133,26 @@ class PlanReport:
         return cost | ({"money": cost["device_hours"] * price.value} if price else {})
 
 
-@dataclass(frozen=True, slots=True)
-class StreamingRule:
-    """Whether weights can stream under the products of their layer: ``tokens`` M against M*.
-
-    M are the rows of a micro-batch that meet at one expert with even routing. Forward hides the
-    copy of an expert's weights where M >= M* = b F / (2 B): b bytes per weight, F FLOP/s of grouped
-    products, B bytes/s of the link from the host.
-    """
-
-    tokens: float
-    needed: float
-
-
-def streaming_rule(
+def streaming_tokens(
     model: ModelConfig, choice: CompletePlan, *, sizes: BatchDims, machine: Machine, dtype: str
-) -> StreamingRule | None:
-    """Return M and M* of a plan whose micro-batch has ``sizes``; None for a dense model."""
+) -> tuple[float, float] | None:
+    """Return M of a plan whose micro-batch has ``sizes``, and M* in forward; None: no experts."""
     moe = model.moe
     if not isinstance(moe, MoE):
         return None
     _, _, context, tensor, expert, slices, _, _ = choice.degrees
     chosen = moe.select.experts_per_token(moe.num_router_outputs)
-    tokens = sizes.tokens / (context * tensor) * expert * slices * chosen / moe.experts
-    rate = max(rate for _, rate in machine.products_of(dtype).grouped.points)
+    tokens = sizes.tokens / (context * tensor) * expert * slices
+    rates = StreamingRates(
+        flops=max(rate for _, rate in machine.products_of(dtype).grouped.points),
+        fetch=machine.host_to_device.bytes_per_s.value,
+        write=machine.device_to_host.bytes_per_s.value,
+    )
     weight = 2 if dtype == "bfloat16" else 4
-    return StreamingRule(tokens, weight * rate / (2 * machine.host_to_device.bytes_per_s.value))
+    return (
+        tokens_per_expert(tokens, experts=moe.experts, experts_per_token=chosen),
+        hidden_forward_tokens(rates, weight_bytes=weight),
+    )
 
 
 def find_plans(

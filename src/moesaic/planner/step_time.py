@@ -11,14 +11,21 @@ from dataclasses import dataclass, field
 
 from moesaic.distributed.parallel_plan import DENSE_AXES, ParallelPlan
 from moesaic.parallel.communication_volume import CommunicationVolume
-from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, OperationCost, Purpose
+from moesaic.planner.cost_entries import (
+    DEVICE,
+    DISK,
+    HOST,
+    MovedBytes,
+    OperationCost,
+    Phase,
+    Purpose,
+)
 from moesaic.planner.machine import LinkSpeed, Machine, SizedRate
-from moesaic.planner.measured_step import BACKWARD, FORWARD, UPDATE
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.step_cost import StepCost
 
 SYNC_AXES = ("data", "expert_data", "stage")  # sums of gradients and gathered weights
-PRODUCTS_PER_EXPERT = {FORWARD: 2, BACKWARD: 4}
+PRODUCTS_PER_EXPERT = {Phase.FORWARD: 2, Phase.BACKWARD: 4}
 SYNC_KINDS = ("all-reduce", "reduce-scatter", "all-gather")
 
 
@@ -114,7 +121,7 @@ def compute_seconds(
     """Return the seconds of forward and backward by kind of operation, and those of the update."""
     found: dict[str, float] = {}
     for each in operations:
-        name = "update" if each.phase == UPDATE else each.kind.value
+        name = "update" if each.phase == Phase.UPDATE else each.kind.value
         rate = operation_rate(machine, each)
         seconds = operation_seconds(each, rate, local_experts=local_experts)
         found[name] = found.get(name, 0.0) + each.count * seconds
@@ -231,6 +238,6 @@ def _host_update_seconds(operations: Iterable[OperationCost], *, machine: Machin
     size = sum(
         (each.bytes_read + each.bytes_written) * each.count
         for each in operations
-        if each.phase == UPDATE
+        if each.phase == Phase.UPDATE
     )
     return size / machine.update.value
