@@ -3,6 +3,7 @@
 Bytes sent are those of ``distributed/communication_counter.py``.
 """
 
+import inspect
 import os
 import weakref
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -113,7 +115,7 @@ class CountingStore:
     """A rendezvous store in memory, for ranks in one process; counts messages and their bytes."""
 
     def __init__(self) -> None:
-        self._store = distributed.HashStore()
+        self._store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         self.messages = self.bytes = 0
 
     def _count(self, content: Any = b"") -> None:
@@ -146,3 +148,54 @@ class CountingStore:
 def open_files() -> int:
     """Return the number of file descriptors that this process has open."""
     return len(os.listdir("/proc/self/fd"))
+
+
+HOST_READS = ("item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__")
+DATA_SIZED = ("nonzero", "bincount", "masked_select", "unique", "argwhere", "equal", "allclose")
+
+
+class HostReads(TorchFunctionMode):
+    """Collects the places in the package where the host reads a tensor or a size that is in one.
+
+    On a GPU each waits for all enqueued work. ``places`` counts them by ``file.py:function``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name, named = getattr(func, "__name__", ""), kwargs or {}
+        if (
+            name in HOST_READS
+            or name in DATA_SIZED
+            or (name in ("__getitem__", "__setitem__") and _has_mask(args[1]))
+            or (name == "repeat_interleave" and _repeats_wait(args, named))
+            or (name == "where" and len(args) == 1)
+        ):
+            self.places[_caller()] += 1
+        return func(*args, **named)
+
+
+def _has_mask(index: Any) -> bool:
+    return any(t.dtype in (torch.bool, torch.uint8) and t.ndim for t in _tensors(index))
+
+
+def _repeats_wait(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(_tensors(args[1:])) and kwargs.get("output_size") is None
+
+
+def _caller() -> str:
+    """Return the innermost function of the package that is being called."""
+    frame = inspect.currentframe()
+    while frame is not None and "/moesaic/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame is None:
+        return "a test"
+    return f"{frame.f_code.co_filename.partition('/moesaic/')[2]}:{frame.f_code.co_name}"

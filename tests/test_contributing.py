@@ -1,4 +1,4 @@
-"""The snippets of CONTRIBUTING.md run as they stand, in order, in a fork of this process: they define members."""
+"""The snippets of CONTRIBUTING.md run as they stand, in order, in a fork: they define members."""
 
 import os
 import re

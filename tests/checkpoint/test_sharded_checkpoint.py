@@ -276,8 +276,8 @@ def test_one_process_loads_in_place_what_two_ranks_saved(saved):
 MISFITS = {
     "is not in it": {"other": torch.zeros(2)},
     r"torch.float32 \[4, 5\] in it, expected torch.float32 \[5, 4\]": {"dense": torch.zeros(5, 4)},
-    r"torch.float32 \[3\] in it, expected torch.bfloat16 \[3\]": {
-        "norm": torch.zeros(3).bfloat16()
+    r"torch.float32 \[3\] in it, expected torch.int64 \[3\]": {
+        "norm": torch.zeros(3, dtype=torch.int64)
     },
 }
 

@@ -173,7 +173,7 @@ def _compare(case: Case, expected: Outcome, *, data: int = 1) -> None:
         pipe = _pipeline(config, schedule, mesh=mesh)
         assert pipe.stages.problems(micro_batches=micro_batches, zero=0) is None
         computed = pipe.forward_backward(batches, loss_settings=LossSettings(predicted))
-        pipe.sum_shared_gradients()
+        pipe.sum_shared_gradients(dtype=torch.float32)
         assert _sums(computed) == pytest.approx(expected.terms, abs=1e-5), schedule
         square = 0.0
         for name, parameter in pipe.model.named_parameters():

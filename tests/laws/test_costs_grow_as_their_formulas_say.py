@@ -6,7 +6,7 @@ Both are compared at a size and at twice that size. Nothing here measures second
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from cost_counters import CountingStore, count_flops, peak_bytes
+from cost_counters import CountingStore, OperationCounter, count_flops, peak_bytes
 from moesaic.distributed import watchdog as watchdog_module
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.compare_ranks import require_same_on_all_ranks
@@ -23,13 +23,20 @@ from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.simulation import fake_process_group
 from moesaic.distributed.watchdog import Watchdog
-from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.transformer import Transformer
+from moesaic.moe.edge_queues import QueuedEdges, keep_first_over_ranks
+from moesaic.moe.expert_capacity import Capacity
+from moesaic.ops import cross_entropy as cross_entropy_module
+from moesaic.ops.cross_entropy import cross_entropy
 from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
-from moesaic.testing.tiny_models import tiny_model_config
+from moesaic.parallel.precision import Float32
+from moesaic.testing.tiny_models import LABELS, random_batch, tiny_model_config
+from moesaic.train.running_metrics import LossCategories
+from moesaic.train.step import Objective
 
 SLACK = 0.1
 
@@ -86,6 +93,41 @@ def _groups_made(ranks: int) -> int:
     return calls.call_count
 
 
+def _loss_of(tokens: int, words: int) -> Callable[[], None]:
+    """The loss of so many tokens over so many words, 32 channels, 2**12 bytes of logits."""
+    hidden, table = (torch.randn(size, 32, requires_grad=True) for size in (tokens, words))
+    label = torch.randint(words, (tokens,))
+
+    def loss_and_gradients() -> None:
+        cross_entropy(hidden, weight=table, label=label).total.backward()
+
+    return loss_and_gradients
+
+
+def _table_passes(tokens: int, words: int) -> int:
+    """How often the gradient of the table is read and written."""
+    with patch.dict(cross_entropy_module.LOGIT_BYTES, cpu=1 << 12), OperationCounter() as counter:
+        _loss_of(tokens, words)()
+    return counter.names["addmm_"]
+
+
+def _loss_bytes(words: int) -> int:
+    """The bytes that a loss holds at once."""
+    with patch.dict(cross_entropy_module.LOGIT_BYTES, cpu=1 << 12):
+        return peak_bytes(_loss_of(64, words))
+
+
+def _capacity_bytes(ranks: int, *, edges: int = 64) -> int:
+    """A rank of so many with so many edges decides which are over the capacity of 8 experts."""
+    keys = torch.arange(edges)[:, None] << 56  # the first digits differ
+    expert = torch.arange(edges) % 8
+    queues = QueuedEdges(expert, keys, (64,), row=expert, num_experts=8, num_limited=8)
+    capacity = partial(Capacity().expert_capacity, num_experts=8, factor=0.5)
+    with fake_process_group(ranks), CommunicationCounter() as counter:
+        keep_first_over_ranks(queues, capacity=capacity, world=ProcessGroupWorld())
+    return counter.total_bytes()
+
+
 class _MuonStep(NamedTuple):
     flops: int
     peak_bytes: int
@@ -112,8 +154,35 @@ def _muon_step(ranks: int, zero: int) -> _MuonStep:
         return _MuonStep(flops, peak_bytes(optimizer.step), sent.total_bytes())
 
 
+CAPACITY_DIGITS = 1  # of the keys of these edges that are compared
 MATRIX_BYTES, MUON_FLOPS = 61440, 4055040  # of the tiny model: all matrices, one rank
+
+
+def _step_bytes(micro_batches: int) -> int:
+    """The bytes that the forward and backward passes of a step hold at once."""
+    torch.manual_seed(0)
+    model = Transformer(tiny_model_config())
+    parallel_model = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
+    batches = [random_batch(8, seed=0)] * micro_batches
+    objective = Objective(LossCategories(LABELS), precision=Float32())
+    objective.forward_backward(parallel_model, batches=batches)  # makes gradients
+    return peak_bytes(lambda: objective.forward_backward(parallel_model, batches=batches))
+
+
 LAWS: dict[str, CostLaw] = {
+    "bytes held in a step of n micro-batches": CostLaw(
+        _step_bytes, lambda _: _step_bytes(1), size=2
+    ),
+    "passes over the table's gradient in a loss of n tokens": CostLaw(
+        lambda n: _table_passes(n, 64), lambda n: n / 16, size=64
+    ),
+    "passes over the table's gradient in a loss over n words": CostLaw(
+        lambda n: _table_passes(64, n), lambda n: n / 16, size=64
+    ),
+    # gradients of table and states, twice in backward; logits, their slice and its powers
+    "bytes of a loss over n words": CostLaw(
+        _loss_bytes, lambda n: 2 * 4 * 32 * (n + 64) + 2 * (1 << 12), size=256
+    ),
     "messages of the watchdogs of n ranks, one of them lost": CostLaw(
         lambda n: _stalled_ranks(n).messages, lambda n: 2 * n + 7, size=8
     ),
@@ -139,6 +208,14 @@ LAWS: dict[str, CostLaw] = {
     ),
     "bytes sent by Muon on a rank of n with copies": CostLaw(
         lambda n: _muon_step(n, zero=0).sent_bytes, lambda n: MATRIX_BYTES * (n - 1) / n, size=2
+    ),
+    "bytes that a rank of n sends to limit capacity": CostLaw(
+        _capacity_bytes, lambda n: 2 * (1 + CAPACITY_DIGITS * 256) * 9 * 8 * (n - 1) / n, size=8
+    ),
+    "bytes that a rank sends to limit capacity of n edges": CostLaw(
+        lambda n: _capacity_bytes(8, edges=n),
+        lambda _: 2 * (1 + CAPACITY_DIGITS * 256) * 9 * 8 * 7 / 8,
+        size=64,
     ),
     "process groups that a rank of n makes": CostLaw(_groups_made, lambda _: 6, size=16),
 }

@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from model.samples import LAYER_PARTS
+from moesaic.distributed.world import SingleProcess
 from moesaic.model.block_layout import ParallelResidual, SequentialResidual
 from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
+from moesaic.optim.master_weights import StochasticRounding
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
-from moesaic.parallel.precision import BFloat16Autocast, Float32, Precision
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.precision import BFloat16, BFloat16Autocast, Float32, Precision
 from moesaic.testing.tiny_models import random_batch, tiny_model_config
 
 STEPS = 5
@@ -17,7 +21,12 @@ STEPS = 5
 
 def _losses(model: Transformer, *, optimizer: Optimizer, precision: Precision) -> list[float]:
     batch = random_batch(6, seed=1)
-    built = optimizer.build(model.named_parameters(), kinds=model.parameter_kinds())
+    parallelize(model, parallel=ParallelConfig(), world=SingleProcess(), precision=precision)
+    built = optimizer.build(
+        model.named_parameters(),
+        kinds=model.parameter_kinds(),
+        master_weights=precision.master_weights,
+    )
     losses = []
     for _ in range(STEPS):
         with precision.autocast(batch.source.device):
@@ -57,6 +66,7 @@ def test_attention_experts_train(keys, block):
 
 @pytest.mark.parametrize("layer", LAYER_PARTS)
 def test_every_moe_layer_trains_in_half_precision_with_muon(layer):
-    model = Transformer(tiny_model_config(moe=LAYER_PARTS[layer]))
-    losses = _losses(model, optimizer=Muon(lr=0.01), precision=BFloat16Autocast())
-    assert losses[-1] < losses[0] - 0.1
+    for precision in (BFloat16Autocast(), BFloat16(master=StochasticRounding())):
+        model = Transformer(tiny_model_config(moe=LAYER_PARTS[layer]))
+        losses = _losses(model, optimizer=Muon(lr=0.01), precision=precision)
+        assert losses[-1] < losses[0] - 0.1

@@ -16,14 +16,17 @@ from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.positional_encoding import RelativeBias
+from moesaic.optim.master_weights import StochasticRounding
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
+from moesaic.parallel.precision import BFloat16
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.run import Run
 from moesaic.verify.compare_plans import compare_plans, make_setup, run_reference
 from moesaic.verify.shrink_config import shrink_config
+from moesaic.verify.trace_differences import Tolerances
 
 BALANCES = (SwitchBalance(), RouterZLoss())
 CAPPED = MoE(
@@ -104,6 +107,24 @@ def test_every_plan_gives_the_same_loss_with_every_mixer_that_it_allows(name: st
     base, plans = language_model().model.replace(dropout=0.1), MIXER_PLANS[name]
     model = hybrid(base, names_allowed_by(base, plans[0].plan))
     run = shrink_config(tiny_run(model=model, optimizer=AdamW(lr=0.004))).run
-    setup = make_setup(run.replace(gradient_accumulation_steps=2), steps=STEPS)
+    setup = make_setup(run.replace(gradient_accumulation_steps=2, seed=2), steps=STEPS)
     results = list(compare_plans(setup, plans=plans, reference=run_reference(setup)))
     assert {result.plan: result.problems for result in results if not result.equal} == {}
+
+
+def test_every_plan_gives_the_same_loss_in_bfloat16() -> None:
+    # gradients of other sums are rounded to 2**-9 of their values, and a token near the border of
+    # two experts may take the other one
+    tolerances = Tolerances(loss=0.01, norm=2**-8, gradient=0.1, weight=1.0)
+    precision = BFloat16(gradients="float32", master=StochasticRounding())
+    run = shrink_config(language_model()).run
+    setup = make_setup(run.replace(gradient_accumulation_steps=2, precision=precision), steps=3)
+    plans = (
+        ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=3)),
+        ParallelConfig(plan=ParallelPlan(pipe=2, data=1)),
+    )
+    sharded, staged = compare_plans(setup, plans=plans, reference=run_reference(setup))
+    assert staged.problems == (), "the same sums, and the same random rounding"
+    assert sharded.differences is not None
+    found = sharded.differences.exceeding(tolerances)
+    assert [each for each in found if not each.startswith("expert_counts")] == []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moesaic.moe.batch_group import SingleRankBatch
+from moesaic.moe.edge_queues import queue_positions
 from moesaic.moe.expert_capacity import (
     BatchPriority,
     Capacity,
@@ -13,7 +14,6 @@ from moesaic.moe.expert_capacity import (
     PositionPriority,
     RandomPriority,
     WeightPriority,
-    queue_positions,
 )
 from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.router_context import RouterContext, TokenContext
@@ -51,14 +51,17 @@ def test_no_expert_exceeds_its_capacity_or_leaves_it_unused(priority, select):
     before = _routing(select)
     limit = Capacity(factor=1.0, minimum=0, priority=priority)
     after = _limited(limit, before, training=True)
-    room = limit.expert_capacity(before.expert.numel(), num_experts=E, factor=1.0)
+    room = int(
+        limit.expert_capacity(torch.tensor(before.expert.numel()), num_experts=E, factor=1.0)
+    )
     assert after.load().tolist() == before.load().clamp(max=room).tolist()
     assert after.dropped.any()
 
 
 def test_capacity_is_the_ceiling_of_the_fair_share_and_at_least_the_minimum():
-    assert Capacity(minimum=0).expert_capacity(10, num_experts=4, factor=1.0) == 3  # ceil(10 / 4)
-    assert Capacity(minimum=4).expert_capacity(10, num_experts=4, factor=1.0) == 4
+    ten = torch.tensor(10)
+    assert Capacity(minimum=0).expert_capacity(ten, num_experts=4, factor=1.0) == 3  # ceil(10 / 4)
+    assert Capacity(minimum=4).expert_capacity(ten, num_experts=4, factor=1.0) == 4
 
 
 def test_by_position_keeps_the_first_tokens():
@@ -110,7 +113,7 @@ def test_batch_priority_equals_its_definition_with_gradients(k, seed):
     gate = RouterContext.from_logits(logits, training=True)
     routing = TopK(k=k, normalise="none")(gate)
     limited = limit(routing, gate, SingleRankBatch())
-    capacity = limit.expert_capacity(T * k, num_experts=E, factor=0.6)
+    capacity = int(limit.expert_capacity(torch.tensor(T * k), num_experts=E, factor=0.6))
     kept = batch_priority_by_definition(logits, k=k, capacity=capacity)
     assert torch.equal(~limited.dropped.view(T, k), kept)
     value = torch.randn(T, k, generator=torch.Generator().manual_seed(9))

@@ -22,7 +22,7 @@ from moesaic.moe.shared_experts import SharedExpertBranch
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.nn.embedding import Embedding, EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.nn.initializer import deferred_initialization, normal_parameter
+from moesaic.nn.initializer import normal_parameter, parameters_on_meta
 from moesaic.nn.parameter_spec import FeedForwardShape
 from moesaic.nn.recurrence_backend import ConvolutionWeights
 from moesaic.testing.tiny_models import tiny_model_config
@@ -81,12 +81,14 @@ def test_a_model_draws_what_its_modules_left_without_values(moe):
     assert not_finite(model) == []
 
 
-def test_deferred_parameters_draw_nothing_from_the_generator():
+def test_parameters_on_meta_draw_nothing_from_the_generator():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with deferred_initialization():
-        normal_parameter(4, 5, std=1.0)
+    with parameters_on_meta():
+        assert normal_parameter(4, 5, std=1.0).is_meta
+        assert nn.Linear(3, 4).weight.is_meta
+        assert torch.zeros(3).tolist() == [0.0] * 3  # a buffer's values
     assert torch.equal(torch.rand(2), expected)
     assert normal_parameter(4000, std=0.5).std().item() == pytest.approx(0.5, rel=0.1)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moesaic.core.errors import CheckpointError
-from moesaic.optim.named_optimizer import export_state, restore_state
+from moesaic.optim.named_optimizer import export_masters, export_state, restore_state
 from moesaic.optim.optimizer import AdamW, Muon
 
 KINDS = {"w": "matrix", "bank": "expert", "norm": "norm", "unused": "matrix"}
@@ -36,12 +36,13 @@ def test_restoring_continues_bit_for_bit_whatever_the_order_of_parameters(config
     steps(params, optimizer, first=0, last=5)
     saved = {k: t.clone() for k, t in export_state(optimizer).items()}
     weights = {n: p.detach().clone() for n, p in params.items()}
+    weights |= {n: master.clone() for n, master in export_masters(optimizer).items()}
     steps(params, optimizer, first=5, last=9)
 
     again, resumed = build(config, dtype, order=("unused", "norm", "bank", "w"))
     for name, p in again.items():
         p.data.copy_(weights[name])
-    restore_state(resumed, saved)
+    restore_state(resumed, saved, weights=weights)
     steps(again, resumed, first=5, last=9)
     assert all(torch.equal(params[n], again[n]) for n in params)
     mine, theirs = export_state(optimizer), export_state(resumed)
@@ -54,7 +55,7 @@ def test_restored_tensors_are_copies():
     steps(params, optimizer, first=0, last=1)
     saved = {k: t.clone() for k, t in export_state(optimizer).items()}
     before = {k: t.clone() for k, t in saved.items()}
-    restore_state(optimizer, saved)
+    restore_state(optimizer, saved, weights={})
     steps(params, optimizer, first=1, last=2)
     assert all(torch.equal(saved[k], before[k]) for k in saved)
 
@@ -62,7 +63,7 @@ def test_restored_tensors_are_copies():
 def test_an_empty_state_restores_to_a_fresh_optimizer():
     params, optimizer = build(CONFIGS[0])
     steps(params, optimizer, first=0, last=1)
-    restore_state(optimizer, {})
+    restore_state(optimizer, {}, weights={})
     assert export_state(optimizer) == {}
 
 
@@ -89,7 +90,7 @@ def test_state_that_does_not_fit_is_named_and_changes_nothing(damage):
     before = {k: t.clone() for k, t in saved.items()}
     message = damage(saved)
     with pytest.raises(CheckpointError, match=message):
-        restore_state(optimizer, saved)
+        restore_state(optimizer, saved, weights={})
     now = export_state(optimizer)
     assert now.keys() == before.keys()
     assert all(torch.equal(now[k], before[k]) for k in now)
@@ -100,4 +101,4 @@ def test_state_of_another_rule_is_refused():
     steps(params, optimizer, first=0, last=1)
     _, other = build(AdamW())
     with pytest.raises(CheckpointError, match="momentum"):
-        restore_state(other, export_state(optimizer))
+        restore_state(other, export_state(optimizer), weights={})

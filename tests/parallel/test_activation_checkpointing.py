@@ -16,8 +16,9 @@ from moesaic.moe.router_noise import Jitter
 from moesaic.parallel.activation_checkpointing import (
     ActivationCheckpointing,
     CheckpointBlocks,
+    CheckpointBranches,
+    CheckpointCheapOperations,
     NoActivationCheckpointing,
-    apply_activation_checkpointing,
 )
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
@@ -40,10 +41,19 @@ MIXTURES = {
 }
 
 
+MEMBERS = {
+    "all": CheckpointBlocks(),
+    "every-second": CheckpointBlocks(every=2),
+    "attention": CheckpointBranches(branches=("mixer",)),
+    "experts": CheckpointBranches(branches=("moe",)),
+    "cheap": CheckpointCheapOperations(),
+}
+
+
 def _model(moe: MoE, by: ActivationCheckpointing, *, dropout: float = 0.0) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe, layers=2).replace(dropout=dropout))
-    apply_activation_checkpointing(model, by=by)
+    by.apply(model)
     return model
 
 
@@ -58,9 +68,7 @@ def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
     return terms, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize(
-    "by", [CheckpointBlocks(), CheckpointBlocks(every=2)], ids=["all", "every-second"]
-)
+@pytest.mark.parametrize("by", MEMBERS.values(), ids=MEMBERS)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_step_is_the_same_bit_for_bit(name: str, by: ActivationCheckpointing) -> None:
     expected, expected_grads = _step(
@@ -101,6 +109,12 @@ def test_fewer_bytes_are_kept() -> None:
     ]
     assert bytes_kept == sorted(bytes_kept, reverse=True)
     assert bytes_kept[2] < bytes_kept[0] / 4
+    for branch in ("mixer", "moe"):
+        assert (
+            bytes_kept[2]
+            < _kept(_model(moe, CheckpointBranches(branches=(branch,))))
+            < bytes_kept[0]
+        )
 
 
 def test_statistics_accumulated_between_the_passes_do_not_change_the_gradient() -> None:

@@ -9,7 +9,6 @@ from moesaic.moe.layer import moe_layers
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks, NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parameter_streaming import streamed_bytes_per_step
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.trainer import Trainer
 
@@ -34,6 +33,14 @@ def trained(run, *, memory):
 def expert_bytes(trainer: Trainer) -> list[int]:
     layers = moe_layers(trainer.model)
     return [sum(p.nbytes for p in layer.experts.parameters()) for layer in layers]
+
+
+def streamed_bytes_per_step(layer_bytes, *, micro_batches: int) -> int:
+    """Return the bytes that a step fetches, given those of each layer's experts in order.
+
+    Each layer is fetched for forward and for backward; the last one stays between both.
+    """
+    return micro_batches * (2 * sum(layer_bytes) - layer_bytes[-1])
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -65,3 +72,18 @@ def test_between_steps_no_streamed_weight_is_on_the_device():
         assert parameters[name].data_ptr() == stream.store.live(name).data_ptr()
     assert stream.device_bytes == 0
     assert stream.peak_device_bytes <= 2 * max(expert_bytes(trainer))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_offloaded_activations_train_to_the_same_bits(tier):
+    run = RUNS["adamw"].replace(model=RUN.model.replace(dim=64, dropout=0.1))
+    resident, losses = trained(run, memory=MemoryPlan())
+    offloaded, others = trained(run, memory=MemoryPlan(activations=TIERS[tier]))
+    for a, b in zip(losses, others, strict=True):
+        assert torch.equal(a, b)
+    theirs = dict(offloaded.model.named_parameters())
+    for parameter_name, parameter in resident.model.named_parameters():
+        assert torch.equal(parameter, theirs[parameter_name]), parameter_name
+    moved = offloaded.model.run_block.store.moved
+    assert moved.written
+    assert moved.fetched >= moved.written

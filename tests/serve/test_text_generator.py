@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from moesaic.core.errors import DataError
@@ -18,11 +20,18 @@ def generator(tmp_path_factory):
     return TextGenerator.open(run.path)
 
 
+def rounded(answers):
+    """Without the last bits of a sum of products, whose order depends on the number of rows."""
+    return [replace(answer, log_prob=round(answer.log_prob, 2)) for answer in answers]
+
+
 def test_an_answer_does_not_depend_on_the_other_prompts(generator):
     together = generator.generate(PROMPTS, limits=LIMITS)
     assert [answer.prompt for answer in together] == PROMPTS
-    assert generator.generate(PROMPTS[:2], limits=LIMITS) == together[:2]
-    assert generator.generate(PROMPTS[0], limits=LIMITS) == together[0]
+    two, one = (generator.generate(PROMPTS[:n], limits=LIMITS) for n in (2, 1))
+    assert rounded(two) == rounded(together[:2])
+    assert rounded(one) == rounded(together[:1])
+    assert generator.generate(PROMPTS[0], limits=LIMITS) == one[0]
     assert len({a.text for a in generator.generate(["an"] * 4, limits=LIMITS)}) > 1
     other = generator.generate(PROMPTS, search=Sample(seed=1), limits=LIMITS)
     assert [a.text for a in other] != [a.text for a in together]

@@ -5,6 +5,7 @@ import pytest
 import torch
 import yaml
 
+from moesaic.checkpoint import stored_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.checkpoint.trained_directions import TrainedDirections, TrainedStream
@@ -23,7 +24,6 @@ from moesaic.moe.expert_selection import Top2
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.positional_encoding import LearnedPositions
-from moesaic.serve import open_run
 from moesaic.serve.long_text import Truncate
 from moesaic.serve.source_text import TranslationLimits
 from moesaic.serve.translation_result import TranslationResult, describe_results
@@ -450,14 +450,12 @@ def test_a_config_larger_than_the_weights_takes_no_memory(run, tmp_path, monkeyp
     config["model"][key] = 1 << 20
     other.config.write_text(yaml.safe_dump(config), encoding="utf-8")
     write_tensors(other.model, tensors=read_tensors(other.model))
-    built = []
+    allocated = []
     monkeypatch.setattr(
-        open_run,
-        "Transformer",
-        lambda config: built.append(torch.get_default_device()) or Transformer(config),
+        stored_weights, "allocate_parameters", lambda model, **_: allocated.append(model)
     )
 
     with pytest.raises(CheckpointError, match=r"do not fit|far larger model"):
         Translator.open(other.path)
 
-    assert "cpu" not in [device.type for device in built]
+    assert allocated == []

@@ -229,7 +229,7 @@ def test_a_key_that_is_new_since_the_checkpoint_has_its_default(
         del state["config"]["optimizer"]["router_lr"]
         return state
 
-    monkeypatch.setattr("moesaic.train.run_training.read_state", as_saved_before)
+    monkeypatch.setattr("moesaic.train.run_training.read_verified_state", as_saved_before)
     resume = ResumeFrom(path=str(whole))
     assert (
         train(synthetic_run(), tmp_path / "next", resume=resume, progress=no_progress).steps == 20

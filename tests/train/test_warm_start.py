@@ -12,11 +12,13 @@ from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.parallelize import parallelize
 from moesaic.recipes.lookup import warm_start
 from moesaic.serve.translator import Translator
 from moesaic.testing.tiny_models import change_text, synthetic_run, text_of, tiny_model_config
@@ -104,12 +106,13 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work_and_tensors_are_na
 def test_weights_under_the_names_of_an_earlier_version_are_taken(init, tmp_path):
     model = tiny_model_config(moe=MoE(experts=2, shared_experts=SharedExperts()))
     old, new = Transformer(model), Transformer(model)
+    parallel_model = parallelize(new, parallel=ParallelConfig(), world=SingleProcess())
     for name in ("config.yaml", "tokenizer.json"):
         (tmp_path / name).write_bytes((init / name).read_bytes())
     weights = {name.replace("shared_experts", "beside"): p for name, p in old.named_parameters()}
     assert weights.keys() != dict(old.named_parameters()).keys()
     save_file(weights, RunDir(tmp_path).model)
-    WeightsOfRun(path=str(tmp_path)).load_into(new)
+    WeightsOfRun(path=str(tmp_path)).fill(parallel_model, seed=0)
     assert all(map(torch.equal, new.parameters(), old.parameters()))
 
 

@@ -1,6 +1,6 @@
 """Seeded defects: errors of real systems, inserted on several ranks only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import RoutingRecord
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.parallel.batch_ranks import BatchRanks
+from moesaic.parallel.gradient_sums import GradientSums
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.sharding_plan import Placement
 
@@ -34,16 +35,16 @@ class Defect:
 
 
 def gradients_averaged(patch: Patch) -> None:
-    summed = ProcessGroupWorld.all_reduce_gradients
+    summed = GradientSums.finish
 
-    def averaged(self: ProcessGroupWorld, parameters: Sequence[torch.Tensor]) -> None:
-        parameters = list(parameters)
-        summed(self, parameters)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad /= self.size
+    def averaged(self: GradientSums) -> None:
+        summed(self)
+        for bucket in self._buckets:
+            for each in bucket.members:
+                assert each.parameter.grad is not None
+                each.parameter.grad /= len(bucket.ranks)
 
-    patch.setattr(ProcessGroupWorld, "all_reduce_gradients", averaged)
+    patch.setattr(GradientSums, "finish", averaged)
 
 
 def zero_averages(patch: Patch) -> None:

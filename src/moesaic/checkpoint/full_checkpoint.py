@@ -24,23 +24,17 @@ from moesaic.checkpoint.checkpoint_directory import (
 )
 from moesaic.checkpoint.manifest import (
     FileEntry,
-    Manifest,
     file_problems,
     raise_if_damaged,
     read_manifest,
     verify_checkpoint,
 )
-from moesaic.checkpoint.safetensors_io import (
-    FORMAT_KEY,
-    read_header,
-    read_tensors,
-    reject_pickle,
-    serialize_tensors,
-)
+from moesaic.checkpoint.safetensors_io import serialize_tensors
 from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.checkpoint.stored_weights import open_weights, reject_pickles
 from moesaic.checkpoint.tensor_reader import open_reader
 from moesaic.core.config_text import iter_leaves
-from moesaic.core.config_upgrade import current_name, upgrade_config
+from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
 from moesaic.core.shapes import Tensor
@@ -132,15 +126,15 @@ def find_latest_checkpoint(root: Path) -> LatestCheckpoint:
     skipped = []
     for path in list_checkpoints(root):
         try:
-            _reject_pickles(path)
+            reject_pickles(path)
             verify_checkpoint(path)
-            return LatestCheckpoint(path, (*skipped, *_unreadable_after(path)))
+            return LatestCheckpoint(path, (*skipped, *unreadable_after(path)))
         except UserError as error:
             skipped.append(str(error))
     return LatestCheckpoint(None, tuple(skipped))
 
 
-def _unreadable_after(path: Path) -> Iterator[str]:
+def unreadable_after(path: Path) -> Iterator[str]:
     """Yield why checkpoints of later steps, whose manifests cannot be read, are not newer."""
     for other in list_checkpoints(path.parent):
         if other.name <= path.name:
@@ -160,8 +154,8 @@ def load_checkpoint(path: Path, *, only: Container[str] | None = None) -> Snapsh
     """
     directory = path if STEP_DIRECTORY.fullmatch(path.name) else _require_latest(path)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such checkpoint{_list_available(directory.parent)}")
-    _reject_pickles(directory)
+        raise CheckpointError(f"{directory}: no such checkpoint{list_available(directory.parent)}")
+    reject_pickles(directory)
     verify_checkpoint(directory)
     return read_snapshot(directory, only=only)
 
@@ -179,7 +173,7 @@ def read_snapshot(directory: Path, *, only: Container[str] | None = None) -> Sna
     return Snapshot(
         step=manifest.step,
         files=files,
-        state=_parse_state(directory, manifest=manifest),
+        state=read_verified_state(directory),
         expert_parameters=manifest.expert_parameters,
         plan=manifest.plan,
     )
@@ -190,16 +184,9 @@ def read_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
 
     Hashes are not checked. Raises CheckpointError if it is missing, truncated or a pickle.
     """
-    if not path.is_dir():
-        weights = read_tensors(path, device=device)
-        if FORMAT_KEY in read_header(path).metadata:
-            return weights
-        return {current_name(name): tensor for name, tensor in weights.items()}
-    _reject_pickles(path)
-    index = read_index(path, manifest=read_manifest(path))
-    with open_reader(path) as reader:
-        tensors = index.files.get("model", {}).items()
-        return {name: reader.read_tensor(stored).to(device) for name, stored in tensors}
+    with open_weights(path) as stored:
+        tensors = stored.tensors.items()
+        return {name: stored.reader.read_tensor(each).to(device) for name, each in tensors}
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -209,12 +196,13 @@ def read_state(directory: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(directory)
     raise_if_damaged(directory, file_problems(directory, manifest=manifest, names=[STATE_FILE]))
-    return _parse_state(directory, manifest=manifest)
+    return read_verified_state(directory)
 
 
-def _parse_state(directory: Path, *, manifest: Manifest) -> dict[str, Any]:
+def read_verified_state(directory: Path) -> dict[str, Any]:
+    """Read the JSON state of a checkpoint whose files have been hashed."""
     state = read_json_mapping(directory / STATE_FILE, STATE_KIND)
-    if manifest.format > 1:
+    if read_manifest(directory).format > 1:
         return state
     if "config" in state:
         state["config"], _ = upgrade_config(state["config"])
@@ -233,13 +221,7 @@ def _require_latest(root: Path) -> Path:
     return latest.path
 
 
-def _list_available(root: Path) -> str:
+def list_available(root: Path) -> str:
+    """Return the end of a sentence on a checkpoint that is missing: those that ``root`` has."""
     names = [p.name for p in list_checkpoints(root)] if root.is_dir() else []
     return f"; {root} has {', '.join(names)}" if names else f"; {root} has none"
-
-
-def _reject_pickles(directory: Path) -> None:
-    """Check the tensor files for pickles before hashing: a clearer message than "altered"."""
-    for path in sorted(directory.glob("*.safetensors")):
-        if path.is_file() and path.stat().st_size >= 9:  # a shorter file is truncated
-            reject_pickle(path)

@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.block_index import (
-    DTYPE_BY_NAME,
     BlockIndex,
-    StoredBlock,
     StoredTensor,
     coverage_problems,
     read_index,
 )
 from moesaic.checkpoint.manifest import file_problems, read_manifest
-from moesaic.checkpoint.safetensors_io import read_header
+from moesaic.checkpoint.stored_weights import index_of_file
 from moesaic.checkpoint.tensor_reader import LoadedTensor, TensorReader, open_reader, read_by_expert
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
@@ -65,14 +63,12 @@ def check_checkpoint(directory: Path) -> list[IntegrityProblem]:
 def check_exported_weights(path: Path) -> list[IntegrityProblem]:
     """Return the problems of a ``model.safetensors``: damaged, or values that are not finite."""
     try:
-        header = read_header(path)
+        tensors = index_of_file(path)
     except CheckpointError as error:
         return [IntegrityProblem(path.name, str(error))]
     problems: list[IntegrityProblem] = []
     with open_reader(path.parent) as reader:
-        for name, entry in header.tensors.items():
-            block = StoredBlock(path.name, name, (0,) * len(entry.shape), entry.shape)
-            stored = StoredTensor(entry.shape, DTYPE_BY_NAME[entry.dtype], (block,))
+        for name, stored in tensors.items():
             tensor = LoadedTensor(f"{path.name}/{name}", reader.read_tensor(stored))
             problems += _check_finite(tensor)
     return problems

@@ -27,13 +27,21 @@ from moesaic.checkpoint.checkpoint_directory import (
     Disk,
     RetentionPolicy,
     encode_state,
+    list_checkpoints,
 )
 from moesaic.checkpoint.dcp_load import BlockLoadPlanner, SafetensorsStorageReader
 from moesaic.checkpoint.dcp_save import BalancedSavePlanner, SafetensorsStorageWriter, to_state_dict
-from moesaic.checkpoint.full_checkpoint import read_state
-from moesaic.checkpoint.manifest import Manifest, file_problems, raise_if_damaged, read_manifest
+from moesaic.checkpoint.full_checkpoint import (
+    LatestCheckpoint,
+    list_available,
+    read_verified_state,
+    unreadable_after,
+)
+from moesaic.checkpoint.manifest import file_problems, raise_if_damaged, read_manifest
 from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock, ShardFiles, as_shard
+from moesaic.checkpoint.stored_weights import reject_pickles
 from moesaic.core.errors import CheckpointError
+from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # how long ranks wait for the slowest disk
@@ -66,13 +74,47 @@ def load_sharded(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any
     those of the checkpoint must be the same. Raises CheckpointError on every rank, naming what is
     missing, altered, not covered or of another shape.
     """
+    verify_on_all_ranks(path, world=world)
+    return load_verified(path, into=into, world=world)
+
+
+def verify_on_all_ranks(path: Path, *, world: World) -> None:
+    """Hash each file of a checkpoint on one of the ranks, about as many bytes on each. Collective.
+
+    Raises CheckpointError on every rank, naming each file that is missing, truncated or altered,
+    or a pickle.
+    """
     group = open_group(world)
     try:
-        manifest = run_on_all_ranks(
-            lambda: _verify_files_of_rank(path, world=world), world=world, group=group
-        )
+        run_on_all_ranks(lambda: _verify_files_of_rank(path, world=world), world=world, group=group)
+    finally:
+        close_group(group)
+
+
+def find_verified_checkpoint(root: Path, *, world: World) -> LatestCheckpoint:
+    """Find the newest checkpoint under ``root`` whose files are as they were saved. Collective.
+
+    Each file is hashed once, on one of the ranks (``verify_on_all_ranks``).
+    """
+    skipped: list[str] = []
+    names = run_on_rank0(world, lambda: [path.name for path in list_checkpoints(root)])
+    for path in (root / name for name in names):
+        try:
+            verify_on_all_ranks(path, world=world)
+        except CheckpointError as error:
+            skipped.append(str(error))
+        else:
+            newer = run_on_rank0(world, lambda path=path: list(unreadable_after(path)))
+            return LatestCheckpoint(path, (*skipped, *newer))
+    return LatestCheckpoint(None, tuple(skipped))
+
+
+def load_verified(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any]:
+    """Load a checkpoint whose files have been hashed, as ``load_sharded`` does. Collective."""
+    group = open_group(world)
+    try:
         index = run_on_all_ranks(
-            lambda: read_index(path, manifest=manifest), world=world, group=group
+            lambda: read_index(path, manifest=read_manifest(path)), world=world, group=group
         )
         raise_if_damaged(path, index.problems())
         state = {
@@ -90,7 +132,7 @@ def load_sharded(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any
             )
     finally:
         close_group(group)
-    return read_state(path)
+    return read_verified_state(path)
 
 
 def copy_to_host(files: ShardFiles) -> ShardFiles:
@@ -119,12 +161,15 @@ def run_on_all_ranks(
     return result  # pyright: ignore[reportReturnType] - no rank raised, so it is set
 
 
-def _verify_files_of_rank(path: Path, *, world: World) -> Manifest:
+def _verify_files_of_rank(path: Path, *, world: World) -> None:
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint{list_available(path.parent)}")
+    if world.rank == 0:
+        reject_pickles(path)
     manifest = read_manifest(path)
     largest = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
     names = largest[world.rank :: world.size]
     raise_if_damaged(path, file_problems(path, manifest=manifest, names=names))
-    return manifest
 
 
 def _copy_shard(shard: Shard) -> Shard:

@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": "check that a config trains the same under every parallel plan",
     "explain": "parameters, FLOPs and memory of a config, before anything runs",
     "plan": "the fastest parallel plan, memory tiers and micro-batch on a cluster",
+    "fit": "the scaling law of your own runs",
     "calibrate": "measure this machine for plan: products, memory, links, disk",
     "scale": "memory and communication of each rank under a parallel plan",
     "data": "build and inspect corpora",

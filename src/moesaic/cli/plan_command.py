@@ -1,6 +1,7 @@
 """``moesaic plan``: the fastest plans of a model on a cluster, before anything runs."""
 
 import re
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ with deferred():
     from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
     from moesaic.model.parameter_flop_count import count_parameters
     from moesaic.model.presets import PRESETS, preset
+    from moesaic.planner.budget_proposal import BudgetProposal, propose_for_budget
     from moesaic.planner.largest_model import largest_models
     from moesaic.planner.machine import find_machine
     from moesaic.planner.plan_report import (
@@ -38,14 +40,17 @@ with deferred():
     from moesaic.recipes.lookup import RECIPES, find_recipe
 
 app = command_app()
+BUDGET_HELP = "Instead, without a recipe: sizes, tokens, learning rate and batch for a budget."
 MEMORY_HELP = "Memory of a device, e.g. 40GiB; by default the machine's."
 
 
 @app.command()
 def plan(
-    which: ModelArgument,
+    which: ModelArgument = "",
     *,
-    gpus: Annotated[int, typer.Option(min=1, max=2**20, metavar="N", help="Number of devices.")],
+    gpus: Annotated[
+        int | None, typer.Option(min=1, max=2**20, metavar="N", help="Number of devices.")
+    ] = None,
     machine: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="A machine by name, or a machine file.")
     ] = "h100",
@@ -64,6 +69,7 @@ def plan(
         bool,
         typer.Option("--max-params", help="Instead: the largest model of each combination."),
     ] = False,
+    budget: Annotated[float | None, typer.Option(metavar="FLOPS", help=BUDGET_HELP)] = None,
     keep: Annotated[int, typer.Option(min=1, max=50, help="How many plans to print.")] = 5,
     changes: SetOption = None,
     files: UseOption = None,
@@ -74,8 +80,19 @@ def plan(
     Example: [cyan]moesaic plan mixtral-8x22b --gpus 128 --machine h100[/]
 
     Example: [cyan]moesaic plan zcode-m3-64 --gpus 512 --machine a100-40 --host 1TiB --max-params[/]
+
+    Example: [cyan]moesaic plan --budget 1e21[/]
     """
+    if budget is not None:
+        proposal = propose_for_budget(budget)
+        print_result(proposal.to_dict(), as_json=as_json, show=partial(_show_proposal, proposal))
+        return
     import_user_files(files)
+    if not which or gpus is None:
+        missing = "--gpus N" if which else "the recipe, config or preset"
+        raise UserError(
+            f"{missing} is missing: moesaic plan RECIPE --gpus N, or moesaic plan --budget FLOPS"
+        )
     request = _read_request(which, gpus=gpus, batch=batch, changes=changes)
     found = find_machine(machine)
     sizes = {name: parse_bytes(s) for name, s in (("memory", memory), ("host", host)) if s}
@@ -213,3 +230,13 @@ def _show_largest(table: dict[str, Any], console: Console) -> None:
     columns = ("", "parameters", "experts", "plan", "2109.10465")
     print_table(console, columns, rows, align="lrrll")
     console.print(f"\n{table['note']}")
+
+
+def _show_proposal(proposal: BudgetProposal, console: Console) -> None:
+    rows = [
+        (value.name, f"{value.value:.4g}", value.unit, value.paper) for value in proposal.values
+    ]
+    title = styled("for {flops:.3g} training FLOPs", flops=proposal.flops)
+    print_table(console, ("", "value", "unit", "paper"), rows, title=title)
+    for paper, fitted in dict.fromkeys((v.paper, v.fitted_on) for v in proposal.values):
+        console.print(styled("[dim]{paper} was fitted on {fitted}[/]", paper=paper, fitted=fitted))

@@ -159,6 +159,22 @@ def _gradient_buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def with_local_tensor(like: Tensor, local: Tensor) -> Tensor:
+    """Return a DTensor that is placed as ``like``, with another local part; or ``local`` itself."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    given: Any = like
+    if not (module and isinstance(like, module.DTensor)):
+        return local
+    return module.DTensor.from_local(
+        local,
+        given.device_mesh,
+        given.placements,
+        run_check=False,
+        shape=given.shape,
+        stride=given.stride(),
+    )
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the local shard of a DTensor, sharing memory; any other tensor unchanged."""
     # importing DTensor is slow, and a process that has one has imported it

@@ -19,7 +19,8 @@ import torch
 from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.data.batch import TARGET_LANGUAGE, Batch
 from moesaic.model.transformer import Transformer
-from moesaic.moe.expert_capacity import choice_ranks, queue_positions
+from moesaic.moe.edge_queues import queue_positions
+from moesaic.moe.expert_capacity import choice_ranks
 from moesaic.moe.routing_record import LayerRoutes, routes_from_records
 from moesaic.monitor.expert_usage import UsageCounter
 from moesaic.monitor.specialization import (

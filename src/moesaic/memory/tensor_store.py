@@ -211,7 +211,7 @@ def rows_of(tensor: Tensor, part: Part) -> Tensor:
 
 def fetch_views(views: Sequence[Tensor], *, to: torch.device, access: Access) -> FetchedTensors:
     """Return tensors on a device: themselves where they are on it, else copies."""
-    fetched = [view.to(to) for view in views]
+    fetched = [view.to(to, non_blocking=to.type == "cuda") for view in views]
 
     def release() -> None:
         for view, tensor in zip(views, fetched, strict=True):

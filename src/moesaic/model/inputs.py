@@ -155,7 +155,7 @@ class VectorEmbedding(InputModule):
 
     def forward(self, values: Float[Tensor, "T C"], *, packing: Packing) -> Float[Tensor, "t D"]:
         _require_channels(values, self.linear.in_features)
-        return self.linear(values[packing.local_tokens])
+        return self.linear(values[packing.local_tokens].to(self.linear.weight.dtype))
 
 
 class PointEmbedding(InputModule):
@@ -168,7 +168,7 @@ class PointEmbedding(InputModule):
 
     def forward(self, values: Float[Tensor, "T C"], *, packing: Packing) -> Float[Tensor, "t D"]:
         _require_channels(values, self.gate.in_features)
-        x = values[packing.local_tokens]
+        x = values[packing.local_tokens].to(self.gate.weight.dtype)
         return F.silu(self.gate(x)) * self.value(x)
 
 
@@ -190,8 +190,9 @@ class PatchEmbedding(InputModule):
         _require_channels(values, self.channels + 2)  # with time and class
         x = values[packing.local_tokens]
         patch, (time, kind) = x[:, : self.channels], x[:, self.channels :].unbind(1)
-        condition = self.time(F.silu(self.time_hidden(time_features(time))))
-        return self.patch(patch) + condition + self.kind(kind.long())
+        dtype = self.patch.weight.dtype
+        condition = self.time(F.silu(self.time_hidden(time_features(time).to(dtype))))
+        return self.patch(patch.to(dtype)) + condition + self.kind(kind.long())
 
 
 def time_features(time: Float[Tensor, "T"]) -> Float[Tensor, "T F"]:

@@ -9,7 +9,7 @@ Letters: B rows, S source length, T real tokens, t of them on this rank, N predi
 dim, V vocabulary, n new tokens.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,15 +29,15 @@ from moesaic.model.block import (
 from moesaic.model.config import ModelConfig
 from moesaic.model.head import HeadLoss, ModelOutput, mean_of_spans
 from moesaic.model.kv_cache import EncoderOutput, KVCache
-from moesaic.model.weights import initialize_weights
+from moesaic.model.weights import weight_distributions
 from moesaic.moe.config import MoE
-from moesaic.moe.initial_weights import parameter_kinds
+from moesaic.moe.initial_weights import draw_whole, parameter_kinds
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import RouterShape, SharedRouter, StackInput
 from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.embedding import Embedding
-from moesaic.nn.initializer import deferred_initialization
+from moesaic.nn.initializer import allocate_whole, draw_seed, parameters_on_meta
 from moesaic.nn.packing import Packing
 from moesaic.nn.relative_bias import RelativeBiasModule
 from moesaic.nn.sequence_mixer import MixerContext
@@ -77,30 +77,53 @@ def run_block(block: nn.Module, state: BlockState, **inputs: Any) -> BlockState:
 
 
 class Transformer(nn.Module):
-    """The model of a ``ModelConfig``; weights are drawn from torch's global generator.
+    """The model of a ``ModelConfig``; weights are drawn with a seed of torch's global generator.
 
-    Under ``with torch.device("meta")`` nothing is allocated. ``sequence_sharding`` returns which
-    tokens of a batch this rank holds; ``run_block`` calls a block (activation checkpointing).
+    Under ``with torch.device("meta")`` nothing is allocated; ``without_values`` leaves only the
+    parameters there. ``distributions`` are those of the weights, by name; ``sequence_sharding``
+    returns which tokens of a batch this rank holds; ``run_block`` calls a block (activation
+    checkpointing).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        seed = draw_seed()
+        self._make(config)
+        allocate_whole(self)
+        draw_whole(self, self.distributions, seed=seed)
+
+    @classmethod
+    def without_values(
+        cls, config: ModelConfig, *, layers: Mapping[str, Sequence[int]] | None = None
+    ) -> "Transformer":
+        """Make a whole model with its parameters on the meta device, to be cut and then started.
+
+        Buffers have their values. ``layers`` are the blocks of each stack that are made.
+        """
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._make(config, layers)
+        return model
+
+    def _make(self, config: ModelConfig, layers: Mapping[str, Sequence[int]] | None = None) -> None:
         self.config = config
-        with deferred_initialization():
-            self._make_modules(config)
+        with parameters_on_meta():
+            self._make_modules(config, layers or {})
         self.sequence_sharding: SequenceSharding = no_sequence_sharding
         self.run_block: RunBlock = run_block
-        initialize_weights(self, config)
+        self.distributions = weight_distributions(self, config)
 
-    def _make_modules(self, config: ModelConfig) -> None:
+    def _make_modules(self, config: ModelConfig, layers: Mapping[str, Sequence[int]]) -> None:
         self.embedding = config.input.build(config.input_shape)
         self.position = config.position.build(config.dim)
         self.dropout = Dropout(config.dropout, name="embedding")
         self.encoder = nn.ModuleList(
-            EncoderBlock(config, layer=i) for i in range(config.encoder.layers)
+            EncoderBlock(config, layer=i)
+            for i in layers.get("encoder", range(config.encoder.layers))
         )
         self.decoder = nn.ModuleList(
-            DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
+            DecoderBlock(config, layer=i)
+            for i in layers.get("decoder", range(config.decoder.layers))
         )
         self.encoder_score_bias = _score_bias(config, side="encoder")
         self.decoder_score_bias = _score_bias(config, side="decoder")

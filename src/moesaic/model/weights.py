@@ -3,7 +3,7 @@
 ``InitConfig`` (``model/config.py``) has the table of initial distributions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,21 +11,20 @@ from torch import nn
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.model.config import ModelConfig
-from moesaic.moe.initial_weights import default_std, draw_parameters
-from moesaic.nn.initializer import Initializer
+from moesaic.moe.initial_weights import default_std, initial_distributions
+from moesaic.nn.initializer import Distribution, Initializer
 from moesaic.optim.optimizer import ParameterKind
 
 
-@torch.no_grad()
-def initialize_weights(model: nn.Module, config: ModelConfig) -> None:
-    """Draw every parameter from torch's global generator, in the order of ``named_parameters``."""
+def weight_distributions(model: nn.Module, config: ModelConfig) -> dict[str, Distribution]:
+    """Return how every parameter of a whole model is drawn, by name."""
 
     def std_of(
         name: str, kind: ParameterKind, shape: torch.Size, initializer: Initializer
     ) -> float:
         return init_std(name, kind=kind, shape=shape, initializer=initializer, config=config)
 
-    draw_parameters(model, std_of=std_of)
+    return initial_distributions(model, std_of=std_of)
 
 
 def init_std(
@@ -66,19 +65,31 @@ def export_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors if name in names}
 
 
-def require_fitting_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def require_fitting_weights(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise CheckpointError naming every tensor that is missing, unknown or of another shape.
 
     ``model`` may be on the meta device: weights are compared before anything is allocated.
     """
-    expected = export_weights(model)
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is not in this model" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, expected {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
+    expected = {name: tuple(tensor.shape) for name, tensor in export_weights(model).items()}
+    problems = fitting_problems(expected, shapes)
+    problems += [f"{name} is not in this model" for name in shapes if name not in expected]
+    raise_if_unfit(problems)
+
+
+def fitting_problems(
+    expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """Return a sentence for every tensor that is missing or of another shape than expected."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    return problems + [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
     ]
+
+
+def raise_if_unfit(problems: Sequence[str]) -> None:
+    """Raise CheckpointError with the first problems, if there are any."""
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise CheckpointError(f"the weights do not fit: {'; '.join(problems[:4])}{more}")
@@ -90,7 +101,7 @@ def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises CheckpointError naming every tensor that is missing, unknown or of another shape.
     """
-    require_fitting_weights(model, tensors)
+    require_fitting_weights(model, {name: tensor.shape for name, tensor in tensors.items()})
     for name, tensor in export_weights(model).items():
         tensor.copy_(tensors[name])
 

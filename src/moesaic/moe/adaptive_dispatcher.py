@@ -22,8 +22,9 @@ from moesaic.distributed.collectives import all_gather_rows
 from moesaic.distributed.process_groups import Group, group_size, split_group
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.dispatcher import ExpertCompute, LocalDispatcher
-from moesaic.moe.experts import FunctionalExperts, GroupedExperts, as_autocast
+from moesaic.moe.experts import FunctionalExperts, GroupedExperts
 from moesaic.moe.routing import Routing
+from moesaic.ops.autocast import as_autocast
 from moesaic.ops.grouped_gemm import FeedForwardWeights
 
 

@@ -26,8 +26,8 @@ from moesaic.moe.dispatcher import (
     apply_experts,
     sort_edges,
 )
-from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
+from moesaic.ops.autocast import as_autocast
 from moesaic.ops.moe_kernel import Edges, permute_tokens, unpermute_tokens
 from moesaic.ops.permute import RowGroups, group_by_expert
 

@@ -4,11 +4,12 @@ Letters: B rows, T tokens, D model dim, N attention experts, H heads and G key/v
 d head dim.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -55,16 +56,6 @@ class MixtureOfAttention(SequenceMixer):
     def parameter_specs(self, shape: MixerShape, /) -> Sequence[ParameterSpec]:
         router = ParameterSpec("router", (self.experts, shape.dim))
         return [*Attention().parameter_specs(self._combined(shape)), router]
-
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        query, _ = self.combined_attention(shape).widths(shape.dim)
-        return Attention().saved_activations(self._combined(shape)) + query + self.experts
-
-    def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
-        return Attention().saved_per_row(self._combined(shape), tokens=tokens)
-
-    def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
-        return Attention().shared_activations(shape)
 
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         return Attention().mixing_flops(self._combined(shape), tokens=tokens)
@@ -126,7 +117,7 @@ class AttentionMixture(SequenceMixerModule, CustomInitializers):
     def expert_weights(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T N"]:
         """Return the weights of the experts, float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.gate(x.float()).softmax(-1)
+            return F.linear(x.float(), self.gate.weight.float()).softmax(-1)
 
     def _weight_heads(
         self, heads: Float[Tensor, "T HD"], *, x: Float[Tensor, "T D"]

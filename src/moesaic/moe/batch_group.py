@@ -11,7 +11,8 @@ Letters: C counters, N rows of this rank, M rows of all ranks.
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from moesaic.core.shapes import Int, Shaped, Tensor
+from moesaic.core.shapes import Bool, Int, Shaped, Tensor
+from moesaic.moe.edge_queues import CapacityOf, QueuedEdges, keep_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class BatchGroup(Protocol):
         """Return the rows of all ranks, whose numbers may differ."""
         ...
 
+    def keep_first(self, edges: QueuedEdges, *, capacity: CapacityOf) -> Bool[Tensor, "N"]:
+        """Return which edges are within the capacity of their expert."""
+        ...
+
 
 class SingleRankBatch:
     """The batch group of one rank that holds the whole batch."""
@@ -43,3 +48,6 @@ class SingleRankBatch:
 
     def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
         return GatheredRows(rows, 0)
+
+    def keep_first(self, edges: QueuedEdges, *, capacity: CapacityOf) -> Bool[Tensor, "N"]:
+        return keep_first(edges, capacity=capacity)

@@ -28,8 +28,8 @@ from moesaic.distributed.collectives import AsyncRows, all_to_all_async
 from moesaic.distributed.process_groups import Group, group_size
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, all_to_all_counts, unpermute_sum
 from moesaic.moe.dispatcher import ExpertCompute, apply_experts, sort_edges
-from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
+from moesaic.ops.autocast import as_autocast
 from moesaic.ops.moe_kernel import permute_tokens
 from moesaic.ops.permute import RowGroups
 

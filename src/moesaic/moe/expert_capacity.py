@@ -1,13 +1,14 @@
 """Expert capacity and drop priority: which edges are dropped when an expert is full.
 
-The priority is decided over the whole batch by keys that are functions of the token, so the same
-edges are dropped for any number of ranks; keys of router weights are so up to the rounding of the
-weights (see ``WeightPriority``).
+The priority is decided by keys that are functions of the token. With capacity over the whole batch
+the same edges are dropped for any number of ranks; keys of router weights are so up to the rounding
+of the weights (see ``WeightPriority``). ``CapacityScope`` (``parallel/batch_ranks.py``) has
+other scopes: the ranks that share experts, one data rank, one row.
 
 Letters: T tokens, E experts, K experts per token, N edges, C columns of a key.
 """
 
-import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from pydantic import Field
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.batch_group import BatchGroup
+from moesaic.moe.edge_queues import QueuedEdges
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
 
@@ -29,8 +31,8 @@ class Limit(Choice):
         """Return the routing with edges dropped. Collective over ``batch_group``."""
         raise NotImplementedError
 
-    def num_gathered_integers(self, _edges: int, /) -> int:
-        """Return how many integers a rank with so many edges gathers (for forecasts)."""
+    def num_summed_integers(self, _num_experts: int, /) -> int:
+        """Return how many integers all ranks sum if no expert is full (for forecasts)."""
         return 0
 
 
@@ -44,13 +46,21 @@ class Dropless(Limit):
 
 
 class Priority(Choice):
-    """Family of drop priorities. ``num_key_columns`` is C in training."""
+    """Family of drop priorities. ``key_bits`` are the bits of each column of a key."""
 
-    num_key_columns: ClassVar[int]
+    key_bits: ClassVar[tuple[int, ...]]
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
-        """Return each edge's sort key: edges with smaller keys are kept first."""
+        """Return each edge's sort key: edges with smaller keys are kept first.
+
+        A column of 64 bits is signed, another is not negative.
+        """
         raise NotImplementedError
+
+    def of(self, router: RouterContext, /) -> "Priority":
+        """Return the priority that applies to this pass."""
+        del router
+        return self
 
 
 class PositionPriority(Priority):
@@ -60,7 +70,7 @@ class PositionPriority(Priority):
     ``RandomPriority`` they are not.
     """
 
-    num_key_columns: ClassVar[int] = 3
+    key_bits: ClassVar[tuple[int, ...]] = (16, 64, 32)
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
         context, token = router.context, routing.token
@@ -76,7 +86,7 @@ class BatchPriority(Priority):
     ``WeightPriority``.
     """
 
-    num_key_columns: ClassVar[int] = 4
+    key_bits: ClassVar[tuple[int, ...]] = (16, 32, 64, 32)
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
         greatest = router.logits.detach().float().softmax(-1).amax(-1)
@@ -94,7 +104,7 @@ class WeightPriority(Priority):
     have equal weights, so a priority by position or at random fits it better.
     """
 
-    num_key_columns: ClassVar[int] = 4
+    key_bits: ClassVar[tuple[int, ...]] = (32, 16, 64, 32)
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
         order = _descending(routing.weight.detach().float())
@@ -108,11 +118,12 @@ class RandomPriority(Priority):
     output (DeepSpeed's selection is random there, too).
     """
 
-    num_key_columns: ClassVar[int] = 1
+    key_bits: ClassVar[tuple[int, ...]] = (64,)
+
+    def of(self, router: RouterContext, /) -> Priority:
+        return self if router.training else WeightPriority()
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
-        if not router.training:
-            return WeightPriority().key(routing, router=router)
         draws = router.context.random_bits("room", width=routing.num_experts + 1)
         return draws[routing.token, routing.expert][:, None]
 
@@ -120,7 +131,8 @@ class RandomPriority(Priority):
 class Capacity(Limit):
     """At most ``max(minimum, ceil(factor * N / E))`` edges per expert; N counts real tokens only.
 
-    N = T * K edges of the micro-batch, over all ranks of its batch group. Null experts have no
+    N = T * K edges of the tokens in one capacity scope, by default all of the micro-batch
+    (``parallel.capacity_scope``). Null experts have no
     limit. ``eval_factor`` applies outside training; None means dropless there, so that decoding
     does not depend on the rest of the batch.
     """
@@ -136,26 +148,33 @@ class Capacity(Limit):
         factor = self.factor if router.training else self.eval_factor
         if factor is None:
             return routing
-        key = self.priority.key(routing, router=router)
-        edges = batch_group.gather(torch.cat([routing.expert[:, None], key], 1))
-        position = queue_positions(edges.rows)[edges.start : edges.start + key.shape[0]]
-        capacity = self.expert_capacity(
-            edges.rows.shape[0], num_experts=routing.num_experts, factor=factor
+        priority, number = self.priority.of(router), routing.num_experts
+        edges = QueuedEdges(
+            routing.expert,
+            priority.key(routing, router=router),
+            priority.key_bits,
+            row=router.context.row[routing.token],
+            num_experts=number,
+            num_limited=number - router.num_null_experts,
         )
-        limited = routing.expert < routing.num_experts - router.num_null_experts
-        return routing.drop((position >= capacity) & limited)
+        capacity = partial(self.expert_capacity, num_experts=number, factor=factor)
+        return routing.drop(~batch_group.keep_first(edges, capacity=capacity))
 
-    def num_gathered_integers(self, edges: int, /) -> int:
-        return 1 + edges * (1 + self.priority.num_key_columns)
+    def num_summed_integers(self, num_experts: int, /) -> int:
+        return num_experts + 1
 
-    def expert_capacity(self, edges: int, *, num_experts: int, factor: float) -> int:
+    def expert_capacity(
+        self, edges: Int[Tensor, "Q"], *, num_experts: int, factor: float
+    ) -> Int[Tensor, "Q"]:
         """Return the largest number of edges that one expert takes of so many."""
-        return max(self.minimum, math.ceil(factor * edges / num_experts))
+        share = (factor * edges.double() / num_experts).ceil().long()
+        return share.clamp(min=self.minimum)
 
 
 def _descending(values: Float[Tensor, "N"]) -> Int[Tensor, "N"]:
-    """Return integers that order non-negative float32 from the largest to the smallest."""
-    return -values.contiguous().view(torch.int32).long()  # bits are in the order of the values
+    """Return 31 bits that order non-negative float32 from the largest to the smallest."""
+    bits = values.contiguous().view(torch.int32).long()  # in the order of the values
+    return torch.iinfo(torch.int32).max - bits
 
 
 def choice_ranks(routing: Routing) -> Int[Tensor, "N"]:
@@ -163,15 +182,3 @@ def choice_ranks(routing: Routing) -> Int[Tensor, "N"]:
     k = routing.per_token
     edges = torch.arange(routing.expert.numel(), device=routing.expert.device)
     return edges % k if k else torch.zeros_like(edges)
-
-
-def queue_positions(edges: Int[Tensor, "N C"]) -> Int[Tensor, "N"]:
-    """Return each edge's position in its expert's queue; columns are the expert, then the key."""
-    order = torch.arange(edges.shape[0], device=edges.device)
-    for column in reversed(range(edges.shape[1])):
-        order = order[edges[order, column].argsort(stable=True)]
-    queue = edges[order, 0]
-    position = torch.empty_like(order)
-    first = torch.searchsorted(queue, queue)
-    position[order] = torch.arange(queue.numel(), device=queue.device) - first
-    return position

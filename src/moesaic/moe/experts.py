@@ -26,6 +26,7 @@ from moesaic.nn.initializer import (
     normal_parameter,
 )
 from moesaic.nn.parameter_spec import FeedForwardShape, ParameterSpec
+from moesaic.ops.autocast import as_autocast
 from moesaic.ops.grouped_gemm import (
     ActivationFunction,
     FeedForwardWeights,
@@ -33,8 +34,8 @@ from moesaic.ops.grouped_gemm import (
     grouped_matmul,
     zero_rows_past_groups,
 )
-from moesaic.ops.kernel_selection import estimated_kernel, select_grouped_gemm, select_moe_kernel
-from moesaic.ops.moe_kernel import Edges, KernelShape, permute_tokens, unpermute_tokens
+from moesaic.ops.kernel_selection import select_grouped_gemm, select_moe_kernel
+from moesaic.ops.moe_kernel import Edges, permute_tokens, unpermute_tokens
 from moesaic.ops.permute import RowGroups
 
 
@@ -64,16 +65,6 @@ class Expert(Choice):
         self, size: ExpertShape, *, active_fraction: float
     ) -> Sequence[ParameterSpec]:
         """Return their parameters, of which a token uses ``active_fraction``."""
-        raise NotImplementedError
-
-    def saved_activations(
-        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
-    ) -> float:
-        """Return the values that autograd saves per token of so many edges (for forecasts).
-
-        They include the input and output rows of the edges, not the token's hidden state.
-        ``live_fraction`` is the share of edges that are not dropped.
-        """
         raise NotImplementedError
 
 
@@ -138,13 +129,6 @@ class FeedForwardExpert(Expert):
             for one in size.dense.parameter_specs()
         ]
 
-    def saved_activations(
-        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
-    ) -> float:
-        kernel = estimated_kernel(size.feed_forward.activation)
-        shape = KernelShape(size.dim, size.dense.width, size.bias, live_fraction)
-        return edges * kernel.saved_activations(shape)
-
 
 class GroupedExperts(ExpertModule, FusedProjections):
     """``up`` [E, D, F] and ``down`` [E, F, D]: rows are multiplied from the left."""
@@ -200,12 +184,6 @@ class FunctionalExperts(_Direct):
         return kernel(x, edges=edges, weights=self.weights, activation=self.activation)
 
 
-def as_autocast(x: Tensor) -> Tensor:
-    """Return rows in the dtype of autocast matrix products, if autocast is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
 class LoRAExpert(Expert):
     """Expert e has weights ``W + alpha / rank * A_e B_e`` in both projections (LoRA, 2106.09685).
 
@@ -230,12 +208,6 @@ class LoRAExpert(Expert):
             *(replace(one, uses_per_token=uses) for one in dense.parameter_specs()),
             *(ParameterSpec("expert", (experts, *shape), active_fraction) for shape in low),
         ]
-
-    def saved_activations(
-        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
-    ) -> float:
-        del live_fraction  # rows of dropped edges are saved, too
-        return edges * (2 * size.dim + size.dense.saved_activations + 2 * self.rank + 4)
 
 
 class LoRAExperts(ExpertModule, CustomInitializers, FusedProjections):

@@ -3,7 +3,7 @@
 ``InitConfig`` (``model/config.py``) has the table of the distributions of a whole model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -12,7 +12,18 @@ from torch import nn
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.router import Router
 from moesaic.nn.embedding import Embedding
-from moesaic.nn.initializer import Initializer, custom_initializers, fan_in_std, router_std
+from moesaic.nn.initializer import (
+    ConstantWeights,
+    Distribution,
+    Initializer,
+    NormalWeights,
+    TransformedUniform,
+    custom_initializers,
+    draw_block,
+    fan_in_std,
+    parameter_key,
+    router_std,
+)
 from moesaic.optim.optimizer import ParameterKind
 
 # name, kind, shape and initializer of a parameter -> standard deviation
@@ -37,24 +48,36 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
     }
 
 
-@torch.no_grad()
-def draw_parameters(model: nn.Module, *, std_of: StdOfParameter) -> None:
-    """Draw every parameter from torch's global generator, in the order of ``named_parameters``.
+def initial_distributions(model: nn.Module, *, std_of: StdOfParameter) -> dict[str, Distribution]:
+    """Return how every parameter of a whole model is drawn, by name. It may be on meta.
 
     Norms become 1, biases 0, the others normal with the standard deviation of ``std_of``, unless
-    a module draws a parameter in its own way.
+    a module declares another distribution.
     """
     kinds, custom = parameter_kinds(model), custom_initializers(model)
+    drawn: dict[str, Distribution] = {}
     for name, parameter in model.named_parameters():
         kind, initializer = kinds[name], custom.get(name, Initializer())
-        if initializer.draw is not None:
-            initializer.draw(parameter)
-        elif kind == "norm":
-            parameter.fill_(1.0)
-        elif kind == "bias":
-            parameter.zero_()
+        if initializer.quantile is not None:
+            drawn[name] = TransformedUniform(initializer.quantile)
+        elif kind in ("norm", "bias"):
+            drawn[name] = ConstantWeights(float(kind == "norm"))
         else:
-            parameter.normal_(std=std_of(name, kind, parameter.shape, initializer))
+            drawn[name] = NormalWeights(std_of(name, kind, parameter.shape, initializer))
+    return drawn
+
+
+def draw_whole(model: nn.Module, distributions: Mapping[str, Distribution], *, seed: int) -> None:
+    """Fill the parameters of a whole model."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            draw_block(
+                parameter,
+                distributions[name],
+                key=parameter_key(seed, name),
+                offset=(0,) * parameter.dim(),
+                shape=parameter.shape,
+            )
 
 
 def default_std(kind: ParameterKind, *, shape: torch.Size, initializer: Initializer) -> float:

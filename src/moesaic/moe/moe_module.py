@@ -21,13 +21,13 @@ from moesaic.moe import builtin_rules as builtin_rules  # registers every rule t
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import Hash, Select, SigmoidTopK, SwitchTop1, TopK
 from moesaic.moe.expert_selection_dynamic import ExpertChoice
-from moesaic.moe.initial_weights import default_std, draw_parameters
+from moesaic.moe.initial_weights import default_std, draw_whole, initial_distributions
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import IndependentRouters, LayerIndex
 from moesaic.moe.routing_record import RoutingRecord
 from moesaic.nn.feed_forward import Activation, FeedForwardConfig, SwiGLU
-from moesaic.nn.initializer import deferred_initialization
+from moesaic.nn.initializer import allocate_whole, draw_seed, parameters_on_meta
 
 _TOP_K = re.compile(r"(sigmoid-)?top(\d+)")
 
@@ -62,7 +62,7 @@ class MoEModule(nn.Module):
         self.config = MoE(experts=experts, select=_select_rule(router), **rules)
         _check_config(self.config, dim=dim, hidden=hidden)
         feed_forward = FeedForwardConfig(hidden=hidden, activation=activation or SwiGLU())
-        with deferred_initialization():
+        with parameters_on_meta():
             self.layer = MoELayer(
                 self.config,
                 dim=dim,
@@ -70,6 +70,7 @@ class MoEModule(nn.Module):
                 bias=bias,
                 layer_index=LayerIndex("layer"),
             )
+        allocate_whole(self)
         self.dim = dim
         self._losses: dict[str, Tensor] = {}
         # of the last forward pass, which its backward pass may repeat
@@ -77,13 +78,14 @@ class MoEModule(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights again from torch's global generator, as a model of the trainer does."""
-        draw_parameters(
+        """Draw all weights, with a seed of torch's global generator, as a model does."""
+        distributions = initial_distributions(
             self,
             std_of=lambda _name, kind, shape, initializer: default_std(
                 kind, shape=shape, initializer=initializer
             ),
         )
+        draw_whole(self, distributions, seed=draw_seed())
 
     def forward(
         self,

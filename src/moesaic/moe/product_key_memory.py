@@ -62,14 +62,15 @@ class ProductKeys(CustomInitializers):
     @property
     def core(self) -> Float[Tensor, "r r"]:
         """C, whose difference from 1 / r is the parameter."""
-        return self.core_change + 1 / self.rank
+        return self.core_change.float() + 1 / self.rank
 
     def forward(self, x: Float[Tensor, "T D"]) -> SlotScores:
         """Return each token's best slots, in float32."""
         with torch.autocast(x.device.type, enabled=False):
-            query = unit_rms(self.query(x.float()).unflatten(-1, (2, self.rank, -1)))
+            query = F.linear(x.float(), self.query.weight.float())
+            query = unit_rms(query.unflatten(-1, (2, self.rank, -1)))
             row, column = (
-                torch.einsum("trd,nd->trn", side, unit_rms(key)) / key.shape[1] ** 0.5
+                torch.einsum("trd,nd->trn", side, unit_rms(key.float())) / key.shape[1] ** 0.5
                 for side, key in zip(query.unbind(1), (self.row, self.column), strict=True)
             )
             return self._top_slots(row, column=column)
@@ -173,14 +174,6 @@ class ProductKeyMemory(SparseLayer):
             ParameterSpec("matrix", (dim, value)),
         ]
 
-    def saved_activations(self, shape: FeedForwardShape, /) -> float:
-        (pre, value), rank, read = self.value_dims(shape.dim), self.rank, self.num_slots_read()
-        best = min(read, self.keys_per_side)
-        query = 2 * 2 * rank * self.resolved_key_dim(shape.dim)  # before and after normalisation
-        grid = 3 * rank * best + 2 * 2 * rank * best  # both sides, one with C, and their indices
-        slots = read * (pre + 3 + 3 * 2)  # pre-values, three weights, indices
-        return shape.saved_activations + query + grid + slots + pre + value
-
 
 class MemoryLayer(CustomInitializers):
     """The sum of a dense feed-forward and a product-key memory."""
@@ -221,5 +214,6 @@ class MemoryLayer(CustomInitializers):
         projected = self.input_projection(x).to(self.values.dtype)
         pre = F.embedding(best.slot, self.pre_values)
         weight = best.score * torch.einsum("tmp,tp->tm", pre, projected)
+        weight = weight.to(self.values.dtype)
         value = F.embedding_bag(best.slot, self.values, per_sample_weights=weight, mode="sum")
         return self.out(value)

@@ -41,6 +41,12 @@ class RoutingRecord:
     def row(self) -> Int[Tensor, "T"]:
         return self.context.row
 
+    def detached(self) -> "RoutingRecord":
+        """Return the record without the autograd graph, which holds a whole forward pass."""
+        routing = replace(self.routing, weight=self.routing.weight.detach())
+        losses = {name: value.detach() for name, value in self.losses.items()}
+        return replace(self, routing=routing, losses=losses)
+
     def router_entropy(self) -> Float[Tensor, ""] | None:
         """Return the mean entropy of a token's expert probabilities, as a share of ``log E``."""
         if self.logits is None or self.logits.numel() == 0:

@@ -103,12 +103,6 @@ class Mamba2(SequenceMixer):
             *linear_specs(inner, shape.dim, bias=shape.bias),
         ]
 
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        segments = self.segments(shape.dim)
-        inner, convolved, heads = segments[0], sum(segments[1:4]), segments[4]
-        # softplus's input, step sizes, log decays; the scan's values, the norm's input and output
-        return sum(segments) + convolved + 3 * heads + 3 * inner
-
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         inner, *_ = segments = self.segments(shape.dim)
         return tokens * (4.0 * inner * self.state + 2.0 * self.width * sum(segments[1:4]))
@@ -149,8 +143,8 @@ class Mamba2Module(SequenceMixerModule, FusedProjections, CustomInitializers):
         self.backend: RecurrenceBackend = LocalRecurrence()
         self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
         with torch.no_grad():
-            self._draw_step_bias(self.step_bias)
-            self._draw_log_rate(self.log_rate)
+            self.step_bias.copy_(self._step_bias(torch.rand(self.heads)))
+            self.log_rate.copy_(self._log_rate(torch.rand(self.heads)))
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -163,9 +157,9 @@ class Mamba2Module(SequenceMixerModule, FusedProjections, CustomInitializers):
 
     def initializers(self) -> Mapping[str, Initializer]:
         return {
-            "convolution.weight": Initializer(kind="bias", draw=self._draw_convolution),
-            "step_bias": Initializer(kind="bias", draw=self._draw_step_bias),
-            "log_rate": Initializer(kind="bias", draw=self._draw_log_rate),
+            "convolution.weight": Initializer(kind="bias", quantile=self._convolution),
+            "step_bias": Initializer(kind="bias", quantile=self._step_bias),
+            "log_rate": Initializer(kind="bias", quantile=self._log_rate),
         }
 
     def tensor_sharding(self) -> TensorSharding:
@@ -231,16 +225,17 @@ class Mamba2Module(SequenceMixerModule, FusedProjections, CustomInitializers):
         out = gated_rms_norm(
             out, gate=gate, weight=self.norm_weight, groups=self.norm_groups, eps=1e-5
         )
-        return self.tensor_parallel.reduce_scatter_tokens(self.out(out), packing)
+        out = self.out(out.to(gate.dtype))
+        return self.tensor_parallel.reduce_scatter_tokens(out, packing)
 
-    def _draw_step_bias(self, bias: Float[Tensor, "H"]) -> None:
-        """Fill with the inverse of softplus at step sizes whose logarithm is uniform."""
+    def _step_bias(self, uniform: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        """Return the inverse of softplus at step sizes whose logarithm is uniform."""
         low, high = math.log(self.config.min_step), math.log(self.config.max_step)
-        step = bias.uniform_(low, high).exp_()
-        bias.copy_(step + torch.log(-torch.expm1(-step)))
+        step = (low + (high - low) * uniform).exp()
+        return step + torch.log(-torch.expm1(-step))
 
-    def _draw_log_rate(self, rate: Float[Tensor, "H"]) -> None:
-        rate.uniform_(1.0, self.config.max_decay).log_()
+    def _log_rate(self, uniform: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        return (1.0 + (self.config.max_decay - 1.0) * uniform).log()
 
-    def _draw_convolution(self, weight: Float[Tensor, "C W"]) -> None:
-        weight.uniform_(-1, 1).mul_(self.config.width**-0.5)
+    def _convolution(self, uniform: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        return (2 * uniform - 1) * self.config.width**-0.5

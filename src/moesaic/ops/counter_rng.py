@@ -39,6 +39,22 @@ def bits_to_normal(radius: Int[Tensor, "*N"], angle: Int[Tensor, "*N"]) -> Float
     return (-2 * one.log()).sqrt() * (2 * torch.pi * bits_to_uniform(angle)).cos()
 
 
+def hash_to_uniform(bits: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """Return a float64 in [0, 1) for each hash: its upper 53 bits, exact on every device."""
+    return _logical_shift_right(bits, 11).double().mul_(2.0**-53)
+
+
+def hash_to_normal(bits: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """Return a standard normal float64 for each hash (Box and Muller 1958), at most 6.7 in size.
+
+    The logarithm and the cosine of two devices differ in the last bits of a float64, so that their
+    values rounded to float32 are equal but for about one in 10^8.
+    """
+    radius = _logical_shift_right(bits, 32).double().add_(1).mul_(2.0**-32)  # never zero
+    angle = bits.bitwise_and(2**32 - 1).double().mul_(2.0**-31 * torch.pi)
+    return radius.log_().mul_(-2).sqrt_().mul_(angle.cos_())
+
+
 def hash_name(text: str) -> int:
     """Return the FNV-1a hash of a name as int64, the same in every process."""
     value = 0xCBF29CE484222325

@@ -135,21 +135,23 @@ def grouped_feed_forward(
 ) -> Float[Tensor, "R D"]:
     """``activation(rows @ up[e]) @ down[e]`` for the expert e of each row; zero past the groups.
 
-    Saves only ``rows`` and the pre-activation for backward. Weights are cast to the dtype of rows.
+    Saves only ``rows`` and the pre-activation for backward. Weights of another dtype than rows are
+    cast, in backward again: no copy of them is saved.
     """
-    up, down = weights.up.to(rows.dtype), weights.down.to(rows.dtype)
     biases = (weights.up_bias, weights.down_bias)
-    return _GroupedFeedForward.apply(rows, up, down, *biases, groups, activation, gemm)
+    given = (rows, weights.up, weights.down, *biases)
+    return _GroupedFeedForward.apply(*given, groups, activation, gemm)
 
 
 class _GroupedFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         rows, up, down, up_bias, down_bias, groups, activation, gemm = inputs
-        hidden = gemm.matmul(rows, up, groups=groups)
+        hidden = gemm.matmul(rows, up.to(rows.dtype), groups=groups)
         if up_bias is not None:
             hidden += up_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
-        out = gemm.matmul(_activation_forward(hidden, activation=activation), down, groups=groups)
+        active = _activation_forward(hidden, activation=activation)
+        out = gemm.matmul(active, down.to(rows.dtype), groups=groups)
         if down_bias is not None:
             out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
             out = zero_rows_past_groups(out, offsets=groups.offsets)
@@ -164,15 +166,16 @@ class _GroupedFeedForward(torch.autograd.Function):
         rows, up, down, hidden = ctx.saved_tensors
         groups, gemm = ctx.groups, ctx.gemm
         grad = grads[0].contiguous()
-        grad_active = gemm.matmul(grad, down.transpose(1, 2), groups=groups)
+        grad_active = gemm.matmul(grad, down.to(rows.dtype).transpose(1, 2), groups=groups)
         active, grad_hidden = _activation_backward(hidden, grad_active, activation=ctx.activation)
         del grad_active
-        grad_down = gemm.weight_gradient(active, grad, groups=groups)
+        grad_down = gemm.weight_gradient(active, grad, groups=groups).to(down.dtype)
         del active
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = gemm.matmul(grad_hidden, up.transpose(1, 2), groups=groups)
-        grad_up = gemm.weight_gradient(rows, grad_hidden, groups=groups)
+            transposed = up.to(rows.dtype).transpose(1, 2)
+            grad_rows = gemm.matmul(grad_hidden, transposed, groups=groups)
+        grad_up = gemm.weight_gradient(rows, grad_hidden, groups=groups).to(up.dtype)
         up_bias = _bias_gradient(grad_hidden, groups=groups) if ctx.bias else None
         down_bias = _bias_gradient(grad, groups=groups) if ctx.bias else None
         return grad_rows, grad_up, grad_down, up_bias, down_bias, None, None, None
@@ -241,9 +244,9 @@ def grouped_matmul(
 ) -> Float[Tensor, "R F"]:
     """``rows @ weight[e]`` for the expert e of each row, differentiable; zero past the groups.
 
-    The weight is cast to the dtype of rows.
+    The weight is cast to the dtype of rows, in backward again: no copy of it is saved.
     """
-    return _GroupedMatmul.apply(rows, weight.to(rows.dtype), groups, gemm)
+    return _GroupedMatmul.apply(rows, weight, groups, gemm)
 
 
 class _GroupedMatmul(torch.autograd.Function):
@@ -253,7 +256,7 @@ class _GroupedMatmul(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.groups, ctx.gemm = groups, gemm
-        return gemm.matmul(rows, weight, groups=groups)
+        return gemm.matmul(rows, weight.to(rows.dtype), groups=groups)
 
     @staticmethod
     @once_differentiable
@@ -262,6 +265,7 @@ class _GroupedMatmul(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = ctx.gemm.matmul(grad, weight.transpose(1, 2), groups=ctx.groups)
-        grad_weight = ctx.gemm.weight_gradient(rows, grad, groups=ctx.groups)
+            transposed = weight.to(rows.dtype).transpose(1, 2)
+            grad_rows = ctx.gemm.matmul(grad, transposed, groups=ctx.groups)
+        grad_weight = ctx.gemm.weight_gradient(rows, grad, groups=ctx.groups).to(weight.dtype)
         return grad_rows, grad_weight, None, None

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from moesaic.core.shapes import Tensor
 from moesaic.ops.grouped_gemm import ActivationFunction, FeedForwardWeights, SequentialGEMM
@@ -35,8 +36,9 @@ def compare_with_unfused(
     ``tolerance`` is relative to the largest value of each result.
     """
     try:
-        # independent of the mode in which the first layer runs
+        # independent of the mode in which the first layer runs, checkpointed ones included
         with (
+            saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
             torch.inference_mode(mode=False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),

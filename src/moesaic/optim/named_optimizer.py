@@ -5,9 +5,10 @@ schedule writes ``lr = base_lr * factor``. State is float32 and covers the shard
 is on this rank. What a rule updates of a parameter of a narrower dtype (bfloat16), and how it is
 rounded into the parameter, is up to ``optim/master_weights.py``.
 
-State is exported as flat tensors named ``slot/parameter``, e.g. ``exp_avg/encoder.0.norm.weight``:
-it does not depend on the order of parameters. Learning rates are not state: the schedule gives them
-for any step.
+A float32 master is exported as the weight of its parameter, so a checkpoint can be resumed in any
+precision. Other state is exported as flat tensors named ``slot/parameter``, e.g.
+``exp_avg/encoder.0.norm.weight``: it does not depend on the order of parameters. Learning rates are
+not state: the schedule gives them for any step.
 """
 
 import inspect
@@ -23,6 +24,7 @@ from moesaic.distributed.world import local_tensor
 from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.master_weights import MasterWeights, ShardUpdate
 
+MASTER = "master"  # the slot of a float32 copy
 MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
 
 
@@ -146,7 +148,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         if parameter.dtype == torch.float32:
             return rule.initial_state(parameter)
         kept = self.master_weights.initial_state(parameter)
-        like = kept.get("master", torch.empty_like(parameter, dtype=torch.float32))
+        like = kept.get(MASTER, torch.empty_like(parameter, dtype=torch.float32))
         return kept | rule.initial_state(like)
 
     def _step_group(self, group: dict[str, Any]) -> None:
@@ -195,18 +197,39 @@ class NamedOptimizer(torch.optim.Optimizer):
 
 
 def export_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
-    """Return every state tensor (not copied). A parameter that was never updated has none."""
+    """Return every state tensor but masters (not copied); none of a parameter never updated."""
     return {
         f"{slot}/{name}": tensor
         for name, parameter, _ in _named_parameters(optimizer)
         for slot, tensor in optimizer.state.get(parameter, {}).items()
+        if slot != MASTER
+    }
+
+
+def export_masters(optimizer: NamedOptimizer) -> dict[str, Tensor]:
+    """Return the float32 master of every parameter that has one, by its name (not copied)."""
+    return {
+        name: optimizer.state[parameter][MASTER]
+        for name, parameter, _ in _named_parameters(optimizer)
+        if MASTER in optimizer.state.get(parameter, {})
     }
 
 
 @torch.no_grad()
-def restore_state(optimizer: NamedOptimizer, tensors: Mapping[str, Tensor]) -> None:
+def round_masters(optimizer: NamedOptimizer) -> None:
+    """Round every float32 master into its parameter, after masters were loaded."""
+    for _, parameter, _ in _named_parameters(optimizer):
+        if MASTER in optimizer.state.get(parameter, {}):
+            local_tensor(parameter).copy_(optimizer.state[parameter][MASTER])
+
+
+@torch.no_grad()
+def restore_state(
+    optimizer: NamedOptimizer, tensors: Mapping[str, Tensor], *, weights: Mapping[str, Tensor]
+) -> None:
     """Restore exported state bit for bit; the optimizer must have the same rules and parameters.
 
+    ``weights`` become the masters of parameters that have state and are of a narrow dtype.
     All or nothing: raises CheckpointError naming what does not fit, with the optimizer unchanged.
     """
     stepped = {name.partition("/")[2] for name in tensors}
@@ -214,6 +237,10 @@ def restore_state(optimizer: NamedOptimizer, tensors: Mapping[str, Tensor]) -> N
         name: optimizer.expected_state(parameter, rule=rule)
         for name, parameter, rule in _named_parameters(optimizer)
         if name in stepped
+    }
+    tensors = {
+        **tensors,
+        **{f"{MASTER}/{name}": weights[name] for name, like in slots.items() if MASTER in like},
     }
     _check_state_fits(
         tensors, {f"{s}/{name}": like for name in slots for s, like in slots[name].items()}

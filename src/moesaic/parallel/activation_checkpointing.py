@@ -1,38 +1,66 @@
-"""Activation checkpointing: blocks whose activations are freed and recomputed in backward.
+"""Activation checkpointing: what frees its activations and recomputes them in backward.
 
-Such a block keeps its inputs only (Chen et al. 2016, 1604.06174). Losses are those of the first
-forward pass and count once.
+Blocks, branches of blocks, or the cheap operations of blocks: what is checkpointed keeps its inputs
+only (Chen et al. 2016, 1604.06174). Losses are those of the first forward pass and count once.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Tensor
-from moesaic.model.block import BlockState, DecoderBlock, EncoderBlock
+from moesaic.model.block import (
+    BlockState,
+    CrossAttentionBranch,
+    DecoderBlock,
+    EncoderBlock,
+    FeedForwardBranch,
+    MixerBranch,
+    MoEBranch,
+)
 from moesaic.model.transformer import Transformer, run_block
 from moesaic.moe.layer import moe_layers
 from moesaic.moe.router import Router
 
+BRANCHES: dict[str, tuple[type[nn.Module], ...]] = {
+    "mixer": (MixerBranch, CrossAttentionBranch),
+    "feed_forward": (FeedForwardBranch,),
+    "moe": (MoEBranch,),
+}
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+_Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
 
 class ActivationCheckpointing(Choice):
-    """Family: which blocks recompute their activations in backward."""
+    """Family: which activations are recomputed in backward."""
 
-    def select(self, blocks: Sequence[nn.Module]) -> Sequence[nn.Module]:
-        """Return the checkpointed blocks of a stack."""
+    @property
+    def period(self) -> int:
+        """After how many blocks of a stack the choice repeats."""
+        return 1
+
+    def apply(self, model: Transformer) -> None:
+        """Checkpoint a model in place."""
         raise NotImplementedError
 
 
 class NoActivationCheckpointing(ActivationCheckpointing):
     """No activation checkpointing: all activations are kept."""
 
-    def select(self, blocks: Sequence[nn.Module]) -> Sequence[nn.Module]:
-        return blocks[:0]
+    def apply(self, model: Transformer) -> None:
+        model.run_block = run_block
 
 
 class CheckpointBlocks(ActivationCheckpointing):
@@ -40,14 +68,48 @@ class CheckpointBlocks(ActivationCheckpointing):
 
     every: int = Field(default=1, ge=1)
 
-    def select(self, blocks: Sequence[nn.Module]) -> Sequence[nn.Module]:
-        return blocks[:: self.every]
+    @property
+    def period(self) -> int:
+        return self.every
+
+    def apply(self, model: Transformer) -> None:
+        blocks = [*list(model.encoder)[:: self.every], *list(model.decoder)[:: self.every]]
+        model.run_block = CheckpointedForward(set(blocks))
 
 
-def apply_activation_checkpointing(model: Transformer, *, by: ActivationCheckpointing) -> None:
-    """Checkpoint the blocks of a model that ``by`` selects."""
-    blocks = {*by.select(list(model.encoder)), *by.select(list(model.decoder))}
-    model.run_block = CheckpointedForward(blocks) if blocks else run_block
+class CheckpointBranches(ActivationCheckpointing):
+    """The branches of these kinds in every block, norm and dropout included.
+
+    ``mixer`` is attention or another sequence mixer, ``feed_forward`` a dense feed-forward, ``moe``
+    a router with its experts. The inputs of branches are kept.
+    """
+
+    branches: tuple[Literal["mixer", "feed_forward", "moe"], ...] = ("moe",)
+
+    def apply(self, model: Transformer) -> None:
+        kinds = tuple(kind for name in self.branches for kind in BRANCHES[name])
+        for module in model.modules():
+            if isinstance(module, kinds):
+                # an attribute hides the method: module hooks still run around it
+                module.forward = partial(_run_checkpointed, module, module.forward)
+
+
+class CheckpointCheapOperations(ActivationCheckpointing):
+    """All operations of blocks but matrix products and attention, whose results are kept.
+
+    Norms, activations, dropout and permutations are recomputed: they cost little time and save
+    large tensors (selective recomputation, 2205.05198). Compiled kernels of experts are recomputed.
+    """
+
+    def apply(self, model: Transformer) -> None:
+        blocks: set[nn.Module] = {*model.encoder, *model.decoder}
+        model.run_block = CheckpointedForward(blocks, keep=_keep_products)
+
+
+def _keep_products(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    name = operation.name().partition("::")[2].partition(".")[0]
+    kept = name in _PRODUCTS or name.startswith("_scaled_dot_product")
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class CheckpointedForward:
@@ -57,26 +119,55 @@ class CheckpointedForward:
     of the first pass, and every collective is called in the same order.
     """
 
-    def __init__(self, blocks: set[nn.Module]) -> None:
-        self._blocks = blocks
+    def __init__(
+        self, blocks: set[nn.Module], *, keep: Callable[..., CheckpointPolicy] | None = None
+    ) -> None:
+        self._blocks, self._keep = blocks, keep
 
     def __call__(
         self, block: EncoderBlock | DecoderBlock, state: BlockState, **parts: Any
     ) -> BlockState:
         if block not in self._blocks:
             return run_block(block, state, **parts)
-        # stopping early would skip the collectives after the last tensor that backward needs
-        with set_checkpoint_early_stop(False):
-            return checkpoint(
-                block, state, use_reentrant=False, context_fn=lambda: _contexts(block), **parts
-            )
+        return _run_checkpointed(block, block, state, keep=self._keep, **parts)
 
 
-def _contexts(
-    block: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _run_checkpointed(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    *inputs: Any,
+    keep: Callable[..., CheckpointPolicy] | None = None,
+    **parts: Any,
+) -> Any:
+    """Return ``forward(*inputs, **parts)``, which computes ``module``; recomputed in backward."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **parts)
+    # stopping early would skip the collectives after the last tensor that backward needs
+    with set_checkpoint_early_stop(False):
+        return checkpoint(
+            forward,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: _contexts(module, keep=keep),
+            **parts,
+        )
+
+
+def _contexts(module: nn.Module, *, keep: Callable[..., CheckpointPolicy] | None) -> _Contexts:
     """Return the contexts of the first pass, which starts now, and of the recomputation."""
-    return nullcontext(), _RestoredRouterState([layer.router for layer in moe_layers(block)])
+    restored = _RestoredRouterState([layer.router for layer in moe_layers(module)])
+    if keep is None:
+        return nullcontext(), restored
+    first, second = create_selective_checkpoint_contexts(keep)
+    return first, _within(second, restored)
+
+
+@contextmanager
+def _within(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 class _RestoredRouterState:

@@ -9,12 +9,12 @@ from torch import nn
 from moesaic.checkpoint.snapshot import Shard
 from moesaic.core.shapes import Float, Tensor
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
-from moesaic.distributed.process_groups import Group
 from moesaic.distributed.world import local_tensor
 from moesaic.model.transformer import Transformer
 from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradient_clipping import GradNorm, global_norm, scale_gradients
 from moesaic.parallel.batch_ranks import group_world, world_over
+from moesaic.parallel.gradient_sums import GradientSums, ReplicatedParameter
 from moesaic.parallel.parameter_streaming import ParameterStream
 from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.precision import Precision
@@ -59,6 +59,12 @@ class ParallelModel:
         self.stage_world = world_over(mesh, *STAGE_AXES)
         self.data_world = world_over(mesh, "data")
         coordinates = mesh.coordinates()
+        self._gradient_sums = GradientSums(
+            list(self._replicated_parameters()),
+            device=mesh.device,
+            dtype=precision.reduce_dtype,
+            timeout_s=mesh.timeout_s,
+        )
         # the other ranks of these axes read the same rows
         self.counts_tokens = not any(coordinates[a] for a in ("pipe", "context", "tensor"))
 
@@ -75,7 +81,9 @@ class ParallelModel:
         )
 
     def before_backward(self, *, last: bool) -> None:
-        """Prepare ZeRO for a micro-batch; ``last``: it is the step's last."""
+        """Prepare the sums of gradients for a micro-batch; ``last``: it is the step's last."""
+        if last:
+            self._gradient_sums.before_last_backward()
         if self.mesh.plan.zero:
             for parameter in self.model.parameters():
                 # FSDP2 adds a gradient of the parameter's dtype to what is there
@@ -89,20 +97,18 @@ class ParallelModel:
         A parameter that no backward pass reached has a gradient of zero, with one process as with
         many: weight decay is then the same under every plan.
         """
-        by_group: dict[Group, list[Tensor]] = {}
-        for _, parameter, placement, sync in self._parameters():
+        for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = self._zero_gradient(parameter)
-            group = self.mesh.group(*sync.all_reduce_axes, num_experts=placement.num_experts)
-            if group is not None:
-                by_group.setdefault(group, []).append(parameter)
-        dtype = self.precision.reduce_dtype
-        for group, parameters in by_group.items():
-            group_world(group, device=self.mesh.device).all_reduce_gradients(
-                parameters, dtype=dtype
-            )
+        self._gradient_sums.finish()
         if self.pipeline is not None:
-            self.pipeline.sum_shared_gradients(dtype=dtype)
+            self.pipeline.sum_shared_gradients(dtype=self.precision.reduce_dtype)
+
+    def _replicated_parameters(self) -> Iterator[ReplicatedParameter]:
+        for _, parameter, placement, sync in self._parameters():
+            ranks = self.mesh.ranks(*sync.all_reduce_axes, num_experts=placement.num_experts)
+            if parameter.requires_grad and len(ranks) > 1:
+                yield ReplicatedParameter(parameter, ranks, bool(sync.zero_axes))
 
     def _zero_gradient(self, parameter: nn.Parameter) -> Tensor:
         return torch.zeros_like(parameter, dtype=self.precision.gradient_dtype)
@@ -160,16 +166,22 @@ class ParallelModel:
         return zero_dim(self._shapes_before_zero[name], ranks=ranks)
 
     def _sharded_norm(self) -> Float[Tensor, ""]:
-        square, pipe = torch.zeros((), dtype=torch.float64), self.pipeline
+        pipe, device = self.pipeline, self.mesh.device
+        norms: list[Tensor] = []
+        num_copies: list[int] = []
         for name, parameter, placement, sync in self._parameters():
             # of the pipeline ranks that hold a parameter together, the first counts it
             counts = pipe is None or pipe.stages.is_first_holder(name, rank=pipe.rank)
             if parameter.grad is not None and counts:
-                copies = self.mesh.size(*sync.all_reduce_axes, num_experts=placement.num_experts)
-                norm = torch.linalg.vector_norm(local_tensor(parameter.grad), dtype=torch.float32)
-                square += norm.double().cpu().square() / copies
-        world = group_world(self.mesh.world_group, device=self.mesh.device)
-        return world.all_reduce(square).sqrt()
+                axes, experts = sync.all_reduce_axes, placement.num_experts
+                num_copies.append(self.mesh.size(*axes, num_experts=experts))
+                grad = local_tensor(parameter.grad)
+                norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32).to(device))
+        # a copy for each rank: the norms stay on the device, and the host reads their sum once
+        shares = torch.tensor(num_copies, dtype=torch.float64).to(device)
+        squares = torch.stack(norms).double().square() if norms else shares
+        world = group_world(self.mesh.world_group, device=device)
+        return world.all_reduce((squares / shares).sum()).sqrt()
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter, Placement, GradientSync]]:
         for name, parameter in self.model.named_parameters():

@@ -5,6 +5,7 @@ communicate, checkpoint activations, and last let ZeRO shard the remaining copie
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,13 +15,14 @@ from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import World
 from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tensor_store import TensorStore
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, moe_layers
 from moesaic.nn.shardable_module import shardable_modules
-from moesaic.parallel.activation_checkpointing import apply_activation_checkpointing
+from moesaic.parallel.activation_offload import offload_activations
 from moesaic.parallel.batch_ranks import BatchRanks, world_over
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import ContextRanks, SequenceSharder
@@ -38,6 +40,8 @@ from moesaic.parallel.sharding_plan import (
 )
 from moesaic.parallel.tensor_parallel import apply_tensor_parallel, tensor_parallel_problems
 from moesaic.parallel.zero import apply_zero
+
+TierPurpose = Literal["parameters", "activations"]
 
 
 def parallelize(
@@ -84,7 +88,10 @@ def parallelize_on_mesh(
     apply_context_parallel(model, parallel=parallel, mesh=mesh)
     apply_expert_parallel(model, parallel=parallel, mesh=mesh)
     model.head.data_ranks = mesh.group("data")
-    apply_activation_checkpointing(model, by=parallel.activation_checkpointing)
+    parallel.activation_checkpointing.apply(model)
+    if not parallel.memory.activations.is_device:
+        store = open_tier(parallel.memory, "activations", mesh=mesh)
+        offload_activations(model, store=store)
     sync = {name: GradientSync(each.replicated_axes) for name, each in local_plan.items()}
     if mesh.plan.zero:
         sync = apply_zero(
@@ -101,23 +108,21 @@ def parallelize_on_mesh(
         pipeline=pipeline,
     )
     if not parallel.memory.parameters.is_device:
-        parallel_model.parameter_stream = stream_parameters(
-            model, memory=parallel.memory, mesh=mesh
-        )
+        stream = ParameterStream(model, store=open_tier(parallel.memory, "parameters", mesh=mesh))
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            stream.move_to_tier()
+        parallel_model.parameter_stream = stream
     return parallel_model
 
 
-def stream_parameters(model: Transformer, *, memory: MemoryPlan, mesh: Mesh) -> ParameterStream:
-    """Move the expert weights of a model to their tier, if they have values already."""
-    store = memory.parameters.open(
+def open_tier(memory: MemoryPlan, purpose: TierPurpose, *, mesh: Mesh) -> TensorStore:
+    """Return this rank's store of what a memory plan keeps on a tier."""
+    tiers = {"parameters": memory.parameters, "activations": memory.activations}
+    return tiers[purpose].open(
         device=mesh.device,
-        label=f"rank{mesh.rank}-parameters",
+        label=f"rank{mesh.rank}-{purpose}",
         in_flight_bytes=memory.in_flight_bytes,
     )
-    stream = ParameterStream(model, store=store)
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        stream.move_to_tier()
-    return stream
 
 
 def shard_parameters(
@@ -164,11 +169,12 @@ def apply_context_parallel(model: Transformer, *, parallel: ParallelConfig, mesh
 
 def apply_expert_parallel(model: Transformer, *, parallel: ParallelConfig, mesh: Mesh) -> None:
     """Sum routing statistics over the batch's ranks, and dispatch tokens over expert ranks."""
-    stage, scope = world_over(mesh, *STAGE_AXES), parallel.capacity_scope.expert_axes
+    stage, scope = world_over(mesh, *STAGE_AXES), parallel.capacity_scope
     for layer in moe_layers(model):
         number = layer.router.config.experts
-        capacity = world_over(mesh, *scope, num_experts=number) if scope else stage
-        layer.batch_group = BatchRanks(stage, capacity_world=capacity)
+        experts = number if scope.of_experts else None
+        capacity = world_over(mesh, *scope.axes, num_experts=experts)
+        layer.batch_group = BatchRanks(stage, capacity_world=capacity, scope=scope)
         expert, expert_tensor = (
             mesh.group(axis, num_experts=number) for axis in ("expert", "expert_tensor")
         )

@@ -203,11 +203,3 @@ class ParameterStream:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def streamed_bytes_per_step(layer_bytes: Sequence[int], *, micro_batches: int) -> int:
-    """Return the bytes that a step fetches, given those of each layer's experts in order.
-
-    Each layer is fetched for forward and for backward; the last one stays between both.
-    """
-    return micro_batches * (2 * sum(layer_bytes) - layer_bytes[-1])

@@ -48,7 +48,8 @@ class LossSettings:
 class MicroBatch:
     """A micro-batch, and the results of this rank's stages.
 
-    ``terms`` are this rank's shares of the loss, detached. On the last stage, ``loss`` is the
+    ``terms`` are this rank's shares of the loss, detached; ``records`` are those of a step's last
+    micro-batch, detached, and of no other. On the last stage, ``loss`` is the
     head's, without its graph, and ``row`` the row of the batch of each prediction.
     """
 
@@ -97,7 +98,8 @@ class StageModule(nn.Module):
         objective = torch.stack(list(terms.values())).sum() if terms else torch.zeros(())
         for name, value in {**terms, "objective": objective}.items():
             micro.terms[name] = micro.terms[name] + value.detach().double()
-        micro.records += end.records
+        if micro is pipeline.micro_batches[-1]:  # the others' would all be held at once
+            micro.records += tuple(record.detached() for record in end.records)
         if self.training:
             # not after backward: the next micro-batch's forward comes first
             accumulate_routing_stats(self.model, end.records)

@@ -13,14 +13,13 @@ those of the group, V vocabulary, v rows held here, D model dim.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.distributed.collectives import (
@@ -34,7 +33,7 @@ from moesaic.distributed.process_groups import Group, group_rank, group_size
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
 from moesaic.nn.shardable_module import ShardableModule, shardable_modules
-from moesaic.ops.cross_entropy import CHUNK_ELEMENTS, TokenLoss
+from moesaic.ops.cross_entropy import TokenLoss, VocabularyShard, cross_entropy
 
 
 class VocabParallelEmbedding:
@@ -74,9 +73,16 @@ class VocabParallelEmbedding:
         # this rank returns the loss of its own tokens, but scores those of all ranks
         first = sum(sizes[: group_rank(self._group)])
         own = slice(first, first + len(label))
-        terms = _LossTerms(self._group, self._first, self._size, smoothing, z)
-        total, nll = _VocabParallelCrossEntropy.apply(gathered, table, labels, own, terms)
-        return TokenLoss(total, nll)
+        shard = VocabularyShard(
+            self._first,
+            self._size,
+            all_reduce_max=partial(_all_reduce, group=self._group, op=distributed.ReduceOp.MAX),
+            all_reduce_sum=partial(_all_reduce, group=self._group, op=distributed.ReduceOp.SUM),
+            own=own,
+        )
+        return cross_entropy(
+            gathered, weight=table, label=labels, label_smoothing=smoothing, z_loss=z, shard=shard
+        )
 
     def _lookup_local_rows(
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"]
@@ -87,77 +93,7 @@ class VocabParallelEmbedding:
         return F.embedding(row.where(local, 0), table) * local[:, None]
 
 
-@dataclass(frozen=True, slots=True)
-class _LossTerms:
-    """Settings of the loss, and the position of this rank's rows in the vocabulary."""
-
-    group: Group
-    first: int
-    size: int
-    smoothing: float
-    z: float
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Cross-entropy that computes its gradients in the forward pass.
-
-    Every rank's loss must reach ``backward`` with the same factor (a rank's loss is its share,
-    ``moe/batch_group.py``), because each rank also has the gradients of other ranks' tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        hidden, weight, label, own, terms = inputs
-        table = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(table, dtype=torch.float32)
-        losses = torch.empty(len(label), device=hidden.device)
-        nll = torch.empty_like(losses)
-        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
-        for start in range(0, len(label), step):
-            span = slice(start, start + step)
-            logits = (hidden[span] @ table.t()).float()
-            losses[span], nll[span], grad = _chunk_loss(logits, label[span], terms)
-            grad = grad.to(hidden.dtype)
-            grad_hidden[span] = grad @ table
-            grad_weight += (grad.t() @ hidden[span]).float()
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        nll = nll[own].clone()
-        ctx.mark_non_differentiable(nll)
-        return losses[own].sum(), nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden * scale.to(grad_hidden.dtype), weight, None, None, None
-
-
-def _chunk_loss(
-    logits: Float[Tensor, "M v"], label: Int[Tensor, "M"], terms: _LossTerms
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses and negative log-likelihoods [M], and this rank's gradient of the logits."""
-    row = label - terms.first
-    local = (row >= 0) & (row < logits.shape[1])
-    row = row.where(local, 0)[:, None]
-    maximum = _all_reduce(logits.amax(1), terms.group, distributed.ReduceOp.MAX)
-    power = (logits - maximum[:, None]).exp_()
-    at_label = logits.gather(1, row)[:, 0] * local
-    sums = torch.stack([power.sum(1), at_label, logits.sum(1)])
-    total, at_label, logit_sum = _all_reduce(sums, terms.group, distributed.ReduceOp.SUM)
-    lse = total.log() + maximum
-    nll, smoothing, z = lse - at_label, terms.smoothing, terms.z
-    loss = (1 - smoothing) * nll + smoothing * (lse - logit_sum / terms.size) + z * lse.square()
-    grad = power.div_(total[:, None]).mul_((1 + 2 * z * lse)[:, None])
-    grad.sub_(smoothing / terms.size)
-    label_grad = (smoothing - 1) * local.to(grad.dtype)
-    return loss, nll, grad.scatter_add_(1, row, label_grad[:, None])
-
-
-def _all_reduce(values: Tensor, group: Group, op: Any) -> Tensor:
+def _all_reduce(values: Tensor, *, group: Group, op: Any) -> Tensor:
     with record_collective("all_reduce", group=group):
         distributed.all_reduce(values, op=op, group=group)
     return values

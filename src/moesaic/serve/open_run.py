@@ -1,18 +1,17 @@
 """Opening a run for translation: model, tokenizer, limits, text rules, trained directions."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
+from moesaic.checkpoint.stored_weights import load_transformer, open_weights
 from moesaic.checkpoint.trained_directions import TrainedDirections, read_trained_directions
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError
-from moesaic.core.shapes import Tensor
 from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.corpus.text_rules import TextRules, read_text_rules
 from moesaic.data.collators import Collator
@@ -21,11 +20,7 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.head import LanguageModelHead
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
-from moesaic.model.weights import (
-    describe_nonfinite,
-    require_fitting_weights,
-    restore_weights,
-)
+from moesaic.model.weights import describe_nonfinite, require_fitting_weights
 from moesaic.serve.source_text import TranslationLimits
 
 
@@ -56,9 +51,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     config = _read_config(run)
     if not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-    model = _load_model(
-        ModelConfig.from_dict(config["model"]), read_weights(weights, device=device), where=weights
-    )
+    model = _load_model(ModelConfig.from_dict(config["model"]), weights, device=device)
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -66,7 +59,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
             f"{model.config.vocab_size}: it belongs to another run"
         )
     return OpenedRun(
-        model=model.to(device),
+        model=model,
         tokenizer=tokenizer,
         limits=_read_limits(config, where=run.config),
         text_rules=read_text_rules(run.text_rules),
@@ -120,12 +113,13 @@ def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
     return TranslationLimits(**limits)
 
 
-def _load_model(config: ModelConfig, tensors: dict[str, Tensor], *, where: Path) -> Transformer:
+def _load_model(config: ModelConfig, where: Path, *, device: str) -> Transformer:
     """Build a model once its weights fit: a config may ask for any size, a file has its own."""
+    with open_weights(where) as stored:
+        shapes = stored.shapes
     try:
-        _require_size(config, tensors)
-        model = Transformer(config)
-        restore_weights(model, tensors)
+        _require_size(config, shapes)
+        model = load_transformer(config, where, device=device)
     except CheckpointError as error:
         raise CheckpointError(f"{where} and config.yaml beside it: {error}") from error
     wrong = describe_nonfinite(model)
@@ -137,14 +131,13 @@ def _load_model(config: ModelConfig, tensors: dict[str, Tensor], *, where: Path)
     return model
 
 
-def _require_size(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+def _require_size(config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise CheckpointError if a config asks for more than its weights have, before it takes it."""
     layers = config.encoder.layers + config.decoder.layers
-    if layers > len(tensors):  # thousands of modules take a minute to make, on any device
+    if layers > len(shapes):  # thousands of modules take a minute to make, on any device
         raise CheckpointError(
-            f"{layers:,} layers, but {len(tensors):,} tensors: the config describes a far larger "
+            f"{layers:,} layers, but {len(shapes):,} tensors: the config describes a far larger "
             "model; restore the file that differs"
         )
-    if count_parameters(config).total > sum(tensor.numel() for tensor in tensors.values()):
-        with torch.device("meta"):  # takes no memory, and a second to import
-            require_fitting_weights(Transformer(config), tensors)
+    if count_parameters(config).total > sum(map(math.prod, shapes.values())):
+        require_fitting_weights(Transformer.without_values(config), shapes)

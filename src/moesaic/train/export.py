@@ -20,6 +20,11 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
         weights = export_weights(trainer.model)
     else:  # no rank has all weights: read them from the checkpoint that the run has just saved
         weights = load_checkpoint(run_dir.checkpoints, only=("model",)).files["model"]
+        dtype, parameters = (
+            trainer.run.precision.parameter_dtype,
+            trainer.parallel_model.sharding_plan,
+        )
+        weights = {**weights, **{name: weights[name].to(dtype) for name in parameters}}
     run = trainer.run
     metadata = weights_metadata(run_dir, model=run.model.to_dict())
     write_tensors(run_dir.model, tensors=weights, metadata=metadata)

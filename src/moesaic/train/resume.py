@@ -4,11 +4,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.full_checkpoint import LatestCheckpoint, find_latest_checkpoint
+from moesaic.checkpoint.full_checkpoint import LatestCheckpoint
 from moesaic.checkpoint.manifest import MANIFEST_FILE
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.sharded_checkpoint import find_verified_checkpoint, verify_on_all_ranks
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
+from moesaic.distributed.rank0 import run_on_rank0
+from moesaic.distributed.world import World
 from moesaic.train.run import Run
 
 # Keys that may differ from the config in the checkpoint: length, monitoring, parallel layout.
@@ -31,6 +34,7 @@ REPORTED_KEYS = (
     "optimizer.adamw.router_lr",
     "schedule",
     "clip_norm",
+    "precision",
     "spikes",
 )
 
@@ -38,10 +42,10 @@ REPORTED_KEYS = (
 class Resume(Choice):
     """Where a run starts: ``StartFresh``, ``ResumeLatest`` or ``ResumeFrom``."""
 
-    def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
+    def find_checkpoint(self, run_dir: RunDir, *, world: World) -> LatestCheckpoint:
         """Return the checkpoint to continue from, without a path to start at step 0.
 
-        Raises CheckpointError.
+        Its files have been hashed, each on one of the ranks. Collective. Raises CheckpointError.
         """
         raise NotImplementedError
 
@@ -49,7 +53,11 @@ class Resume(Choice):
 class StartFresh(Resume):
     """Start at step 0, in a directory without a run."""
 
-    def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
+    def find_checkpoint(self, run_dir: RunDir, *, world: World) -> LatestCheckpoint:
+        run_on_rank0(world, lambda: self._require_no_run(run_dir))
+        return LatestCheckpoint(None)
+
+    def _require_no_run(self, run_dir: RunDir) -> None:
         # what is written before the first step, e.g. by a job that was killed
         started = (run_dir.config, run_dir.tokenizer, run_dir.vocabulary, run_dir.text_rules)
         started += (run_dir.lock,)
@@ -60,7 +68,6 @@ class StartFresh(Resume):
                 f"{run_dir.path} is not empty (it has {', '.join(others[:4])}). To continue its "
                 "run: --resume auto; to start a new one: choose another --out, or remove it"
             )
-        return LatestCheckpoint(None)
 
 
 START_FRESH = StartFresh()
@@ -69,8 +76,8 @@ START_FRESH = StartFresh()
 class ResumeLatest(Resume):
     """Continue from the newest valid checkpoint of the run directory, else start at step 0."""
 
-    def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
-        return find_latest_checkpoint(run_dir.checkpoints)
+    def find_checkpoint(self, run_dir: RunDir, *, world: World) -> LatestCheckpoint:
+        return find_verified_checkpoint(run_dir.checkpoints, world=world)
 
 
 class ResumeFrom(Resume):
@@ -78,11 +85,17 @@ class ResumeFrom(Resume):
 
     path: str
 
-    def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:  # noqa: ARG002
+    def find_checkpoint(
+        self,
+        run_dir: RunDir,  # noqa: ARG002
+        *,
+        world: World,
+    ) -> LatestCheckpoint:
         path = Path(self.path)
-        if (path / MANIFEST_FILE).is_file():
+        if run_on_rank0(world, lambda: (path / MANIFEST_FILE).is_file()):
+            verify_on_all_ranks(path, world=world)
             return LatestCheckpoint(path)
-        found = find_latest_checkpoint(RunDir(path).checkpoints)
+        found = find_verified_checkpoint(RunDir(path).checkpoints, world=world)
         if found.path is None:
             why = f": {' | '.join(found.skipped)}" if found.skipped else ""
             raise CheckpointError(f"{path}: no valid checkpoint to resume from{why}")

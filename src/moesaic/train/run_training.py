@@ -5,11 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
+from moesaic.checkpoint.full_checkpoint import (
+    LatestCheckpoint,
+    config_differences,
+    read_verified_state,
+    require_same_config,
+)
 from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.plugins import record_plugins
 from moesaic.checkpoint.run_directory import RunDir
@@ -30,6 +35,8 @@ from moesaic.distributed.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
+from moesaic.nn.initializer import draw_seed
+from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.train.export import export_model
 from moesaic.train.failed_start import empty_folders_removed, nothing_left_on_failure
 from moesaic.train.loop import StopReason, StopRequest, TrainingResult, training_loop
@@ -56,7 +63,6 @@ from moesaic.train.training_hooks import (
     no_progress,
     terminal_progress,
 )
-from moesaic.train.warm_start import InitialWeights, RandomWeights
 
 
 def train(
@@ -84,7 +90,8 @@ def train(
         display = (progress if world.rank == 0 else no_progress)(_run_status(run))
         _note_all(display, [*lock_notes, *filter(None, [waiting_advice()])])
         with nothing_left_on_failure(run_dir, world=world):
-            start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
+            found = resume.find_checkpoint(run_dir, world=world)
+            start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, found=found))
             _note_all(display, start["notes"])
             prepared = _prepare_data(run, run_dir=run_dir, world=world, display=display)
             trainer, standard = _start_trainer(
@@ -176,8 +183,8 @@ def _start_trainer(
 ) -> tuple[Trainer, list[Hook]]:
     """Return the trainer, from its checkpoint if there is one, and its standard hooks."""
     mark_phase("making the model")
-    initial = run.initial_weights if checkpoint is None else RandomWeights()
-    trainer = make_trainer(run, prepared=prepared, world=world, initial=initial)
+    start = None if checkpoint is None else _loaded_later
+    trainer = make_trainer(run, prepared=prepared, world=world, start=start)
     standard = standard_hooks(trainer, run_dir=run_dir)  # they add what a checkpoint restores
     if checkpoint is not None:
         mark_phase("resuming")
@@ -185,12 +192,23 @@ def _start_trainer(
     return trainer, standard
 
 
+class StartShards(Protocol):
+    """What gives a rank's shards, which have memory, their values: ``InitialWeights.fill``."""
+
+    def __call__(self, parallel_model: ParallelModel, *, seed: int) -> None: ...
+
+
+def _loaded_later(parallel_model: ParallelModel, *, seed: int) -> None:
+    """Leave the shards as they are: a checkpoint is loaded into them next."""
+    del parallel_model, seed
+
+
 def make_trainer(
-    run: Run, *, prepared: PreparedData, world: World, initial: InitialWeights | None = None
+    run: Run, *, prepared: PreparedData, world: World, start: StartShards | None = None
 ) -> Trainer:
-    """Return a trainer of a run on its prepared data, with its own or other initial weights."""
+    """Return a trainer of a run on its prepared data, with its own or another start."""
     make_loader = partial(prepared.make_loader, seed=run.seed)
-    return seeded_trainer(run, make_loader=make_loader, world=world, initial=initial)
+    return seeded_trainer(run, make_loader=make_loader, world=world, start=start)
 
 
 def seeded_trainer(
@@ -198,19 +216,18 @@ def seeded_trainer(
     *,
     make_loader: Callable[[DataReplica], BatchLoader],
     world: World,
-    initial: InitialWeights | None = None,
+    start: StartShards | None = None,
 ) -> Trainer:
     """Return a trainer at step 0: the same weights, but different random streams, on all ranks.
 
-    ``initial`` are the weights; None leaves them to the run.
+    No rank allocates more than its shards. ``start`` fills them; None leaves it to the run.
     """
     torch.manual_seed(run.seed)
-    model = Transformer(run.model)
-    (initial or run.initial_weights).load_into(model)
-    model = model.to(world.device)
+    fill = partial(start or run.initial_weights.fill, seed=draw_seed())
+    model = Transformer.without_values(run.model)
     seed_rank(run.seed, world=world)
     replica = DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank))
-    return Trainer(run, model=model, data=make_loader(replica), world=world)
+    return Trainer(run, model=model, data=make_loader(replica), world=world, fill=fill)
 
 
 def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
@@ -224,9 +241,8 @@ def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
     ]
 
 
-def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
+def _open_run_dir(run_dir: RunDir, *, run: Run, found: LatestCheckpoint) -> dict[str, Any]:
     """Prepare the run directory on rank 0; return the checkpoint to start from, and notes."""
-    found = resume.find_checkpoint(run_dir)
     path, notes = found.path, [f"skipped {why}" for why in found.skipped]
     if path is not None:
         saved, current = _saved_config(path), run.to_dict()
@@ -267,7 +283,7 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
     A key that is new since then has its default. Of a config that is not valid now, the plain
     values are returned, so that the differences can be named.
     """
-    upgraded, _ = upgrade_config(read_state(checkpoint).get("config"))
+    upgraded, _ = upgrade_config(read_verified_state(checkpoint).get("config"))
     if not isinstance(upgraded, dict):
         raise CheckpointError(f"{checkpoint}: its state has no config, so it is of no run")
     try:
@@ -279,7 +295,7 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
 def load_saved_state(trainer: Trainer, path: Path) -> None:
     """Load a verified checkpoint, whose state may still be of another kind than a run's."""
     try:
-        trainer.load_checkpoint(path)
+        trainer.load_verified_checkpoint(path)
     except CheckpointError as error:
         if str(path) in str(error):
             raise

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
+from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import DataError
 from moesaic.data.batch import Batch
 from moesaic.data.batch_stream import DataReplica
 from moesaic.distributed.world import SingleProcess
 from moesaic.evaluate.head_scores import HeadScores, RowSums, score_rows
 from moesaic.model.transformer import Transformer
-from moesaic.model.weights import restore_weights
 from moesaic.train.run import Run
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.training_data import BatchLoader, Preparation
@@ -31,8 +30,7 @@ def score_head(
     run_dir = RunDir.open(path)
     require_plugins(run_dir)
     require_unchanged(run_dir)
-    model = Transformer(run.model)
-    restore_weights(model, read_weights(run_dir.model))
+    model = load_transformer(run.model, run_dir.model)
     prepared = run.data.prepare(Preparation(run_dir, SingleProcess(), [].append))
     loader = prepared.make_loader(DataReplica(), seed=run.seed)
     try:

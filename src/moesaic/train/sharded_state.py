@@ -9,12 +9,17 @@ from pathlib import Path
 from moesaic.checkpoint.block_index import read_index
 from moesaic.checkpoint.full_checkpoint import read_snapshot
 from moesaic.checkpoint.manifest import read_manifest
-from moesaic.checkpoint.sharded_checkpoint import load_sharded
+from moesaic.checkpoint.sharded_checkpoint import load_verified
 from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
 from moesaic.distributed.world import World
-from moesaic.model.weights import export_weights
-from moesaic.optim.named_optimizer import NamedOptimizer, export_state
+from moesaic.optim.named_optimizer import (
+    NamedOptimizer,
+    export_masters,
+    export_state,
+    round_masters,
+)
 from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.weight_start import weight_shards
 
 SHARDED_FILES = ("model", "optimizer")  # their tensors are distributed over ranks
 
@@ -23,16 +28,12 @@ def local_shards(
     parallel_model: ParallelModel, optimizer: NamedOptimizer
 ) -> dict[str, dict[str, TensorOrShard]]:
     """Return this rank's shards of weights and optimizer state, without copying."""
-    weights, names = export_weights(parallel_model.model), set(parallel_model.sharding_plan)
-    model: dict[str, TensorOrShard] = {
-        name: parallel_model.shard_of(name, tensor) if name in names else tensor
-        for name, tensor in weights.items()
-    }
+    weights = weight_shards(parallel_model) | parallel_model.shards(export_masters(optimizer))
     state: dict[str, TensorOrShard] = {}
     for name, tensor in export_state(optimizer).items():
         parameter = name.partition("/")[2]
         state[name] = parallel_model.shard_of(parameter, tensor) if tensor.dim() else tensor
-    return {"model": model, "optimizer": state}
+    return {"model": dict(weights), "optimizer": state}
 
 
 def restore_shards(
@@ -40,7 +41,7 @@ def restore_shards(
 ) -> Snapshot:
     """Load weights and optimizer state from a checkpoint of any plan; return the remaining files.
 
-    Collective. Raises CheckpointError as ``load_sharded`` does.
+    Its files have been hashed. Collective. Raises CheckpointError as ``load_sharded`` does.
     """
     index = read_index(path, manifest=read_manifest(path))
     saved = {name.partition("/")[2] for name in index.files.get("optimizer", {})}
@@ -48,5 +49,6 @@ def restore_shards(
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
                 optimizer.ensure_state(parameter, rule=group["rule"])
-    load_sharded(path, into=local_shards(parallel_model, optimizer), world=world)
+    load_verified(path, into=local_shards(parallel_model, optimizer), world=world)
+    round_masters(optimizer)
     return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])

@@ -5,9 +5,9 @@ all micro-batches and ranks, plus each layer's auxiliary losses as the mean over
 So the weight of a token depends neither on the number of ranks nor on that of micro-batches.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import torch
 
@@ -26,7 +26,10 @@ from moesaic.train.running_metrics import LossCategories, StepSums
 
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
-    """Sums over micro-batches on this rank, and the last micro-batch with its routing records."""
+    """Sums over micro-batches on this rank, and the last one with its detached routing records.
+
+    The records of the others are gone when their backward pass is over.
+    """
 
     sums: StepSums
     records: tuple[RoutingRecord, ...]
@@ -50,17 +53,22 @@ class Objective:
         if parallel_model.pipeline is not None:
             results = self._pipeline_forward_backward(parallel_model, batches, predicted=predicted)
         else:
-            results = []
-            for number, batch in enumerate(batches):
-                parallel_model.before_backward(last=number == len(batches) - 1)
-                results.append(
-                    self._micro_batch_forward_backward(
-                        parallel_model, batch, predicted=predicted, micro_batches=len(batches)
-                    )
-                )
+            results = self._forward_backward_in_turn(parallel_model, batches, predicted=predicted)
+        result = _merge_results(results)
         mark_phase("sum of gradients")
         parallel_model.sum_gradients()
-        return _merge_results(results)
+        return result
+
+    def _forward_backward_in_turn(
+        self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: int
+    ) -> Iterator[ForwardBackwardResult]:
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            parallel_model.before_backward(last=last)
+            result = self._micro_batch_forward_backward(
+                parallel_model, batch, predicted=predicted, micro_batches=len(batches)
+            )
+            yield result if last else replace(result, records=())
 
     @torch.no_grad()
     def losses(self, parallel_model: ParallelModel, *, batch: Batch) -> Float[Tensor, "K+1 C"]:
@@ -127,15 +135,19 @@ class Objective:
         detached = {name: value.detach().double() for name, value in terms.items()}
         detached["objective"] = objective.detach().double()
         losses = self.categories.sums(loss.values, row=output.row, batch=batch)
-        return ForwardBackwardResult(StepSums(losses, detached, tokens), output.records, batch)
+        records = tuple(record.detached() for record in output.records)
+        return ForwardBackwardResult(StepSums(losses, detached, tokens), records, batch)
 
 
-def _merge_results(results: Sequence[ForwardBackwardResult]) -> ForwardBackwardResult:
+def _merge_results(results: Iterable[ForwardBackwardResult]) -> ForwardBackwardResult:
     """Return the sums of all micro-batches, with the batch and records of the last one."""
-    sums = results[0].sums
-    for other in results[1:]:
-        sums = sums.add(other.sums)
-    return ForwardBackwardResult(sums, results[-1].records, results[-1].batch)
+
+    def merge(
+        before: ForwardBackwardResult, result: ForwardBackwardResult
+    ) -> ForwardBackwardResult:
+        return replace(result, sums=before.sums.add(result.sums))
+
+    return reduce(merge, results)
 
 
 def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:

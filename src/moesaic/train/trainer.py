@@ -7,12 +7,12 @@ continues bit for bit.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moesaic.checkpoint.full_checkpoint import load_checkpoint
+from moesaic.checkpoint.sharded_checkpoint import verify_on_all_ranks
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, UserError
@@ -25,9 +25,11 @@ from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
-from moesaic.optim.named_optimizer import export_state, restore_state
+from moesaic.optim.named_optimizer import export_masters, export_state, restore_state
 from moesaic.parallel.matrix_owners import MatrixOwners
+from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.weight_start import allocate_shards
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
 from moesaic.train.random_state import random_state, restore_random_state
 from moesaic.train.run import Run
@@ -36,6 +38,7 @@ from moesaic.train.sharded_state import local_shards, restore_shards
 from moesaic.train.step import ForwardBackwardResult, Objective, first_non_finite
 from moesaic.train.training_data import BatchLoader
 
+FillShards = Callable[[ParallelModel], None]
 # Names that parts of a checkpoint had earlier, by their present names.
 PREVIOUS_NAMES = {"metrics": "meters", "events": "journal"}
 
@@ -73,7 +76,16 @@ class StepReport:
 class Trainer:
     """Training state of one rank (see the module's first lines)."""
 
-    def __init__(self, run: Run, *, model: Transformer, data: BatchLoader, world: World) -> None:
+    def __init__(
+        self,
+        run: Run,
+        *,
+        model: Transformer,
+        data: BatchLoader,
+        world: World,
+        fill: FillShards | None = None,
+    ) -> None:
+        """``fill`` gives values to the shards of a model without any; None: it has values."""
         self.run, self.world, self.data = run, world, data
         self.model = model
         fused = fused_outputs(model)  # of the whole model, before it is sharded
@@ -84,6 +96,9 @@ class Trainer:
             precision=run.precision,
             timeout_s=run.collective_timeout_s,
         )
+        if fill is not None:
+            allocate_shards(self.parallel_model)
+            fill(self.parallel_model)
         self.optimizer = run.optimizer.build(
             model.named_parameters(),
             kinds=model.parameter_kinds(),
@@ -230,7 +245,7 @@ class Trainer:
         if not self.parallel_model.is_replicated:
             shards = local_shards(self.parallel_model, self.optimizer)
             return RankSnapshot(self.step, shards | files, state, **about)
-        files["model"] = export_weights(self.model)
+        files["model"] = export_weights(self.model) | export_masters(self.optimizer)
         files["optimizer"] = export_state(self.optimizer)
         return Snapshot(self.step, files, state, **about)
 
@@ -245,9 +260,11 @@ class Trainer:
 
     def load_checkpoint(self, path: Path) -> None:
         """Continue from a checkpoint saved under any parallel plan. Raises CheckpointError."""
-        if self.parallel_model.is_replicated:
-            self.restore(load_checkpoint(path))
-            return
+        verify_on_all_ranks(path, world=self.world)
+        self.load_verified_checkpoint(path)
+
+    def load_verified_checkpoint(self, path: Path) -> None:
+        """Continue from a checkpoint whose files have been hashed. Raises CheckpointError."""
         remaining = restore_shards(
             path, parallel_model=self.parallel_model, optimizer=self.optimizer, world=self.world
         )
@@ -256,7 +273,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a full snapshot (every rank holds every parameter)."""
         restore_weights(self.model, snapshot.files["model"])
-        restore_state(self.optimizer, snapshot.files["optimizer"])
+        restore_state(self.optimizer, snapshot.files["optimizer"], weights=snapshot.files["model"])
         self._restore_host_state(snapshot)
 
     def _restore_host_state(self, snapshot: Snapshot) -> None:

@@ -4,14 +4,13 @@ Only weights (with the state of routing rules) and the tokenizer are taken. The 
 schedule, the data and the counters start anew.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-from torch import nn
-
-from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.stored_weights import StoredWeights, open_weights
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
@@ -19,7 +18,9 @@ from moesaic.data.vocabulary_file import copy_tokenizer
 from moesaic.model.config import ModelConfig
 from moesaic.model.inputs import TokenIds
 from moesaic.model.transformer import Transformer
-from moesaic.model.weights import restore_weights
+from moesaic.model.weights import require_fitting_weights
+from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.weight_start import draw_shards, weight_shards
 
 
 class InitialWeights(Choice):
@@ -38,8 +39,8 @@ class InitialWeights(Choice):
         """
         raise NotImplementedError
 
-    def load_into(self, model: nn.Module) -> None:
-        """Set the weights of a whole model, which has been drawn at random."""
+    def fill(self, parallel_model: ParallelModel, *, seed: int) -> None:
+        """Give this rank's parameters, which have memory, their values at step 0."""
         raise NotImplementedError
 
 
@@ -50,8 +51,8 @@ class RandomWeights(InitialWeights):
         del model
         run_dir.directions.unlink(missing_ok=True)  # of an earlier start
 
-    def load_into(self, model: nn.Module) -> None:
-        del model
+    def fill(self, parallel_model: ParallelModel, *, seed: int) -> None:
+        draw_shards(parallel_model, seed=seed)
 
 
 class WeightsOfRun(InitialWeights):
@@ -70,9 +71,8 @@ class WeightsOfRun(InitialWeights):
         source = self._open()
         if isinstance(model.input, TokenIds):
             source.require_text_model()
-        with torch.device("meta"):
-            whole = Transformer(model)
-        self.load_into(whole)
+        with self._open_weights(source) as stored:
+            require_fitting_weights(Transformer.without_values(model), stored.shapes)
         earlier = read_trained_directions(source.directions)
         if source.tokenizer.is_file():
             copy_tokenizer(source.tokenizer, to=run_dir.tokenizer)
@@ -81,9 +81,16 @@ class WeightsOfRun(InitialWeights):
             earlier.write(run_dir.directions)
         return f"starting from the weights and the tokenizer of {self.path}"
 
-    def load_into(self, model: nn.Module) -> None:
+    def fill(self, parallel_model: ParallelModel, *, seed: int) -> None:
+        del seed
+        with self._open_weights(self._open()) as stored:
+            stored.read_into(weight_shards(parallel_model))
+
+    @contextmanager
+    def _open_weights(self, source: RunDir) -> Iterator[StoredWeights]:
         try:
-            restore_weights(model, read_weights(self._open().model))
+            with open_weights(source.model) as stored:
+                yield stored
         except CheckpointError as error:
             raise CheckpointError(
                 f"--init {self.path}: {error}. A warm start needs the model of that run: leave out "

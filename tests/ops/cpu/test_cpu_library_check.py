@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moesaic.cli.doctor_command import doctor
 from moesaic.nn.feed_forward import ReLU, SwiGLU
@@ -79,6 +80,17 @@ def test_with_a_library_the_fused_kernel_is_selected_where_it_supports_the_input
         select_moe_kernel(torch.zeros(1).double(), activation=SwiGLU()), UnfusedMoEKernel
     )
     assert selected_kernels("cpu")[0].implementation == "fused"
+
+
+def test_the_check_may_run_first_in_a_checkpointed_layer():
+    def layer(x):
+        assert compare_with_unfused(UNFUSED, tolerance=1e-6, **SETTINGS) == ""
+        return x.square()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0, 2.0, 2.0]
 
 
 def test_the_check_may_run_first_in_inference_mode_under_autocast():

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Float, Tensor
 from moesaic.ops.grouped_gemm import ActivationFunction, FeedForwardWeights
 from moesaic.ops.kernel_check import compare_with_unfused
-from moesaic.ops.moe_kernel import Edges, KernelShape
+from moesaic.ops.moe_kernel import Edges
 from moesaic.ops.triton import kernel_launch
 from moesaic.ops.triton.kernel_launch import KernelOptions, LaunchContext
 from moesaic.ops.triton.tiles import Tiles, gpu_architecture, tiles_for
@@ -61,10 +61,6 @@ class TritonMoEKernel:
         inputs = (x, edges.weight, weights.up, weights.down, weights.up_bias, weights.down_bias)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         return _TritonMoE.apply(*inputs, job, self.max_buffer_elements, save)
-
-    def saved_activations(self, shape: KernelShape) -> float:
-        """The pre-activation, the weight, and three int64 indices; dropped edges are saved too."""
-        return shape.width + 1 + 3 * 2
 
 
 def kernel_failure(device: torch.device, *, dtype: torch.dtype, activation: str) -> str:
@@ -116,18 +112,17 @@ class _TritonMoE(torch.autograd.Function):
             )
             del rows  # before the next chunk is allocated
         if save:
-            ctx.save_for_backward(
-                x, used_weight, used_up, used_down, hidden, up, down, up_bias, down_bias
-            )
+            ctx.save_for_backward(x, used_weight, hidden, up, down, up_bias, down_bias)
             ctx.job, ctx.max_elements, ctx.weight_dtype = job, max_elements, weight.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, used_up, used_down, hidden, up, down, up_bias, down_bias = ctx.saved_tensors
+        x, weight, hidden, up, down, up_bias, down_bias = ctx.saved_tensors
         job, needs = ctx.job, ctx.needs_input_grad
         grad = grads[0].contiguous()
+        used_down = down.to(x.dtype).contiguous()  # not saved: it may be a copy of all experts
         through = kernel_launch.down_backward(
             grad, used_down, bias=_contiguous(down_bias), weight=weight, hidden=hidden, job=job
         )
@@ -149,6 +144,7 @@ class _TritonMoE(torch.autograd.Function):
                 grad, weight=weight, like=down_bias, schedule=job.schedule
             )
         if needs[0]:
+            used_up = up.to(x.dtype).contiguous()
             grad_x = _input_gradient(
                 grad_hidden, up=used_up, like=x, job=job, max_elements=ctx.max_elements
             )
