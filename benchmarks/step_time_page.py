@@ -1,6 +1,6 @@
 """Write docs/planner.md from the results of ``step_time_forecast.py``.
 
-    python benchmarks/step_time_page.py
+python benchmarks/step_time_page.py
 """
 
 import json
@@ -46,20 +46,23 @@ def page(found: dict[str, Any]) -> str:
 
 *Written by `benchmarks/step_time_page.py` from `benchmarks/results/step_time_forecast.json`.*
 
-The machine was calibrated, all forecasts were written to a file (sha256 `{found["forecasts_sha256"][:16]}...`),
-and then every plan ran: {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, load
-{machine["load_before"]:.1f} at the end, {found["date"]}, commit {found["commit"]}. With a load above 1 the times are those of a busy
+The machine was calibrated, all forecasts were written to a file (sha256
+`{found["forecasts_sha256"][:16]}...`), and then every plan ran: {machine["processor"]},
+{machine["cores"]} cores, torch {machine["torch"]}, load {machine["load_before"]:.1f} at the end,
+{found["date"]}, commit {found["commit"]}. With a load above 1 the times are those of a busy
 machine, and errors are mostly its.
 
-Error of a step's time: {found["error_median"]:.0%} in the median, {found["error_worst"]:.0%} at worst; {len(found["misses"])} of
-{len(runs)} are off by more than 15 %. "Skewed" sends 45 % of a layer's rows to one expert.
+Error of a step's time: {found["error_median"]:.0%} in the median, {found["error_worst"]:.0%} at
+worst; {len(found["misses"])} of {len(runs)} are off by more than 15 %. "Skewed" sends 45 % of a
+layer's rows to one expert.
 
 {markdown_table(("model", "ranks", "rows", "plan", "forecast s", "measured s", "error"), runs)}
 
 ## Policy regret
 
-For each model, number of ranks, rows of a step and limit of a rank's memory: the plan that the forecast chose, the fastest
-that was measured, and how much longer the chosen one takes. The worst is {found["regret_worst"]:.0%}.
+For each model, number of ranks, rows of a step and limit of a rank's memory: the plan that the
+forecast chose, the fastest that was measured, and how much longer the chosen one takes. The worst
+is {found["regret_worst"]:.0%}.
 
 {markdown_table(("model", "ranks", "rows", "limit", "chosen", "fastest", "regret"), cells)}
 
