@@ -9,7 +9,8 @@ shows what stochastic rounding is for.
 
 import argparse
 import statistics
-import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def train(precision: Precision, *, seed: int, steps: int) -> dict[str, float]:
         master_weights=precision.master_weights,
     )
     objective = Objective(LossCategories({"part": ("all",)}), precision)
-    schedule, losses, started = WSD(warmup=10), [], time.perf_counter()
+    schedule, losses = WSD(warmup=10), []
     for step in range(steps):
         batches = [rows_of(text, ROWS, generator) for _ in range(MICRO_BATCHES)]
         result = objective.forward_backward(parallel_model, batches=batches)
@@ -122,7 +123,6 @@ def train(precision: Precision, *, seed: int, steps: int) -> dict[str, float]:
             group["lr"] = group["base_lr"] * schedule.lr_factor(step, steps=steps)
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - started
     model.eval()
     found = [
         objective.losses(parallel_model, batch=rows_of(held, 64, torch.Generator().manual_seed(n)))
@@ -135,23 +135,26 @@ def train(precision: Precision, *, seed: int, steps: int) -> dict[str, float]:
         "train": statistics.mean(losses[-steps // 10 :]),
         "held_out": float(sum(f[0].sum() for f in found)) / (len(found) * 64 * WIDTH),
         "state_bytes": (weights + kept) / values + precision.gradient_dtype.itemsize,
-        "seconds": seconds,
     }
+
+
+def of_seed(seed: int, *, steps: int) -> dict[str, dict[str, float]]:
+    """Train in every precision from the weights of one seed."""
+    torch.set_num_threads(1)
+    return {name: train(p, seed=seed, steps=steps) for name, p in PRECISIONS.items()}
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--steps", type=int, default=60)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results/precision.json"
     )
     given = options.parse_args()
-    torch.set_num_threads(1)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in PRECISIONS}
-    for seed in range(1, given.seeds + 1):
-        for name, precision in PRECISIONS.items():
-            runs[name].append(train(precision, seed=seed, steps=given.steps))
+    with ProcessPoolExecutor(given.seeds) as pool:
+        by_seed = list(pool.map(partial(of_seed, steps=given.steps), range(1, given.seeds + 1)))
+    runs = {name: [found[name] for found in by_seed] for name in PRECISIONS}
     reference = [run["held_out"] for run in runs["float32"]]
     found = {}
     for name, each in runs.items():

@@ -5,7 +5,7 @@ Both are compared at a size and at twice that size. Nothing here measures second
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
 from unittest.mock import patch
@@ -27,6 +27,9 @@ from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.edge_queues import QueuedEdges, keep_first_over_ranks
 from moesaic.moe.expert_capacity import Capacity
+from moesaic.nn import recurrence_backend
+from moesaic.nn.packing import Packing, TokenPartition, TokenSpan
+from moesaic.nn.recurrence_backend import ContextRecurrence, ConvolutionWeights
 from moesaic.ops import cross_entropy as cross_entropy_module
 from moesaic.ops.cross_entropy import cross_entropy
 from moesaic.optim.optimizer import Muon
@@ -128,6 +131,22 @@ def _capacity_bytes(ranks: int, *, edges: int = 64) -> int:
     return counter.total_bytes()
 
 
+def _exchange_plans(layers: int) -> int:
+    """So many layers with a recurrence, over two context ranks that share a row of four tokens."""
+    spans = ((TokenSpan(0, 0, 0, 2),), (TokenSpan(0, 2, 0, 2),))
+    partition = TokenPartition((2, 2), spans=spans)
+    packing = replace(Packing.from_lengths(torch.tensor([4]), length=4), partition=partition)
+    weights = ConvolutionWeights(3, width=2)
+    planned = patch.object(
+        recurrence_backend._ExchangePlan, "of", wraps=recurrence_backend._ExchangePlan.of
+    )
+    with fake_process_group(2), planned as plans:
+        for _ in range(layers):
+            backend = ContextRecurrence(distributed.group.WORLD)
+            backend.convolve(torch.ones(2, 3), packing=packing, weights=weights, earlier=None)
+    return plans.call_count
+
+
 class _MuonStep(NamedTuple):
     flops: int
     peak_bytes: int
@@ -216,6 +235,9 @@ LAWS: dict[str, CostLaw] = {
         lambda n: _capacity_bytes(8, edges=n),
         lambda _: 2 * (1 + CAPACITY_DIGITS * 256) * 9 * 8 * 7 / 8,
         size=64,
+    ),
+    "plans of the exchange of a recurrence in n layers": CostLaw(
+        _exchange_plans, lambda _: 1, size=2
     ),
     "process groups that a rank of n makes": CostLaw(_groups_made, lambda _: 6, size=16),
 }

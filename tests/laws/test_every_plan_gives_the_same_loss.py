@@ -113,9 +113,9 @@ def test_every_plan_gives_the_same_loss_with_every_mixer_that_it_allows(name: st
 
 
 def test_every_plan_gives_the_same_loss_in_bfloat16() -> None:
-    # gradients of other sums are rounded to 2**-9 of their values, and a token near the border of
-    # two experts may take the other one
-    tolerances = Tolerances(loss=0.01, norm=2**-8, gradient=0.1, weight=1.0)
+    # sums in another order round to another bfloat16, 2**-9 of the value, and a token near the
+    # border of two experts may take the other one: its gradients, and AdamW's first steps, differ
+    tolerances = Tolerances(loss=0.02, norm=0.01, gradient=1.0, weight=2.0)
     precision = BFloat16(gradients="float32", master=StochasticRounding())
     run = shrink_config(language_model()).run
     setup = make_setup(run.replace(gradient_accumulation_steps=2, precision=precision), steps=3)

@@ -29,7 +29,7 @@ from moesaic.nn.initializer import NormalWeights, draw_seed
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
-from moesaic.parallel.weight_start import allocate_shards, draw_shards, weight_shards
+from moesaic.parallel.weight_start import draw_shards, weight_shards
 from moesaic.train.warm_start import WeightsOfRun
 from parallel.communication_cases import BIASED, BOTH, DECODER, parallel
 
@@ -92,7 +92,7 @@ class AllocationPeak(TorchDispatchMode):
 
 
 def cut(config: ModelConfig, plan: ParallelConfig, *, rank: int) -> ParallelModel:
-    """Return a rank's part of a model, without memory for its parameters."""
+    """Return a rank's part of a model, with memory for its parameters."""
     model = Transformer.without_values(config)
     mesh = Mesh(
         plan.plan.resolve(torch.distributed.get_world_size()),
@@ -115,9 +115,8 @@ def started(name: str, start: Start) -> Iterator[tuple[dict[str, Shard], int]]:
     config, plan, world = PLANS[name]
     for rank in range(world):
         with fake_process_group(world, rank=rank):
-            parallel_model = cut(config, plan, rank=rank)
             with AllocationPeak() as counted:
-                allocate_shards(parallel_model)
+                parallel_model = cut(config, plan, rank=rank)
                 start(parallel_model)
             shards = weight_shards(parallel_model)
             parameters = parallel_model.shards()

@@ -17,6 +17,7 @@ from moesaic.moe.batch_group import GatheredRows
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import RoutingRecord
 from moesaic.optim.gradient_clipping import GradNorm
+from moesaic.optim.gradients import Gradients
 from moesaic.parallel.batch_ranks import BatchRanks
 from moesaic.parallel.gradient_sums import GradientSums
 from moesaic.parallel.parallel_model import ParallelModel
@@ -37,8 +38,8 @@ class Defect:
 def gradients_averaged(patch: Patch) -> None:
     summed = GradientSums.finish
 
-    def averaged(self: GradientSums) -> None:
-        summed(self)
+    def averaged(self: GradientSums, gradients: Gradients) -> None:
+        summed(self, gradients)
         for bucket in self._buckets:
             for each in bucket.members:
                 assert each.parameter.grad is not None

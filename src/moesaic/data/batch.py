@@ -25,12 +25,14 @@ class InputRows:
     """Right-padded rows: token ids [B S], or values [B S C] of a modality that has none.
 
     ``lengths`` [B] counts the real entries of each row; those behind them may be anything. ``tag``
-    is the token that routers read as the tag of a row; None: its first one.
+    is the token that routers read as the tag of a row; None: its first one. ``host_lengths`` are
+    the lengths in host memory, from where the rows were copied to a device.
     """
 
     values: Int[Tensor, "B S"] | Float[Tensor, "B S C"]
     lengths: Int[Tensor, "B"]
     tag: Int[Tensor, "B"] | None = None
+    host_lengths: Int[Tensor, "B"] | None = None
 
     @staticmethod
     def full(values: Tensor) -> "InputRows":
@@ -85,12 +87,16 @@ class InputRows:
     def select(self, rows: slice | Tensor) -> "InputRows":
         """Return some of the rows, padded as they were."""
         tag = None if self.tag is None else self.tag[rows]
-        return InputRows(self.values[rows], self.lengths[rows], tag)
+        host = self.host_lengths
+        # rows that a tensor on a device selects would be read on the host
+        host = None if host is None or isinstance(rows, torch.Tensor) else host[rows]
+        return InputRows(self.values[rows], self.lengths[rows], tag, host)
 
     def to(self, device: torch.device | str) -> "InputRows":
         """Return the same rows on ``device``."""
         tag = None if self.tag is None else self.tag.to(device)
-        return InputRows(self.values.to(device), self.lengths.to(device), tag)
+        host = self.lengths if self.lengths.device.type == "cpu" else self.host_lengths
+        return InputRows(self.values.to(device), self.lengths.to(device), tag, host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,8 @@ class DiskStore(ChunkedStore):
         self._make_room(num_bytes)
         pinned = self.device.type == "cuda"
         buffers = [torch.empty(s.shape, dtype=s.dtype, pin_memory=pinned) for s in specs]
-        reading = self._submit(os.preadv, parts, buffers)
+        read = [] if access is Access.REPLACE else parts
+        reading = self._submit(os.preadv, read, buffers[: len(read)])
         to = self.device if place is Place.DEVICE else torch.device("cpu")
         moved: list[FetchedTensors] = []
 
@@ -138,7 +139,7 @@ class DiskStore(ChunkedStore):
         def release() -> None:
             wait()
             moved[0].release()
-            if access is Access.UPDATE:
+            if access is not Access.READ:
                 self._writes.append((self._submit(os.pwritev, parts, buffers), num_bytes))
             else:
                 self.in_flight -= num_bytes

@@ -32,6 +32,7 @@ class Access(Enum):
 
     READ = "read"
     UPDATE = "update"
+    REPLACE = "replace"  # written without having been read
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +122,17 @@ class TensorStore(ABC):
         Raises DiskFullError if a disk has no room for what is to be written.
         """
         num_bytes = sum(self.specs[part.name].of(part).num_bytes for part in parts)
-        if access is Access.UPDATE:
+        if access is not Access.READ:
             self.reserve(parts)
         fetched = self._fetch(parts, access=access, place=place)
         if not self._moves_to(place):
             return fetched
-        self.moved.fetched += num_bytes
+        if access is not Access.REPLACE:
+            self.moved.fetched += num_bytes
 
         def release() -> None:
             fetched.release()
-            if access is Access.UPDATE:
+            if access is not Access.READ:
                 self.moved.written += num_bytes
 
         return FetchedTensors(fetched.wait, release)
@@ -218,4 +220,4 @@ def fetch_views(views: Sequence[Tensor], *, to: torch.device, access: Access) ->
             if tensor is not view:
                 view.copy_(tensor)
 
-    return FetchedTensors(lambda: fetched, release if access is Access.UPDATE else lambda: None)
+    return FetchedTensors(lambda: fetched, lambda: None if access is Access.READ else release())

@@ -304,7 +304,10 @@ class Transformer(nn.Module):
     def _stack_tokens(
         self, stack: str, rows: InputRows, *, row_key: Int[Tensor, "B"]
     ) -> StackTokens:
-        packing = self.sequence_sharding(packing_of(rows))
+        # planned on the host where it has the lengths: it does not wait for the device then
+        lengths = rows.lengths if rows.host_lengths is None else rows.host_lengths
+        packing = Packing.from_lengths(lengths, length=rows.width)
+        packing = self.sequence_sharding(packing).to(rows.device)
         packed = rows.values.flatten(0, 1)[packing.index]
         return StackTokens(stack, packed, packing, packing.position, rows.tags, row_key)
 

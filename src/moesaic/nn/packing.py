@@ -5,13 +5,16 @@ Norms, projections and experts see [T, D] rows without padding; only attention n
 Letters: B rows, S length, T real tokens, C any width.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,13 @@ class TokenPartition:
     rank: int = 0
     tensor_ranks: int = 1
     spans: tuple[tuple[TokenSpan, ...], ...] = ()
+    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what ``make`` returned for this key first: layers share what a batch decides."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def local_tokens(self) -> slice:
@@ -106,6 +116,23 @@ class Packing:
     def from_lengths(lengths: Int[Tensor, "B"], *, length: int) -> "Packing":
         """Return the packing of rows of which the first ``lengths`` of ``length`` are real."""
         return Packing.from_mask(torch.arange(length, device=lengths.device) < lengths[:, None])
+
+    def to(self, device: torch.device) -> "Packing":
+        """Return the same packing on ``device``; the host does not wait for the copies."""
+        if self.index.device == device:
+            return self
+        pinned = device.type == "cuda" and self.index.device.type == "cpu"
+
+        def copy(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
+
+        return replace(
+            self,
+            index=copy(self.index),
+            row=copy(self.row),
+            position=copy(self.position),
+            mask=None if self.mask is None else copy(self.mask),
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -135,12 +135,11 @@ class ContextRecurrence:
         state: Float[Tensor, "B H K V"] | None,
     ) -> ScannedTokens:
         assert state is None, "in decoding a rank has all tokens of a row"
-        plan = _ExchangePlan.of(packing, rank=self._rank)
-        spans = plan.packing(tokens.value.device)
-        if plan.num_sent:
-            rows = ScanInputs(*(x[plan.sent] for x in _pad(tokens, spans)))
-            state = self._states_before(state_change(rows), plan)
-        return self._local.scan(tokens, packing=spans, scale=scale, state=state)
+        exchange = self._exchange(packing, like=tokens.value)
+        if exchange.plan.num_sent:
+            rows = ScanInputs(*(x[exchange.sent] for x in _pad(tokens, exchange.spans)))
+            state = self._states_before(state_change(rows), exchange)
+        return self._local.scan(tokens, packing=exchange.spans, scale=scale, state=state)
 
     def convolve(
         self,
@@ -151,17 +150,28 @@ class ContextRecurrence:
         earlier: Float[Tensor, "B W1 C"] | None,
     ) -> ConvolvedTokens:
         assert earlier is None, "in decoding a rank has all tokens of a row"
-        plan, count = _ExchangePlan.of(packing, rank=self._rank), weights.num_earlier
+        exchange, count = self._exchange(packing, like=x), weights.num_earlier
+        plan = exchange.plan
         if plan.num_sent and count:
-            last = _rows_or_zeros(x, plan.last_tokens(count), width=count)
-            received = all_gather_rows(last, group=self._group, sizes=plan.sizes)
-            before = plan.tokens_before(count)
-            earlier = _rows_or_zeros(received.flatten(0, 1), before, width=count)
-        spans = plan.packing(x.device)
-        return self._local.convolve(x, packing=spans, weights=weights, earlier=earlier)
+            assert packing.partition is not None
+            last, before = packing.partition.once(
+                ("tokens of a convolution", count), lambda: plan.convolution_tokens(count, like=x)
+            )
+            received = all_gather_rows(_rows_or_zeros(x, last), group=self._group, sizes=plan.sizes)
+            earlier = _rows_or_zeros(received.flatten(0, 1), before)
+        return self._local.convolve(x, packing=exchange.spans, weights=weights, earlier=earlier)
 
-    def _states_before(self, change: StateChange, plan: "_ExchangePlan") -> Tensor:
+    def _exchange(self, packing: Packing, *, like: Tensor) -> "_Exchange":
+        """Return the exchange of a batch, planned by the first layer that needs it."""
+        assert packing.partition is not None, "the token stream is sharded over context ranks"
+        return packing.partition.once(
+            ("exchange of a recurrence", self._rank),
+            lambda: _Exchange.of(packing, rank=self._rank, like=like),
+        )
+
+    def _states_before(self, change: StateChange, exchange: "_Exchange") -> Tensor:
         """Return the state before each span: the effects of the spans before it, in order."""
+        plan = exchange.plan
         flat = torch.cat([part.flatten(1) for part in change], 1)
         received = all_gather_rows(flat, group=self._group, sizes=plan.sizes)
         # the row after the last is the identity: it stands where a span has fewer before it
@@ -170,10 +180,29 @@ class ContextRecurrence:
         decay, added = received.split([shape.numel() for shape in shapes], 1)
         decay, added = decay.unflatten(1, shapes[0]).exp()[..., None], added.unflatten(1, shapes[1])
         state = added.new_zeros(len(plan.spans), *shapes[1])
-        order = plan.spans_before()
-        for before in _index(order, width=plan.depth, like=received).unbind(1):
+        for before in exchange.before.unbind(1):
             state = torch.addcmul(added[before], decay[before], state)
         return state
+
+
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    """An exchange plan, and its indices on the device of a batch.
+
+    ``spans`` is the packing of this rank's tokens with one row for each span.
+    """
+
+    plan: "_ExchangePlan"
+    spans: Packing
+    sent: Int[Tensor, "S"]
+    before: Int[Tensor, "N depth"]
+
+    @staticmethod
+    def of(packing: Packing, *, rank: int, like: Tensor) -> "_Exchange":
+        plan = _ExchangePlan.of(packing, rank=rank)
+        sent = torch.tensor(plan.sent, dtype=torch.int64, device=like.device)
+        before = _index(plan.spans_before(), width=plan.depth, like=like)
+        return _Exchange(plan, plan.packing(like.device), sent, before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +264,13 @@ class _ExchangePlan:
         depth = self.depth
         return [[self.num_sent] * (depth - len(spans)) + spans for spans in self.before]
 
+    def convolution_tokens(
+        self, count: int, *, like: Tensor
+    ) -> tuple[Int[Tensor, "S count"], Int[Tensor, "N count"]]:
+        """Return ``last_tokens`` and ``tokens_before`` on the device of ``like``."""
+        last, before = self.last_tokens(count), self.tokens_before(count)
+        return _index(last, width=count, like=like), _index(before, width=count, like=like)
+
     def last_tokens(self, count: int) -> list[list[int]]:
         """Return the last tokens of each span to send; -1 before its first."""
         chosen = [self.spans[number] for number in self.sent]
@@ -270,11 +306,9 @@ def _last_inputs(earlier: Tensor, rows: Tensor, packing: Packing) -> Float[Tenso
     return joined.gather(1, place[..., None].expand(-1, -1, rows.shape[2]))
 
 
-def _rows_or_zeros(
-    x: Float[Tensor, "T C"], index: list[list[int]], *, width: int
-) -> Float[Tensor, "N V C"]:
-    """Return ``width`` rows of ``x`` each; zeros for the index -1."""
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])[_index(index, width=width, like=x)]
+def _rows_or_zeros(x: Float[Tensor, "T C"], index: Int[Tensor, "N V"]) -> Float[Tensor, "N V C"]:
+    """Return rows of ``x``; zeros for the index -1."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])[index]
 
 
 def _index(rows: list[list[int]], *, width: int, like: Tensor) -> Int[Tensor, "N V"]:

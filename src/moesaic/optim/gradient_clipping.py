@@ -24,12 +24,9 @@ class GradNorm:
 
 
 @torch.no_grad()
-def global_norm(grads: list[Tensor]) -> Float[Tensor, ""]:
-    """Return the 2-norm of all gradients as one vector, in float32 whatever their type."""
-    if not grads:
-        return torch.zeros(())
-    parts = torch._foreach_norm(grads, 2.0, torch.float32)
-    return torch.stack(parts).norm()
+def tensor_norms(tensors: list[Tensor]) -> list[Float[Tensor, ""]]:
+    """Return the 2-norm of each tensor, in float32 whatever its type."""
+    return list(torch._foreach_norm(tensors, 2.0, torch.float32)) if tensors else []
 
 
 @torch.no_grad()
@@ -41,5 +38,6 @@ def scale_gradients(grads: list[Tensor], *, norm: float, max_norm: float) -> Gra
     if not math.isfinite(norm) or norm <= max_norm:
         return GradNorm(norm, 1.0)
     factor = max_norm / (norm + 1e-6)
-    torch._foreach_mul_(grads, factor)
+    if grads:
+        torch._foreach_mul_(grads, factor)
     return GradNorm(norm, factor)

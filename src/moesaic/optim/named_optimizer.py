@@ -21,8 +21,11 @@ import torch
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import local_tensor
+from moesaic.memory.tensor_store import FetchedTensors, Part, Place, rows_of
 from moesaic.ops.stochastic_rounding import ShardPosition
+from moesaic.optim.gradients import Gradients, ResidentGradients
 from moesaic.optim.master_weights import MasterWeights, ShardUpdate
+from moesaic.optim.tiered_states import ParameterRows, TieredStates
 
 MASTER = "master"  # the slot of a float32 copy
 MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
@@ -98,7 +101,7 @@ class UpdateRule(Protocol):
 class NamedOptimizer(torch.optim.Optimizer):
     """A torch optimizer of named parameter groups with update rules (see the module's docstring).
 
-    Save and restore it with ``export_state`` and ``restore_state``: torch's ``load_state_dict``
+    Save and restore it with ``frozen_state`` and ``restore_state``: torch's ``load_state_dict``
     rounds state to the parameter's type.
     """
 
@@ -109,6 +112,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.position_of: Callable[[str], ShardPosition] | None = None
         self.matrix_sharding: MatrixSharding | None = None
         self.fused_outputs: Mapping[str, Sequence[int]] = {}
+        self.gradients: Gradients = ResidentGradients()
+        self.tier: TieredStates | None = None  # states that are not on the device
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
@@ -119,25 +124,41 @@ class NamedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
         """Clear gradients, without torch's decorator (see ``add_param_group``)."""
         inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+        self.gradients.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Raises DiskFullError, with nothing updated, if a memory tier has no room for a state.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        groups = [(group, self._members(group)) for group in self.param_groups]
+        if self.tier is not None:
+            self.tier.reserve([rows for _, members in groups for rows in members])
+        for group, members in groups:
+            for bucket in self._buckets(members, rule=group["rule"]):
+                self._step_bucket(group, bucket)
         self.steps_taken += 1
         return loss
 
-    def ensure_state(self, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
-        """Return the parameter's state; create it, of zeros, if there is none yet."""
+    def ensure_state(self, name: str, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
+        """Return a parameter's state on the device; create it, of zeros, if there is none yet."""
         state = self.state[parameter]
-        parameter = local_tensor(parameter)
-        if not state:
-            state.update(self._initial_state(parameter, rule=rule))
+        local = local_tensor(parameter)
+        if state:
+            return state
+        if self.tier is None:
+            state.update(self._initial_state(local, rule=rule))
+            return state
+        expected = self.expected_state(parameter, rule=rule)
+        self.tier.allocate(name, expected)
+        state.update({slot: torch.zeros(()) for slot, like in expected.items() if not like.dim()})
+        if not local.is_meta and "master" in expected:
+            self.tier.live(name)["master"].copy_(local)
         return state
 
     def expected_state(self, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
@@ -151,28 +172,50 @@ class NamedOptimizer(torch.optim.Optimizer):
         like = kept.get(MASTER, torch.empty_like(parameter, dtype=torch.float32))
         return kept | rule.initial_state(like)
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        members = [
-            (name, parameter)
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-            if parameter.grad is not None
-        ]
-        for bucket in _buckets(members, rule=group["rule"]):
-            self._step_bucket(group, bucket)
+    def _members(self, group: dict[str, Any]) -> list[ParameterRows]:
+        """Return the parameters of a group that have a gradient, with their states made."""
+        members = []
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if self.gradients.has(parameter):
+                self.ensure_state(name, parameter, rule=group["rule"])
+                members.append(ParameterRows(Part(name), parameter))
+        return members
 
-    def _step_bucket(self, group: dict[str, Any], members: Sequence[tuple[str, Tensor]]) -> None:
-        names, params = [name for name, _ in members], [parameter for _, parameter in members]
-        states = [self.ensure_state(p, rule=group["rule"]) for p in params]
-        local = [local_tensor(p) for p in params]
-        working = [self._float32_values(*pair) for pair in zip(local, states, strict=True)]
-        group["rule"].apply(
+    def _buckets(
+        self, members: Sequence[ParameterRows], *, rule: UpdateRule
+    ) -> Iterator[Sequence[ParameterRows]]:
+        """Split a group so that copies in float32, or from a tier, are few at a time.
+
+        Rules that are not elementwise batch matrices of one shape, so their groups stay whole.
+        """
+        if self.tier is None or not rule.elementwise:
+            yield from _buckets(members, rule=rule)
+            return
+        for rows in members:
+            narrow = rows.parameter.dtype != torch.float32
+            if narrow and not self.master_weights.rounds_to_nearest:
+                yield [rows]  # random rounding is by the position in the whole parameter
+            else:
+                yield from ([part] for part in self.tier.split(rows))
+
+    def _step_bucket(self, group: dict[str, Any], members: Sequence[ParameterRows]) -> None:
+        if not members:
+            return
+        rule: UpdateRule = group["rule"]
+        place = Place.HOST if self.tier is not None and rule.elementwise else Place.DEVICE
+        states, held = self._fetch_states(members, place=place)
+        fetched = self.gradients.fetch([(r.part, r.parameter) for r in members], place=place)
+        local = [rows_of(local_tensor(rows.parameter), rows.part) for rows in members]
+        working = [self._float32_values(*pair, place) for pair in zip(local, states, strict=True)]
+        rounds = self.master_weights.rounds_to_nearest
+        rule.apply(
             GroupUpdate(
-                names,
+                [rows.part.name for rows in members],
                 working,
-                [local_tensor(p.grad) for p in params if p.grad is not None],
+                fetched.wait(),
                 states,
                 [
-                    p if w is not p and self.master_weights.rounds_to_nearest else None
+                    p if w is not p and rounds and w.device == p.device else None
                     for w, p in zip(working, local, strict=True)
                 ],
                 lr=group["lr"],
@@ -181,13 +224,37 @@ class NamedOptimizer(torch.optim.Optimizer):
                 fused=self.fused_outputs,
             )
         )
-        for name, parameter, values in zip(names, local, working, strict=True):
-            if values is not parameter:
-                self._write_back(name, parameter, values)
+        fetched.release()
+        for rows, parameter, values in zip(members, local, working, strict=True):
+            if values.device != parameter.device:
+                parameter.copy_(values)
+            elif values is not parameter:
+                self._write_back(rows.part.name, parameter, values)
+        for rows, state in zip(members, states, strict=True):
+            if rows.is_last:  # of the parts of a parameter, each has counted the step
+                kept = self.state[rows.parameter]
+                kept.update({slot: state[slot] for slot in kept})
+        held.release()
 
-    def _float32_values(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
-        narrow = parameter.dtype != torch.float32
-        return self.master_weights.float32_values(parameter, state) if narrow else parameter
+    def _fetch_states(
+        self, members: Sequence[ParameterRows], *, place: Place
+    ) -> tuple[list[dict[str, Tensor]], FetchedTensors]:
+        """Return each member's state at ``place``, and the handle that writes it back."""
+        resident = [self.state[rows.parameter] for rows in members]
+        if self.tier is None:
+            return resident, FetchedTensors(list[Tensor], lambda: None)
+        stored, held = self.tier.fetch(members, place=place)
+        for rows in members:
+            size = rows_of(local_tensor(rows.parameter), rows.part).numel()
+            self.tier.count_weights(size * rows.parameter.element_size(), place=place)
+        scalars = [{slot: t.clone() for slot, t in state.items()} for state in resident]
+        return [a | b for a, b in zip(stored, scalars, strict=True)], held
+
+    def _float32_values(self, parameter: Tensor, state: dict[str, Tensor], place: Place) -> Tensor:
+        values = parameter
+        if parameter.dtype != torch.float32:
+            values = self.master_weights.float32_values(parameter, state)
+        return values.cpu() if place is Place.HOST else values
 
     def _write_back(self, name: str, parameter: Tensor, values: Tensor) -> None:
         whole = ShardPosition.of_whole(parameter.shape)
@@ -196,31 +263,50 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.master_weights.write_back(parameter, values, update=update)
 
 
-def export_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
-    """Return every state tensor but masters (not copied); none of a parameter never updated."""
-    return {
-        f"{slot}/{name}": tensor
-        for name, parameter, _ in _named_parameters(optimizer)
-        for slot, tensor in optimizer.state.get(parameter, {}).items()
-        if slot != MASTER
-    }
+def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
+    """Return every state tensor. A parameter that was never updated has none.
+
+    Those on the device are not copied; those on a tier are as they are now, whatever follows.
+    """
+    tiered = optimizer.tier.store.freeze() if optimizer.tier else {}
+    return _resident_state(optimizer) | dict(tiered)
 
 
-def export_masters(optimizer: NamedOptimizer) -> dict[str, Tensor]:
-    """Return the float32 master of every parameter that has one, by its name (not copied)."""
-    return {
-        name: optimizer.state[parameter][MASTER]
-        for name, parameter, _ in _named_parameters(optimizer)
-        if MASTER in optimizer.state.get(parameter, {})
-    }
+def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
+    """Return views of every state tensor, to be read or overwritten at once."""
+    state = _resident_state(optimizer)
+    for name, _, _ in _named_parameters(optimizer):
+        tiered = optimizer.tier.live(name) if optimizer.tier else {}
+        state |= {f"{slot}/{name}": tensor for slot, tensor in tiered.items()}
+    return state
+
+
+def without_masters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state that a checkpoint has beside weights."""
+    return {key: tensor for key, tensor in state.items() if key.partition("/")[0] != MASTER}
+
+
+def masters_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the float32 master of every parameter that has one, by its name."""
+    parts = ((key.partition("/"), tensor) for key, tensor in state.items())
+    return {name: tensor for (slot, _, name), tensor in parts if slot == MASTER}
 
 
 @torch.no_grad()
 def round_masters(optimizer: NamedOptimizer) -> None:
     """Round every float32 master into its parameter, after masters were loaded."""
-    for _, parameter, _ in _named_parameters(optimizer):
-        if MASTER in optimizer.state.get(parameter, {}):
-            local_tensor(parameter).copy_(optimizer.state[parameter][MASTER])
+    masters = masters_of(live_state(optimizer))
+    for name, parameter, _ in _named_parameters(optimizer):
+        if name in masters:
+            local_tensor(parameter).copy_(masters[name])
+
+
+def _resident_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
+    return {
+        f"{slot}/{name}": tensor
+        for name, parameter, _ in _named_parameters(optimizer)
+        for slot, tensor in optimizer.state.get(parameter, {}).items()
+    }
 
 
 @torch.no_grad()
@@ -245,11 +331,14 @@ def restore_state(
     _check_state_fits(
         tensors, {f"{s}/{name}": like for name in slots for s, like in slots[name].items()}
     )
-    for name, parameter, _ in _named_parameters(optimizer):
-        optimizer.state[parameter] = {
-            slot: tensors[f"{slot}/{name}"].to(parameter.device, like.dtype, copy=True)
-            for slot, like in slots.get(name, {}).items()
-        }
+    optimizer.state.clear()
+    if optimizer.tier is not None:
+        optimizer.tier.clear()
+    for name, parameter, rule in _named_parameters(optimizer):
+        if name in slots:
+            optimizer.ensure_state(name, parameter, rule=rule)
+    for key, tensor in live_state(optimizer).items():
+        tensor.copy_(tensors[key])
 
 
 def _named_parameters(optimizer: NamedOptimizer) -> Iterator[tuple[str, Tensor, UpdateRule]]:
@@ -259,21 +348,21 @@ def _named_parameters(optimizer: NamedOptimizer) -> Iterator[tuple[str, Tensor, 
 
 
 def _buckets(
-    members: Sequence[tuple[str, Tensor]], *, rule: UpdateRule
-) -> Iterator[Sequence[tuple[str, Tensor]]]:
+    members: Sequence[ParameterRows], *, rule: UpdateRule
+) -> Iterator[Sequence[ParameterRows]]:
     """Split the members of a group so that float32 copies of narrow ones are few at a time.
 
     Rules that are not elementwise batch matrices of one shape, so their groups stay whole.
     """
-    bucket: list[tuple[str, Tensor]] = []
+    bucket: list[ParameterRows] = []
     copied = 0
-    for name, parameter in members:
-        narrow = parameter.dtype != torch.float32
-        size = 4 * local_tensor(parameter).numel() if narrow and rule.elementwise else 0
+    for rows in members:
+        narrow = rows.parameter.dtype != torch.float32
+        size = 4 * local_tensor(rows.parameter).numel() if narrow and rule.elementwise else 0
         if bucket and copied + size > MAX_COPIED_BYTES:
             yield bucket
             bucket, copied = [], 0
-        bucket.append((name, parameter))
+        bucket.append(rows)
         copied += size
     if bucket:
         yield bucket

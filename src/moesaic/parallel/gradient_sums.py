@@ -19,6 +19,8 @@ from moesaic.core.shapes import Tensor
 from moesaic.distributed.flight_recorder import record_collective
 from moesaic.distributed.process_groups import Group, new_group
 from moesaic.distributed.world import BUCKET_BYTES, local_tensor
+from moesaic.memory.tensor_store import Access
+from moesaic.optim.gradients import Gradients, ResidentGradients
 
 IN_FLIGHT = 2  # buckets whose copies are in memory at once
 
@@ -38,6 +40,10 @@ class _Bucket:
     members: list[ReplicatedParameter] = field(default_factory=list)
     bytes: int = 0
     missing: int = 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [each.parameter for each in self.members]
 
 
 class GradientSums:
@@ -74,12 +80,12 @@ class GradientSums:
         for bucket in self._buckets:
             bucket.missing = len(bucket.members)
 
-    def finish(self) -> None:
+    def finish(self, gradients: Gradients) -> None:
         """Sum the buckets that are left, and wait for all. Every parameter has a gradient."""
         for bucket in self._buckets[self._started :]:
-            self._start(bucket)
+            self._start(bucket, gradients)
         while self._in_flight:
-            self._wait_for_oldest()
+            self._wait_for_oldest(gradients)
         self._started, self._is_last = 0, False
 
     def _hook(self, bucket: _Bucket) -> Any:
@@ -90,26 +96,28 @@ class GradientSums:
                     following = self._buckets[self._started]
                     if following.missing:
                         return
-                    self._start(following)
+                    self._start(following, ResidentGradients())
                     self._started += 1
 
         return gradient_is_ready
 
-    def _start(self, bucket: _Bucket) -> None:
+    def _start(self, bucket: _Bucket, gradients: Gradients) -> None:
         if len(self._in_flight) == IN_FLIGHT:
-            self._wait_for_oldest()
-        parts = [part.reshape(-1) for part in _gradients(bucket)]
-        flat = torch.cat(parts).to(self._device, self._dtype)
+            self._wait_for_oldest(gradients)
+        with gradients.attached(bucket.parameters, access=Access.READ):
+            parts = [part.reshape(-1) for part in _gradients(bucket)]
+            flat = torch.cat(parts).to(self._device, self._dtype)
         work = distributed.all_reduce(flat, group=self._groups[bucket.ranks], async_op=True)
         self._in_flight.append((bucket, flat, work))
 
-    def _wait_for_oldest(self) -> None:
+    def _wait_for_oldest(self, gradients: Gradients) -> None:
         bucket, flat, work = self._in_flight.pop(0)
         with record_collective("all_reduce", group=self._groups[bucket.ranks]):
             work.wait()
-        parts = _gradients(bucket)
-        for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
-            part.copy_(total.view_as(part))
+        with gradients.attached(bucket.parameters, access=Access.UPDATE):
+            parts = _gradients(bucket)
+            for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+                part.copy_(total.view_as(part))
 
 
 def _gradients(bucket: _Bucket) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -10,9 +11,11 @@ from moesaic.checkpoint.snapshot import Shard
 from moesaic.core.shapes import Float, Tensor
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.world import local_tensor
+from moesaic.memory.tensor_store import Access, Part, Place
 from moesaic.model.transformer import Transformer
 from moesaic.ops.stochastic_rounding import ShardPosition
-from moesaic.optim.gradient_clipping import GradNorm, global_norm, scale_gradients
+from moesaic.optim.gradient_clipping import GradNorm
+from moesaic.optim.gradients import Gradients, ResidentGradients
 from moesaic.parallel.batch_ranks import group_world, world_over
 from moesaic.parallel.gradient_sums import GradientSums, ReplicatedParameter
 from moesaic.parallel.parameter_streaming import ParameterStream
@@ -53,18 +56,13 @@ class ParallelModel:
         self.model, self.mesh, self.sharding_plan = model, mesh, sharding_plan
         self.precision = precision
         self.gradient_sync, self.pipeline = dict(gradient_sync), pipeline
+        self.gradients: Gradients = ResidentGradients()
         self.parameter_stream: ParameterStream | None = None  # of a plan with parameters on a tier
         # the shapes of a DTensor are those before ZeRO shards it, after other axes have
         self._shapes_before_zero = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.stage_world = world_over(mesh, *STAGE_AXES)
         self.data_world = world_over(mesh, "data")
         coordinates = mesh.coordinates()
-        self._gradient_sums = GradientSums(
-            list(self._replicated_parameters()),
-            device=mesh.device,
-            dtype=precision.reduce_dtype,
-            timeout_s=mesh.timeout_s,
-        )
         # the other ranks of these axes read the same rows
         self.counts_tokens = not any(coordinates[a] for a in ("pipe", "context", "tensor"))
 
@@ -82,13 +80,14 @@ class ParallelModel:
 
     def before_backward(self, *, last: bool) -> None:
         """Prepare the sums of gradients for a micro-batch; ``last``: it is the step's last."""
-        if last:
+        if last and isinstance(self.gradients, ResidentGradients):
             self._gradient_sums.before_last_backward()
         if self.mesh.plan.zero:
-            for parameter in self.model.parameters():
-                # FSDP2 adds a gradient of the parameter's dtype to what is there
-                if parameter.grad is None and parameter.dtype != self.precision.gradient_dtype:
-                    parameter.grad = self._zero_gradient(parameter)
+            dtype = self.precision.gradient_dtype
+            # FSDP2 adds a gradient of the parameter's dtype to what is there
+            self.gradients.prepare(
+                [p for p in self.model.parameters() if p.dtype != dtype], dtype=dtype
+            )
             set_gradient_accumulation(self.model, last=last, zero_stage=self.mesh.plan.zero)
 
     def sum_gradients(self) -> None:
@@ -97,12 +96,33 @@ class ParallelModel:
         A parameter that no backward pass reached has a gradient of zero, with one process as with
         many: weight decay is then the same under every plan.
         """
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = self._zero_gradient(parameter)
-        self._gradient_sums.finish()
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradients.complete(trainable, dtype=self.precision.gradient_dtype)
+        self._gradient_sums.finish(self.gradients)
         if self.pipeline is not None:
-            self.pipeline.sum_shared_gradients(dtype=self.precision.reduce_dtype)
+            shared = self.pipeline.shared_parameters()
+            with self.gradients.attached(shared, access=Access.UPDATE):
+                self.pipeline.sum_shared_gradients(dtype=self.precision.reduce_dtype)
+
+    @cached_property
+    def _gradient_sums(self) -> GradientSums:
+        # made in the first step: its hooks are on the parameters that have been allocated
+        return GradientSums(
+            list(self._replicated_parameters()),
+            device=self.mesh.device,
+            dtype=self.precision.reduce_dtype,
+            timeout_s=self.mesh.timeout_s,
+        )
+
+    @cached_property
+    def _gradient_sums(self) -> GradientSums:
+        """Made in the first step: allocating a model's shards replaces its parameters."""
+        return GradientSums(
+            list(self._replicated_parameters()),
+            device=self.mesh.device,
+            dtype=self.precision.reduce_dtype,
+            timeout_s=self.mesh.timeout_s,
+        )
 
     def _replicated_parameters(self) -> Iterator[ReplicatedParameter]:
         for _, parameter, placement, sync in self._parameters():
@@ -110,17 +130,27 @@ class ParallelModel:
             if parameter.requires_grad and len(ranks) > 1:
                 yield ReplicatedParameter(parameter, ranks, bool(sync.zero_axes))
 
-    def _zero_gradient(self, parameter: nn.Parameter) -> Tensor:
-        return torch.zeros_like(parameter, dtype=self.precision.gradient_dtype)
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and this rank's part of each gradient, one at a time."""
+        for name, parameter in self.model.named_parameters():
+            if self.gradients.has(parameter):
+                part = (Part(name), parameter)
+                with self.gradients.fetch([part], place=Place.HOST) as (grad,):
+                    yield name, grad
 
     def clip_gradients(self, max_norm: float = math.inf) -> GradNorm:
         """Scale all gradients so that their global norm is at most ``max_norm``.
 
         Each value counts once, however many ranks hold it. Collective; identical on every rank.
         """
-        grads = [p.grad for _, p, _, _ in self._parameters() if p.grad is not None]
-        norm = float(global_norm(grads) if self.is_replicated else self._sharded_norm())
-        return scale_gradients([local_tensor(g) for g in grads], norm=norm, max_norm=max_norm)
+        parameters = [p for _, p, _, _ in self._parameters() if self.gradients.has(p)]
+        if not self.is_replicated:
+            norm = self._sharded_norm()
+        elif parameters:
+            norm = torch.stack(self.gradients.norms(parameters)).norm()
+        else:
+            norm = torch.zeros(())
+        return self.gradients.clip(parameters, norm=float(norm), max_norm=max_norm)
 
     def shards(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Shard]:
         """Return this rank's shards of tensors that are sharded as the parameters of these names.
@@ -167,19 +197,17 @@ class ParallelModel:
 
     def _sharded_norm(self) -> Float[Tensor, ""]:
         pipe, device = self.pipeline, self.mesh.device
-        norms: list[Tensor] = []
-        num_copies: list[int] = []
+        copies: dict[Tensor, int] = {}
         for name, parameter, placement, sync in self._parameters():
             # of the pipeline ranks that hold a parameter together, the first counts it
             counts = pipe is None or pipe.stages.is_first_holder(name, rank=pipe.rank)
-            if parameter.grad is not None and counts:
+            if counts and self.gradients.has(parameter):
                 axes, experts = sync.all_reduce_axes, placement.num_experts
-                num_copies.append(self.mesh.size(*axes, num_experts=experts))
-                grad = local_tensor(parameter.grad)
-                norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32).to(device))
+                copies[parameter] = self.mesh.size(*axes, num_experts=experts)
         # a copy for each rank: the norms stay on the device, and the host reads their sum once
-        shares = torch.tensor(num_copies, dtype=torch.float64).to(device)
-        squares = torch.stack(norms).double().square() if norms else shares
+        shares = torch.tensor(list(copies.values()), dtype=torch.float64).to(device)
+        norms = self.gradients.norms(list(copies))
+        squares = torch.stack(norms).to(device).double().square() if norms else shares
         world = group_world(self.mesh.world_group, device=device)
         return world.all_reduce((squares / shares).sum()).sqrt()
 

@@ -21,6 +21,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, moe_layers
+from moesaic.nn.initializer import Allocate, allocate_parameters
 from moesaic.nn.shardable_module import shardable_modules
 from moesaic.parallel.activation_offload import offload_activations
 from moesaic.parallel.batch_ranks import BatchRanks, world_over
@@ -39,6 +40,7 @@ from moesaic.parallel.sharding_plan import (
     slice_local,
 )
 from moesaic.parallel.tensor_parallel import apply_tensor_parallel, tensor_parallel_problems
+from moesaic.parallel.weight_start import allocate_by_plan
 from moesaic.parallel.zero import apply_zero
 
 TierPurpose = Literal["parameters", "activations"]
@@ -54,6 +56,8 @@ def parallelize(
 ) -> ParallelModel:
     """Parallelize a whole model, identical on every rank of ``world``, in place. Collective.
 
+    A model without values (``Transformer.without_values``) gets memory for this rank's shards, to
+    be filled (``weight_start.py``); of another the values are kept.
     ``precision`` (by default float32) has the dtypes of parameters and gradients.
     Raises ConfigError where the plan does not fit the number of ranks or the model.
     """
@@ -73,8 +77,12 @@ def parallelize_on_mesh(
     parallel: ParallelConfig,
     mesh: Mesh,
     precision: Precision | None = None,
+    allocate: Allocate | None = None,
 ) -> ParallelModel:
-    """Parallelize a whole model over the ranks of a mesh (see ``parallelize``). Collective."""
+    """Parallelize a whole model over the ranks of a mesh (see ``parallelize``). Collective.
+
+    ``allocate`` returns the memory of a shard of a model without any; by default on its tier.
+    """
     check_parallel(model, parallel=parallel, plan=mesh.plan)
     precision = precision or Float32()
     stages = parallel.pipeline_stages(model.config) if mesh.plan.pipe > 1 else None
@@ -97,6 +105,13 @@ def parallelize_on_mesh(
         sync = apply_zero(
             model, mesh=mesh, precision=precision, gradient_sync=sync, sharding_plan=local_plan
         )
+    memory = parallel.memory
+    stream = None
+    if not memory.parameters.is_device:
+        stream = ParameterStream(model, store=open_tier(memory, "parameters", mesh=mesh))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        hook = allocate or allocate_by_plan(mesh.device, stream=stream)
+        allocate_parameters(model, allocate=hook, device=mesh.device)
     set_gradient_dtype(model, precision)
     pipeline = None if stages is None else Pipeline(model, mesh=mesh, stages=stages)
     parallel_model = ParallelModel(
@@ -107,10 +122,8 @@ def parallelize_on_mesh(
         gradient_sync=sync,
         pipeline=pipeline,
     )
-    if not parallel.memory.parameters.is_device:
-        stream = ParameterStream(model, store=open_tier(parallel.memory, "parameters", mesh=mesh))
-        if not any(parameter.is_meta for parameter in model.parameters()):
-            stream.move_to_tier()
+    if stream is not None:
+        stream.move_to_tier()
         parallel_model.parameter_stream = stream
     return parallel_model
 

@@ -32,7 +32,6 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.sharding_plan import EXPERT_STAGE_AXES
-from moesaic.parallel.weight_start import allocate_shards
 from moesaic.planner.cost_settings import CostSettings
 
 DUMMY_TOKEN = 7  # any token but padding
@@ -124,7 +123,6 @@ def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
             parallel_model = parallelize_on_mesh(
                 model, parallel=parallel, mesh=mesh, precision=precision
             )
-            allocate_shards(parallel_model)
         before = simulation.ledger.live_bytes
         simulation.ledger.reset_peak()
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:

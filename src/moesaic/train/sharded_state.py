@@ -4,6 +4,7 @@ Names and global shapes are those of the unsharded model, so a checkpoint of one
 be loaded under any other.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from moesaic.checkpoint.block_index import read_index
@@ -11,12 +12,14 @@ from moesaic.checkpoint.full_checkpoint import read_snapshot
 from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.sharded_checkpoint import load_verified
 from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
+from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import World
 from moesaic.optim.named_optimizer import (
     NamedOptimizer,
-    export_masters,
-    export_state,
+    live_state,
+    masters_of,
     round_masters,
+    without_masters,
 )
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.weight_start import weight_shards
@@ -25,12 +28,12 @@ SHARDED_FILES = ("model", "optimizer")  # their tensors are distributed over ran
 
 
 def local_shards(
-    parallel_model: ParallelModel, optimizer: NamedOptimizer
+    parallel_model: ParallelModel, optimizer_state: Mapping[str, Tensor]
 ) -> dict[str, dict[str, TensorOrShard]]:
-    """Return this rank's shards of weights and optimizer state, without copying."""
-    weights = weight_shards(parallel_model) | parallel_model.shards(export_masters(optimizer))
+    """Return this rank's shards of weights and of all optimizer state, without copying."""
+    weights = weight_shards(parallel_model) | parallel_model.shards(masters_of(optimizer_state))
     state: dict[str, TensorOrShard] = {}
-    for name, tensor in export_state(optimizer).items():
+    for name, tensor in without_masters(optimizer_state).items():
         parameter = name.partition("/")[2]
         state[name] = parallel_model.shard_of(parameter, tensor) if tensor.dim() else tensor
     return {"model": dict(weights), "optimizer": state}
@@ -48,7 +51,8 @@ def restore_shards(
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
-                optimizer.ensure_state(parameter, rule=group["rule"])
-    load_verified(path, into=local_shards(parallel_model, optimizer), world=world)
+                optimizer.ensure_state(name, parameter, rule=group["rule"])
+    state = local_shards(parallel_model, live_state(optimizer))
+    load_verified(path, into=state, world=world)
     round_masters(optimizer)
     return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])

@@ -25,12 +25,12 @@ from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
-from moesaic.optim.named_optimizer import export_masters, export_state, restore_state
+from moesaic.optim.named_optimizer import frozen_state, masters_of, restore_state, without_masters
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
-from moesaic.parallel.weight_start import allocate_shards
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
+from moesaic.train.memory_tiers import use_memory_plan
 from moesaic.train.random_state import random_state, restore_random_state
 from moesaic.train.run import Run
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
@@ -97,7 +97,6 @@ class Trainer:
             timeout_s=run.collective_timeout_s,
         )
         if fill is not None:
-            allocate_shards(self.parallel_model)
             fill(self.parallel_model)
         self.optimizer = run.optimizer.build(
             model.named_parameters(),
@@ -105,6 +104,7 @@ class Trainer:
             master_weights=run.precision.master_weights,
         )
         self.optimizer.fused_outputs = fused
+        use_memory_plan(run.parallel.memory, optimizer=self.optimizer, model=self.parallel_model)
         self.optimizer.position_of = self.parallel_model.position_of
         if world.size > 1:
             self.optimizer.matrix_sharding = MatrixOwners(self.parallel_model)
@@ -225,8 +225,7 @@ class Trainer:
         terms = self.world.all_reduce_floats({n: float(v) for n, v in result.sums.terms.items()})
         named = [*zip(self.objective.categories.names, losses, strict=True), *terms.items()]
         losses = [name for name, value in named if not math.isfinite(value)]
-        grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        first = first_non_finite(grads)
+        first = first_non_finite(self.parallel_model.named_gradients())
         where = f"the gradient of {first}" if first else "the norm of the gradients (it overflows)"
         return f"the loss of {', '.join(losses)} and {where}" if losses else where
 
@@ -241,12 +240,12 @@ class Trainer:
             "expert_parameters": self.parallel_model.expert_parameters,
             "plan": self.parallel_model.mesh.plan.to_dict(),
         }
-        state = self._json_state()
+        state, optimizer_state = self._json_state(), frozen_state(self.optimizer)
         if not self.parallel_model.is_replicated:
-            shards = local_shards(self.parallel_model, self.optimizer)
+            shards = local_shards(self.parallel_model, optimizer_state)
             return RankSnapshot(self.step, shards | files, state, **about)
-        files["model"] = export_weights(self.model) | export_masters(self.optimizer)
-        files["optimizer"] = export_state(self.optimizer)
+        files["model"] = export_weights(self.model) | masters_of(optimizer_state)
+        files["optimizer"] = without_masters(optimizer_state)
         return Snapshot(self.step, files, state, **about)
 
     def _json_state(self) -> dict[str, Any]:

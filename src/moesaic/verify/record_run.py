@@ -86,8 +86,7 @@ class _Recorder(Hook):
 
     def before_run(self, trainer: Trainer) -> None:
         def record_gradients(*_: object) -> None:
-            parameters = trainer.model.named_parameters()
-            gradients = {name: p.grad for name, p in parameters if p.grad is not None}
+            gradients = dict(trainer.parallel_model.named_gradients())
             self.trace.gradients.append(self._unshard(gradients, trainer=trainer))
 
         trainer.optimizer.register_step_pre_hook(record_gradients)

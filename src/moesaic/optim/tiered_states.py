@@ -1,0 +1,98 @@
+"""Optimizer states on a memory tier, and the parts of parameters that an update fetches at a time.
+
+A state tensor is stored as ``slot/parameter``; scalars (step counts) stay in the optimizer. Rules
+whose updates are elementwise run on the host, where states of the host tier are used in place, in
+parts of at most half the bound of bytes in flight: one part is computed with while the one before
+it is written. Other rules (Muon) compute on the device, a group at a time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moesaic.core.shapes import Tensor
+from moesaic.distributed.world import local_tensor
+from moesaic.memory.tensor_store import (
+    Access,
+    FetchedTensors,
+    Part,
+    Place,
+    TensorStore,
+    TransferCounter,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterRows:
+    """Rows of a parameter's local shard, which are updated together."""
+
+    part: Part
+    parameter: Tensor
+
+    @property
+    def is_last(self) -> bool:
+        return self.part.stop is None or self.part.stop == local_tensor(self.parameter).shape[0]
+
+
+@dataclass(slots=True)
+class TieredStates:
+    """States of an optimizer in a store. ``weights`` counts the parameters' bytes that cross."""
+
+    store: TensorStore
+    in_flight_bytes: int
+    weights: TransferCounter = field(default_factory=TransferCounter)
+    _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def allocate(self, name: str, expected: Mapping[str, Tensor]) -> None:
+        """Add the states of a parameter, zeros, if there are none yet."""
+        if name not in self._slots:
+            self._slots[name] = tuple(slot for slot, like in expected.items() if like.dim())
+            for slot in self._slots[name]:
+                like = expected[slot]
+                self.store.allocate(f"{slot}/{name}", like.shape, like.dtype)
+
+    def parts(self, rows: ParameterRows) -> dict[str, Part]:
+        """Return the stored parts of the states of some rows, by slot."""
+        name, start, stop = rows.part.name, rows.part.start, rows.part.stop
+        return {slot: Part(f"{slot}/{name}", start, stop) for slot in self._slots[name]}
+
+    def live(self, name: str) -> dict[str, Tensor]:
+        """Return views of a parameter's stored states, by slot."""
+        return {slot: self.store.live(f"{slot}/{name}") for slot in self._slots.get(name, ())}
+
+    def count_weights(self, num_bytes: int, *, place: Place) -> None:
+        """Count weights that are updated on the host and written back."""
+        if place is Place.HOST:
+            self.weights.fetched += num_bytes
+            self.weights.written += num_bytes
+
+    def clear(self) -> None:
+        """Discard all states."""
+        self.store.close()
+        self._slots.clear()
+
+    def reserve(self, members: Sequence[ParameterRows]) -> None:
+        """Take the room for an update, or raise DiskFullError before anything has changed."""
+        self.store.reserve([part for rows in members for part in self.parts(rows).values()])
+
+    def fetch(
+        self, members: Sequence[ParameterRows], *, place: Place
+    ) -> tuple[list[dict[str, Tensor]], FetchedTensors]:
+        """Bring the states of these rows to ``place`` to be updated: by slot, and to release."""
+        named = [self.parts(rows) for rows in members]
+        flat = [part for parts in named for part in parts.values()]
+        fetched = self.store.fetch(flat, access=Access.UPDATE, place=place)
+        tensors = iter(fetched.wait())
+        return [{slot: next(tensors) for slot in parts} for parts in named], fetched
+
+    def split(self, rows: ParameterRows) -> Iterator[ParameterRows]:
+        """Yield parts of a parameter whose states fit into half of the bytes in flight."""
+        local = local_tensor(rows.parameter)
+        parts = self.parts(rows).values()
+        size = sum(self.store.specs[part.name].num_bytes for part in parts)
+        if local.dim() == 0 or 2 * size <= self.in_flight_bytes:
+            yield rows
+            return
+        step = max(1, self.in_flight_bytes * local.shape[0] // (2 * size))
+        for start in range(0, local.shape[0], step):
+            stop = min(start + step, local.shape[0])
+            yield ParameterRows(Part(rows.part.name, start, stop), rows.parameter)
