@@ -38,6 +38,7 @@ from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.pipeline import LossSettings
 from moesaic.parallel.pipeline_schedules import GPipe, Interleaved
 from moesaic.parallel.precision import BFloat16, BFloat16Autocast
+from moesaic.parallel.weight_start import draw_shards
 from moesaic.planner.cost_entries import DEVICE
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
@@ -164,6 +165,7 @@ def _run(case: CostSettings, *, rank: int) -> MeasuredPeak:
         parallel_model = parallelize_on_mesh(
             model, parallel=case.parallel, mesh=mesh, precision=case.precision
         )
+        draw_shards(parallel_model, seed=0)
         kinds = model.parameter_kinds()
         optimizer = case.optimizer.build(
             model.named_parameters(), kinds=kinds, master_weights=case.precision.master_weights

@@ -32,7 +32,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.precision import Precision
-from moesaic.parallel.weight_start import allocate_shards
+from moesaic.parallel.zero import set_gradient_accumulation
 from moesaic.planner.block_chain import STACKS, BlockChain, Place
 from moesaic.planner.cost_entries import Phase
 from moesaic.planner.dry_run import dummy_batch, mesh_groups, with_round_robin_routing
@@ -96,7 +96,6 @@ class MeasuredPart:
                 parallel_model = parallelize_on_mesh(
                     model, parallel=parallel, mesh=mesh, precision=self.precision
                 )
-                allocate_shards(parallel_model)
             self._apply_checkpointing(model)
             simulation.counter = CommunicationCounter(axes=mesh_groups(mesh))
             recording = _Recording(simulation.ledger, recorder, simulation.counter)
@@ -140,8 +139,8 @@ class _Recording:
         """Run forward and backward as ``train/step.py`` does, and return the spans."""
         model = parallel_model.model
         self._restart(Phase.FORWARD, Place(_first_stack(model)))
-        if parallel_model.mesh.plan.zero:
-            parallel_model.before_backward(last=last)  # without ZeRO it would sum gradients
+        if zero := parallel_model.mesh.plan.zero:  # sums of replicated gradients are arithmetic
+            set_gradient_accumulation(model, last=last, zero_stage=zero)
         with parallel_model.precision.autocast(batch.device):
             output = model(batch)
             loss = model.loss(output)
