@@ -33,7 +33,7 @@ from moesaic.planner.plan_space import (
     PlanSpace,
     expert_numbers,
 )
-from moesaic.planner.state_bytes import PlanKey, ShardedState, StateBytes
+from moesaic.planner.state_bytes import PlanKey, ShardedState, ShardBytes
 from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_time import (
     GroupShape,
@@ -273,7 +273,7 @@ class PlanModel:
             return False
         return True
 
-    def _sync_seconds(self, degrees: Degrees, state: StateBytes) -> float:
+    def _sync_seconds(self, degrees: Degrees, state: ShardBytes) -> float:
         share, total = self._share(degrees), 0.0
         for kind, axis, once, often in state.synced:
             size = share * (once + often * degrees.micro_batches)
@@ -281,13 +281,13 @@ class PlanModel:
             total += self._seconds_of(line, size, degrees)
         return total
 
-    def _update(self, degrees: Degrees, option: Option, state: StateBytes) -> float:
+    def _update(self, degrees: Degrees, option: Option, state: ShardBytes) -> float:
         size = UPDATE_BYTES * state.values * self._share(degrees)
         if tier_names(option.memory)["optimizer_states"] == DEVICE:
             return self.settings.machine.memory.seconds(size)
         return size / self.settings.machine.update.value
 
-    def _transfers(self, degrees: Degrees, option: Option, state: StateBytes) -> dict[str, float]:
+    def _transfers(self, degrees: Degrees, option: Option, state: ShardBytes) -> dict[str, float]:
         share, m = self._share(degrees), degrees.micro_batches
         tiers = tier_names(option.memory)
         moved: Counter[tuple[str, str]] = Counter()
@@ -312,7 +312,7 @@ class PlanModel:
 
     # --- memory -------------------------------------------------------------------------------
 
-    def _state(self, degrees: Degrees, option: Option) -> StateBytes:
+    def _state(self, degrees: Degrees, option: Option) -> ShardBytes:
         _, data, context, tensor, expert, slices, _, _ = degrees
         key = PlanKey(data, context, tensor, expert, slices, option.zero)
         return self.settings.state.of_plan(key)
