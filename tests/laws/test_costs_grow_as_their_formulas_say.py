@@ -4,9 +4,12 @@ A row has a count, a function of one size, and its formula in the same unit, con
 Both are compared at a size and at twice that size. Nothing here measures seconds.
 """
 
+import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -14,7 +17,11 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from cost_counters import CountingStore, OperationCounter, count_flops, peak_bytes
+from cost_counters import CountingStore, OperationCounter, count_flops, open_files, peak_bytes
+from moesaic.corpus.append_files import OPEN_FILES
+from moesaic.corpus.pair import Pair
+from moesaic.corpus.spill import PairSpill
+from moesaic.corpus.split import _RareTrigramIndex
 from moesaic.distributed import watchdog as watchdog_module
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.compare_ranks import require_same_on_all_ranks
@@ -188,6 +195,29 @@ def _step_bytes(micro_batches: int) -> int:
     return peak_bytes(lambda: objective.forward_backward(parallel_model, batches=batches))
 
 
+def _texts_compared(texts: int) -> int:
+    """Every held-out text has one near-duplicate in train, and 3-grams of its own."""
+    draw = random.Random(0)
+    words = [[chr(draw.randrange(0x4E00, 0x9000)) for _ in range(12)] for _ in range(texts)]
+    held_out = {"".join(word) for word in words}
+    index = _RareTrigramIndex(held_out, 0.6)
+    for text in sorted(held_out):
+        index.find_near(text + "a")
+    assert index.found == held_out
+    return index.compared
+
+
+def _files_of_directions(directions: int) -> int:
+    before = open_files()
+    with tempfile.TemporaryDirectory() as folder:
+        spill = PairSpill(Path(folder) / "spill")
+        for number in range(directions):
+            spill.add(Pair("a", "b", "eng_Latn", f"x{number}"), rank=0, allowed_split="any")
+        found = open_files() - before
+        spill.close()
+    return found
+
+
 LAWS: dict[str, CostLaw] = {
     "bytes held in a step of n micro-batches": CostLaw(
         _step_bytes, lambda _: _step_bytes(1), size=2
@@ -235,6 +265,12 @@ LAWS: dict[str, CostLaw] = {
         lambda n: _capacity_bytes(8, edges=n),
         lambda _: 2 * (1 + CAPACITY_DIGITS * 256) * 9 * 8 * 7 / 8,
         size=64,
+    ),
+    "comparisons of a search for near-duplicates of n texts": CostLaw(
+        _texts_compared, lambda n: n, size=100
+    ),
+    "files that are open while n directions are read": CostLaw(
+        _files_of_directions, lambda _: OPEN_FILES, size=80
     ),
     "plans of the exchange of a recurrence in n layers": CostLaw(
         _exchange_plans, lambda _: 1, size=2

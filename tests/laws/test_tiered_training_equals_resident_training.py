@@ -5,11 +5,18 @@ micro-batches, on one and two ranks; and so does a run that is resumed into anot
 ``benchmarks/tiered_training.py`` runs the same cells for 50 steps.
 """
 
+import errno
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.memory.disk_store import DiskFullError
+from moesaic.optim.gradients import TieredGradients
+from moesaic.train.loop import training_loop
+from moesaic.train.training_hooks import CheckpointHook
 from tier_cells import PLANS, RESIDENT, TIERS, resume_in, train, trainer_of
 
 STEPS = 2
@@ -29,6 +36,57 @@ def _differences(plan: str) -> dict[str, list[str]]:
 def test_tiered_training_equals_resident_training(plan: str) -> None:
     for found in run_on_ranks(PLANS[plan][0], _differences, plan):
         assert found == {tier: [] for tier in found}
+
+
+def _stopped_by_a_full_disk(folder: Path) -> tuple[str, list[str]]:
+    """Save after step 1; then the copy that an update needs beside the saved one has no room."""
+    trainer = trainer_of("data", TIERS["disk"])
+    trainer.train_step()
+    kept = trainer.snapshot()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hook = CheckpointHook(folder, flush=lambda: None)
+    rank_is_full = patch.object(
+        os, "posix_fallocate", full if trainer.world.rank else lambda *_: None
+    )
+    with rank_is_full, pytest.raises(DiskFullError) as error:
+        training_loop(trainer, hooks=[hook], until=STEPS)
+    assert kept.step == trainer.step == 1
+    resident = train(trainer_of("data", RESIDENT), steps=STEPS)
+    other = trainer_of("data", TIERS["host"])
+    other.load_checkpoint(folder / "step-00000001")
+    found = train(other, steps=STEPS - 1).differences(resident)
+    return str(error.value), [name for name in found if name != "metrics"]
+
+
+def test_a_full_disk_stops_all_ranks_with_a_checkpoint_that_resumes(tmp_path: Path) -> None:
+    first, second = run_on_ranks(2, _stopped_by_a_full_disk, tmp_path)
+    assert "another rank" in first[0]
+    assert "rank1-optimizer-states-0" in second[0]
+    assert first[1] == second[1] == []
+
+
+@pytest.mark.parametrize(("plan", "accumulation"), [("one process", 1), ("data", 3)])
+def test_the_bytes_of_a_step_equal_their_closed_form(plan: str, accumulation: int) -> None:
+    def moved() -> tuple[int, ...]:
+        changes = {"gradient_accumulation_steps": accumulation}
+        trainer = trainer_of(plan, TIERS["disk"], **changes)
+        trainer.train_step()
+        gradients, tier = trainer.parallel_model.gradients, trainer.optimizer.tier
+        assert isinstance(gradients, TieredGradients)
+        assert tier is not None
+        values = sum(p.numel() for p in trainer.model.parameters())
+        counts = (gradients.left, gradients.store.moved, tier.store.moved, tier.weights)
+        return values, *(n for each in counts for n in (each.fetched, each.written))
+
+    ranks = PLANS[plan][0]
+    for values, *found in run_on_ranks(ranks, moved):
+        n, summed = 4 * values, ranks > 1  # float32; a sum over ranks reads twice and writes once
+        read = accumulation - 1 + 2 * summed + 1
+        written = accumulation + summed
+        assert found == [0, accumulation * n, read * n, written * n, 2 * n, 2 * n, n, n]
 
 
 def _resumed_differences(plan: str, tiers: tuple[str, str], folder: Path) -> list[str]:

@@ -50,6 +50,7 @@ class RunDir:
     insight = _PathIn("insight.json")  # what routers depend on, measured on held-out text
     routes = _PathIn("routes")  # recorded routing of training steps, one file per step
     routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step
+    timelines = _PathIn("timelines")  # operations of a step, one Chrome trace per rank
     summary = _PathIn("summary.json")
     perplexity = _PathIn("perplexity.json")  # of a language model, by language and domain
     head_scores = _PathIn("head-scores.json")  # of a run without vocabulary head, by label

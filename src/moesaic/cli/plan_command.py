@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,9 +24,11 @@ from moesaic.cli.user_files import import_user_files
 
 with deferred():
     from moesaic.core.errors import UserError
+    from moesaic.core.files import os_errors_named
     from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
     from moesaic.model.parameter_flop_count import count_parameters
     from moesaic.model.presets import PRESETS, preset
+    from moesaic.monitor.chrome_trace import write_chrome_trace
     from moesaic.planner.budget_proposal import BudgetProposal, propose_for_budget
     from moesaic.planner.largest_model import largest_models
     from moesaic.planner.machine import find_machine
@@ -37,10 +40,20 @@ with deferred():
         plan_words,
     )
     from moesaic.planner.plan_space import PlanSpace
+    from moesaic.planner.timeline import predicted_spans
     from moesaic.recipes.lookup import RECIPES, find_recipe
 
 app = command_app()
-BUDGET_HELP = "Instead, without a recipe: sizes, tokens, learning rate and batch for a budget."
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FLOPS", help="Instead, without a recipe: sizes and tokens for a training budget."
+    ),
+]
+TimelineOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the step of the fastest plan as a Chrome trace."),
+]
 MEMORY_HELP = "Memory of a device, e.g. 40GiB; by default the machine's."
 
 
@@ -69,7 +82,8 @@ def plan(
         bool,
         typer.Option("--max-params", help="Instead: the largest model of each combination."),
     ] = False,
-    budget: Annotated[float | None, typer.Option(metavar="FLOPS", help=BUDGET_HELP)] = None,
+    budget: BudgetOption = None,
+    timeline: TimelineOption = None,
     keep: Annotated[int, typer.Option(min=1, max=50, help="How many plans to print.")] = 5,
     changes: SetOption = None,
     files: UseOption = None,
@@ -88,11 +102,7 @@ def plan(
         print_result(proposal.to_dict(), as_json=as_json, show=partial(_show_proposal, proposal))
         return
     import_user_files(files)
-    if not which or gpus is None:
-        missing = "--gpus N" if which else "the recipe, config or preset"
-        raise UserError(
-            f"{missing} is missing: moesaic plan RECIPE --gpus N, or moesaic plan --budget FLOPS"
-        )
+    gpus = _require_both(which, gpus)
     request = _read_request(which, gpus=gpus, batch=batch, changes=changes)
     found = find_machine(machine)
     sizes = {name: parse_bytes(s) for name, s in (("memory", memory), ("host", host)) if s}
@@ -103,8 +113,25 @@ def plan(
         return
     show_progress(f"{request.name}: one step of one row is measured on fake tensors, then searched")
     report = find_plans(request, machine=found, limits=limits, keep=keep)
+    if timeline is not None:
+        _write_timeline(report, timeline)
     result = _to_json(report, tokens=tokens)
     print_result(result, as_json=as_json, show=lambda console: _show(report, result, console))
+
+
+def _require_both(which: str, gpus: int | None) -> int:
+    if not which or gpus is None:
+        missing = "--gpus N" if which else "the recipe, config or preset"
+        raise UserError(
+            f"{missing} is missing: moesaic plan RECIPE --gpus N, or moesaic plan --budget FLOPS"
+        )
+    return gpus
+
+
+def _write_timeline(report: PlanReport, path: Path) -> None:
+    name = f"{report.request.name} on {report.machine.name}, predicted"
+    with os_errors_named(path, action="the timeline cannot be written"):
+        write_chrome_trace(path, predicted_spans(report.best[0].time), process=name)
 
 
 def _read_request(

@@ -13,9 +13,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 from moesaic.core.errors import DataError
+from moesaic.corpus.append_files import AppendFiles
 from moesaic.corpus.cleaning import PairCleaner
 from moesaic.corpus.corpus import text_file
 from moesaic.corpus.corpus_recipes import CorpusRecipe
@@ -254,7 +255,7 @@ class _TextWriter:
 
     def __init__(self, folder: Path, split: SplitConfig) -> None:
         self._folder, self._split = folder, split
-        self._streams: dict[str, TextIO] = {}
+        self._files = AppendFiles()
         self.rows: Counter[str] = Counter()
         self.domain_rows: Counter[tuple[str, str]] = Counter()
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,14 +263,11 @@ class _TextWriter:
     def add(self, found: Text) -> None:
         domain = self._split.domain_of(found.origin)
         name = text_file(found.language, domain or self._split.split_of_text(found.text))
-        if name not in self._streams:
-            self._streams[name] = (self._folder / name).open("w", encoding="utf-8", newline="\n")
         label = "\t" + escape_field(found.domain) if found.domain else ""
-        self._streams[name].write(escape_field(found.text) + label + "\n")
+        self._files.write(self._folder / name, escape_field(found.text) + label + "\n")
         self.rows[name] += 1
         if found.domain:
             self.domain_rows[name, found.domain] += 1
 
     def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
+        self._files.close()

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
+from moesaic.corpus.append_files import AppendFiles
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.readers.tsv import escape_field, unescape_field
 from moesaic.corpus.split import digest64
@@ -89,24 +89,19 @@ class PairSpill:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[SpillBin, TextIO] = {}
+        self._files = AppendFiles()
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, pair: Pair, *, rank: int, allowed_split: str, domain: str = "") -> None:
         """Write a pair. Processes need a folder each: see ``append_from``."""
-        which = SpillBin(pair.direction, domain)
-        stream = self._files.get(which)
-        if stream is None:
-            stream = (self._folder / which.file).open("w", encoding="utf-8", newline="\n")
-            self._files[which] = stream
-        stream.write(
+        self._files.write(
+            self._folder / SpillBin(pair.direction, domain).file,
             f"{escape_field(pair.source)}\t{escape_field(pair.target)}\t{rank}\t"
-            f"{escape_field(pair.origin)}\t{allowed_split}\n"
+            f"{escape_field(pair.origin)}\t{allowed_split}\n",
         )
 
     def close(self) -> None:
-        for stream in self._files.values():
-            stream.close()
+        self._files.close()
 
     def append_from(self, folder: Path) -> None:
         """Move the rows of another, closed spill's folder to the end of this one's."""
@@ -136,12 +131,13 @@ class PairSpill:
         if number == 1:
             return [path]
         paths = [path.with_name(f"{path.name}.{i}") for i in range(number)]
-        streams = [p.open("w", encoding="utf-8", newline="\n") for p in paths]
+        buckets = AppendFiles()
         with path.open(encoding="utf-8", newline="\n") as lines:
             for line in lines:
-                streams[digest64(line.partition("\t")[0]) % number].write(line)
-        for stream in streams:
-            stream.close()
+                buckets.write(paths[digest64(line.partition("\t")[0]) % number], line)
+        buckets.close()
+        for empty in paths:
+            empty.touch()
         path.unlink()
         return paths
 

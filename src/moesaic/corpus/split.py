@@ -10,9 +10,10 @@ keys: shared 3-grams over all 3-grams.
 """
 
 import fnmatch
+import math
 import unicodedata
 from abc import abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice, Config
@@ -64,12 +64,14 @@ class DropNearDuplicates(NearDuplicates):
     threshold: float = Field(default=0.6, gt=0, le=1)
 
     def find(self, held_out: Set[str], *, train: Iterable[str]) -> frozenset[str]:
-        """Exact. Only ``held_out`` is kept in memory; ``train`` is read once, a text at a time."""
-        index = _TrigramIndex(held_out)
-        found = np.zeros(len(index.texts), dtype=np.bool_)
+        """Exact. Only ``held_out`` is kept in memory; ``train`` is read once, a text at a time.
+
+        Compared are texts that share one of their rarest 3-grams: not every pair.
+        """
+        index = _RareTrigramIndex(held_out, self.threshold - _ROUNDING)
         for text in train:
-            found |= index.jaccard_with_all(text) >= self.threshold - _ROUNDING
-        return frozenset(index.texts[i] for i in np.flatnonzero(found))
+            index.find_near(text)
+        return frozenset(index.found)
 
 
 def character_trigrams(text: str) -> frozenset[str]:
@@ -78,28 +80,41 @@ def character_trigrams(text: str) -> frozenset[str]:
     return frozenset(padded[i : i + TRIGRAM] for i in range(max(1, len(padded) - TRIGRAM + 1)))
 
 
-class _TrigramIndex:
-    """An inverted index, 3-gram to held-out texts: its lists count the shared 3-grams."""
+class _RareTrigramIndex:
+    """An inverted index of the rarest 3-grams of the texts that are not found yet.
 
-    def __init__(self, held_out: Set[str]) -> None:
-        self.texts = sorted(held_out)
-        postings: dict[str, list[int]] = defaultdict(list)
-        for number, text in enumerate(self.texts):
-            for gram in character_trigrams(text):
-                postings[gram].append(number)
-        self._postings = {gram: np.array(found, dtype=np.int32) for gram, found in postings.items()}
-        self._sizes = np.array(
-            [len(character_trigrams(text)) for text in self.texts], dtype=np.int64
-        )
+    Sets of m and n elements whose Jaccard index is at least t share t max(m, n) of them or more. In
+    one order of all 3-grams, each then has a shared one among its first n - ceil(t n) + 1: with the
+    rarest first, few texts share one (prefix filtering, Bayardo et al. 2007, WWW).
+    """
 
-    def jaccard_with_all(self, text: str) -> np.ndarray:
-        """Return the Jaccard index of ``text`` with each held-out text, float64 [held_out]."""
+    def __init__(self, texts: Set[str], threshold: float) -> None:
+        self.threshold = threshold
+        self.found: set[str] = set()
+        self.compared = 0
+        grams = {text: character_trigrams(text) for text in texts}
+        self._count = Counter(gram for found in grams.values() for gram in found)
+        self._texts: dict[str, set[str]] = defaultdict(set)
+        for text, of_text in grams.items():
+            for gram in self._rarest(of_text):
+                self._texts[gram].add(text)
+
+    def find_near(self, text: str) -> None:
+        """Add to ``found`` what is at least as similar to ``text`` as the threshold."""
         grams = character_trigrams(text)
-        lists = [self._postings[gram] for gram in grams if gram in self._postings]
-        if not lists:
-            return np.zeros(len(self.texts))
-        shared = np.bincount(np.concatenate(lists), minlength=len(self.texts))
-        return shared / (self._sizes + len(grams) - shared)
+        lists = [self._texts[gram] for gram in self._rarest(grams) if gram in self._texts]
+        for candidate in set().union(*lists):
+            theirs = character_trigrams(candidate)
+            self.compared += 1
+            shared = len(grams & theirs)
+            if shared >= self.threshold * (len(grams) + len(theirs) - shared):
+                self.found.add(candidate)
+                for gram in self._rarest(theirs):
+                    self._texts[gram].discard(candidate)
+
+    def _rarest(self, grams: frozenset[str]) -> list[str]:
+        kept = len(grams) - math.ceil(self.threshold * len(grams)) + 1
+        return sorted(grams, key=lambda gram: (self._count[gram], gram))[:kept]
 
 
 SPLITS = ("train", "valid", "test")

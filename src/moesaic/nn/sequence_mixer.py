@@ -10,7 +10,7 @@ Letters: T tokens, B rows, n newest tokens, D model dim, H heads, d head dim.
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from typing import ClassVar, Self, cast
 
 import torch
@@ -22,6 +22,7 @@ from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.attention_scores import ScoreBias
 from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.decode_state import DecodeState, JointState
+from moesaic.nn.initializer import CustomInitializers, Initializer
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.packing import Packing
 from moesaic.nn.parameter_spec import ParameterSpec
@@ -168,6 +169,9 @@ class SequenceMixer(Choice):
         return self
 
 
+START_GAIN = 0.3
+
+
 class ParallelMixers(SequenceMixer):
     """Several mixers on one input, the norms of their outputs summed (SpikingBrain, 2509.05276).
 
@@ -208,13 +212,21 @@ class ParallelMixers(SequenceMixer):
         return self.replace(mixers=tuple(mixer.shrink(shape) for mixer in self.mixers))
 
 
-class ParallelMixersModule(SequenceMixerModule):
-    """The module of ``ParallelMixers``: ``sum_i norm_i(mixer_i(x))``."""
+class ParallelMixersModule(SequenceMixerModule, CustomInitializers):
+    """The module of ``ParallelMixers``: ``sum_i norm_i(mixer_i(x))``.
+
+    The gains start small: outputs of unit size would hide the embeddings of a new model, and what
+    ``scale_by_depth`` does to the last matrix of a branch ends at the norm.
+    """
 
     def __init__(self, mixers: Sequence[SequenceMixerModule], *, shape: MixerShape) -> None:
         super().__init__()
         self.mixers = nn.ModuleList(mixers)
         self.norms = nn.ModuleList(shape.norm.build(shape.dim) for _ in mixers)
+
+    def initializers(self) -> Mapping[str, Initializer]:
+        gain = Initializer(kind="norm", quantile=partial(torch.full_like, fill_value=START_GAIN))
+        return {f"norms.{index}.weight": gain for index in range(len(self.norms))}
 
     def forward(
         self, x: Float[Tensor, "T D"], *, context: MixerContext, state: DecodeState | None = None

@@ -120,6 +120,7 @@ class TieredGradients(Gradients):
         for parameter, name in self._names.items():
             store.allocate(name, local_tensor(parameter).shape, dtype)
             parameter.register_post_accumulate_grad_hook(self._store)
+        store.reserve([Part(name) for name in self._names.values()])  # a full disk ends the start
 
     def has(self, parameter: Tensor) -> bool:
         return self._names[parameter] in self._norms

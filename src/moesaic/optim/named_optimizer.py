@@ -136,14 +136,17 @@ class NamedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [(group, self._members(group)) for group in self.param_groups]
-        if self.tier is not None:
-            self.tier.reserve([rows for _, members in groups for rows in members])
-        for group, members in groups:
-            for bucket in self._buckets(members, rule=group["rule"]):
+        self.reserve()
+        for group in self.param_groups:
+            for bucket in self._buckets(self._members(group), rule=group["rule"]):
                 self._step_bucket(group, bucket)
         self.steps_taken += 1
         return loss
+
+    def reserve(self) -> None:
+        """Take the room on a memory tier that an update needs. Raises DiskFullError."""
+        if self.tier is not None:
+            self.tier.reserve([row for group in self.param_groups for row in self._members(group)])
 
     def ensure_state(self, name: str, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
         """Return a parameter's state on the device; create it, of zeros, if there is none yet."""

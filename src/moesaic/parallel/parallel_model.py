@@ -106,16 +106,6 @@ class ParallelModel:
 
     @cached_property
     def _gradient_sums(self) -> GradientSums:
-        # made in the first step: its hooks are on the parameters that have been allocated
-        return GradientSums(
-            list(self._replicated_parameters()),
-            device=self.mesh.device,
-            dtype=self.precision.reduce_dtype,
-            timeout_s=self.mesh.timeout_s,
-        )
-
-    @cached_property
-    def _gradient_sums(self) -> GradientSums:
         """Made in the first step: allocating a model's shards replaces its parameters."""
         return GradientSums(
             list(self._replicated_parameters()),

@@ -1,4 +1,4 @@
-"""Budget proposal: what to train with a number of FLOPs, each value with its paper and its range."""
+"""Budget proposal: what to train with a number of FLOPs; each value with its paper and range."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from moesaic.planner.scaling_laws import (
     CHINCHILLA,
     FLOPS_PER_PARAMETER,
     GREATER_LEVERAGE,
+    expert_model_parameters,
     leverage_batch_tokens,
     leverage_learning_rate,
     leverage_optimum,
@@ -17,6 +18,7 @@ from moesaic.planner.scaling_laws import (
 
 ACTIVE_EXPERTS, EXPERTS = 12, 384  # of Ling-mini-beta (2507.17702): 3.1 % of the experts
 ATTENTION_SHARE = 0.35  # of a token's FLOPs: 30 to 40 % is best, 20 to 50 % nearly so (2507.17702)
+_FEW = 8
 _LEVERAGE = "2507.17702"
 _OF_LEVERAGE = "models of 8 x 384 to 22 x 1280 (layers x width), MoE with one shared expert"
 _OF_CHINCHILLA = "dense, 70M to 16B parameters, 5B to 500B tokens"
@@ -88,6 +90,13 @@ def _dense_models(flops: float) -> tuple[ProposedValue, ...]:
         ProposedValue("dense: parameters", dense.parameters, "parameters", *chinchilla),
         ProposedValue("dense: tokens", dense.tokens, "tokens", *chinchilla),
         ProposedValue("dense: loss, of its own data", loss, "nats a token", *chinchilla),
+        ProposedValue(
+            f"{_FEW} experts in every second layer of it: all parameters",
+            expert_model_parameters(dense.parameters, experts=_FEW),
+            "parameters",
+            "2404.02852",
+            "bases of 100M to 730M; 4 and 8 experts are the best to serve",
+        ),
         ProposedValue("dense, small: parameters", small.parameters, "parameters", *minicpm),
         ProposedValue("dense, small: tokens", small.tokens, "tokens", *minicpm),
         ProposedValue("dense: batch at that loss", minicpm_batch_tokens(loss), "tokens", *minicpm),

@@ -1,8 +1,8 @@
 """Fit a scaling law of one's own: Chinchilla's form on the runs of a project.
 
 As in 2203.15556 (section 3.3): the Huber loss of ``log L`` is minimised from a grid of starts, with
-``log L`` the log-sum-exp of the logs of the three terms. Intervals are of a bootstrap over runs; the
-held-out error is of the runs of most compute, which that fit has not seen.
+``log L`` the log-sum-exp of the logs of the three terms. Intervals are of a bootstrap over runs.
+The held-out error is of the runs of most compute, under a law of the others.
 
 Letters: P points (runs), S starts, R resamples.
 """
@@ -23,7 +23,7 @@ from moesaic.planner.scaling_laws import ChinchillaLaw
 HUBER_DELTA = 1e-3  # of log L, as in the paper
 LEAST_RUNS = 6  # one more than the law has constants
 _HELD_OUT = 0.2  # share of the runs, those of most compute
-_GRID = ((5.0, 15.0), (5.0, 15.0), (-1.0, 0.7), (0.2, 0.7), (0.2, 0.7))  # a, b, e, alpha, beta
+_GRID = ((5.0, 15.0), (5.0, 15.0), (0.0,), (0.2, 0.7), (0.2, 0.7))  # a, b, e, alpha, beta
 _STEPS, _HALVINGS = 200, 30
 _NAMES = ("entropy", "parameter_scale", "parameter_exponent", "token_scale", "token_exponent")
 
@@ -124,41 +124,29 @@ def _minimise(
     value, gradient = _objective(constants, logs, weights)
     identity = torch.eye(constants.shape[1], dtype=torch.float64)
     inverse = identity.repeat(len(constants), 1, 1)
+    moves = torch.ones(len(constants), dtype=torch.bool)
     for _ in range(_STEPS):
         direction = -(inverse @ gradient[:, :, None])[:, :, 0]
         uphill = (direction * gradient).sum(1) >= 0
         direction = torch.where(uphill[:, None], -gradient, direction)
         inverse = torch.where(uphill[:, None, None], identity, inverse)
-        size = _step_size(constants, direction, value, gradient, logs=logs, weights=weights)
-        step = size[:, None] * direction
+        step = torch.zeros_like(direction)
+        slope = (direction * gradient).sum(1)
+        for halving in range(_HALVINGS):  # the first of 1, 1/2, ... that decreases enough (Armijo)
+            size = 0.5**halving
+            tried, _ = _objective(constants + size * direction, logs, weights)
+            open_still = moves & (step == 0).all(1)
+            good = open_still & (tried <= value + 1e-4 * size * slope) & (tried < value)
+            step = torch.where(good[:, None], size * direction, step)
+            if bool((good == open_still).all()):
+                break
+        moves = (step != 0).any(1)  # a start from where no step decreases has ended
+        if not bool(moves.any()):
+            break
         new_value, new_gradient = _objective(constants + step, logs, weights)
         inverse = _update_inverse(inverse, step, new_gradient - gradient)
         constants, value, gradient = constants + step, new_value, new_gradient
-        if not bool((size > 0).any()):
-            break
     return value, constants
-
-
-def _step_size(
-    constants: Float[Tensor, "S 5"],
-    direction: Float[Tensor, "S 5"],
-    value: Float[Tensor, "S"],
-    gradient: Float[Tensor, "S 5"],
-    *,
-    logs: Float[Tensor, "P 3"],
-    weights: Float[Tensor, "S P"],
-) -> Float[Tensor, "S"]:
-    """Return the first of 1, 1/2, ... that decreases enough (Armijo); 0 where none does."""
-    slope = (direction * gradient).sum(1)
-    size, found = torch.ones_like(value), torch.zeros_like(value)
-    for _ in range(_HALVINGS):
-        tried, _ = _objective(constants + size[:, None] * direction, logs, weights)
-        good = (tried <= value + 1e-4 * size * slope) & (tried < value) & (found == 0)
-        found = torch.where(good, size, found)
-        size = size / 2
-        if bool((found > 0).all()):
-            break
-    return found
 
 
 def _objective(

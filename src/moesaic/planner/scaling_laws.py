@@ -3,6 +3,8 @@
 Units: parameters and tokens are counts, budgets are training FLOPs (of all but embeddings), losses
 nats a token. A law holds where it was fitted; ``budget_proposal.py`` says where that is.
 
+A law of experts whose constants its paper does not print (2404.02852) is not here.
+
 Letters: N parameters, D tokens, C FLOPs, M FLOPs a token, A share of experts that a token uses, G
 granularity, E experts.
 """
@@ -113,40 +115,6 @@ def minicpm_optimum(flops: float) -> ComputeOptimum:
     """Return N and D of a budget at MiniCPM's ratio of tokens to parameters (2404.06395)."""
     parameters = math.sqrt(flops / (FLOPS_PER_PARAMETER * MINICPM_TOKENS_PER_PARAMETER))
     return ComputeOptimum(parameters, MINICPM_TOKENS_PER_PARAMETER * parameters)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertLaw:
-    """Loss by parameters N of the dense base, experts E and tokens D (2404.02852).
-
-    ``log L = log(A/N^alpha + B/Ê^beta + C/D^gamma + F) + d log N log Ê``, with
-    ``1/Ê = 1/(E - 1 + (1/start - 1/most)^-1) + 1/most``. The paper prints the form and how it was
-    fitted, but not the constants: they have no default here.
-    """
-
-    parameter_scale: float
-    parameter_exponent: float
-    expert_scale: float
-    expert_exponent: float
-    token_scale: float
-    token_exponent: float
-    constant: float
-    interaction: float
-    start: float
-    most: float
-
-    def loss(self, parameters: float, *, experts: float, tokens: float) -> float:
-        """Return the loss of a model with ``experts`` in every second layer."""
-        offset = 1 / (1 / self.start - 1 / self.most)
-        effective = 1 / (1 / (experts - 1 + offset) + 1 / self.most)
-        terms = (
-            self.parameter_scale / parameters**self.parameter_exponent,
-            self.expert_scale / effective**self.expert_exponent,
-            self.token_scale / tokens**self.token_exponent,
-            self.constant,
-        )
-        joint = self.interaction * math.log(parameters) * math.log(effective)
-        return sum(terms) * math.exp(joint)
 
 
 def expert_model_parameters(parameters: float, *, experts: int) -> float:

@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Literal, Self
 
 from moesaic.distributed.flight_recorder import mark_phase
+from moesaic.memory.disk_store import DiskFullError
 from moesaic.train.trainer import NonFiniteError, Trainer
 from moesaic.train.training_hooks import Hook
 
@@ -98,7 +99,7 @@ class StopRequest:
 def training_loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> StopReason:
     """Train up to step ``until``; Ctrl-C and SIGTERM stop after the current step.
 
-    Raises NonFiniteError after the hooks have finished (and saved a checkpoint).
+    Raises NonFiniteError and DiskFullError after the hooks have finished (and saved a checkpoint).
     """
     with StopRequest() as stop:
         for hook in hooks:
@@ -110,7 +111,7 @@ def training_loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Sto
                 for hook in hooks:
                     mark_phase(type(hook).__name__)
                     hook.after_step(trainer, report)
-        except NonFiniteError:
+        except (NonFiniteError, DiskFullError):
             _run_after_run_hooks(trainer, hooks)
             raise
         _run_after_run_hooks(trainer, hooks)

@@ -75,13 +75,15 @@ class LogConfig(Config):
     Rows go to ``metrics.jsonl`` and to ``sinks``. One step in ``routing_stats_every`` counts which
     experts it used. One step in ``routing_trace_every`` has its routing written token by token, and
     every ``routing_probe_every`` steps a few held-out rows are routed, which shows when routing
-    converges (0: never).
+    converges (0: never). The operations of step ``timeline_step`` go to ``timelines/``, a Chrome
+    trace of each rank (0: none).
     """
 
     every: Positive = 10
     routing_stats_every: Positive = 10
     routing_trace_every: Natural = 0
     routing_probe_every: Natural = 50
+    timeline_step: Natural = 0
     sinks: tuple[MetricsSink, ...] = ()
 
     def is_due(self, step: int, *, steps: int) -> bool:

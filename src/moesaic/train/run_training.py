@@ -32,6 +32,7 @@ from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.distributed.initialize import init_distributed
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
+from moesaic.memory.disk_store import DiskFullError
 from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
@@ -51,6 +52,7 @@ from moesaic.train.resume import (
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
+from moesaic.train.timeline_hook import TimelineHook
 from moesaic.train.trainer import NonFiniteError, Trainer
 from moesaic.train.training_data import BatchLoader, Preparation, PreparedData
 from moesaic.train.training_hooks import (
@@ -108,9 +110,9 @@ def train(
                 tokens = trainer.metrics.total_tokens(world)
                 mark_phase("export")
                 run_on_rank0(world, lambda: export_model(trainer, run_dir=run_dir, tokens=tokens))
-            except NonFiniteError as error:
+            except (NonFiniteError, DiskFullError) as error:
                 saved = f"The last good state is saved. {_resume_hint(run_dir)}"
-                raise NonFiniteError(f"{error}. {saved}") from None
+                raise type(error)(f"{error}. {saved}") from None
             finally:
                 trainer.data.close()
                 log.close()
@@ -238,6 +240,7 @@ def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
         RoutingTraceHook(run_dir.routes),
         RoutingProbeHook(run_dir.routing_snapshots),
         StragglerHook(),
+        TimelineHook(run_dir),
     ]
 
 

@@ -20,6 +20,7 @@ from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, mark_phase
 from moesaic.distributed.world import World
+from moesaic.memory.disk_store import DiskFullError
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
@@ -120,8 +121,9 @@ class Trainer:
     def train_step(self) -> StepReport:
         """Update the weights once, skipping non-finite steps and loss spikes. Collective.
 
-        Raises NonFiniteError after ``max_bad_steps`` skipped steps in a row; the state is then that
-        of the last good step, with the bad batches in the retry queue.
+        Raises NonFiniteError after ``max_bad_steps`` skipped steps in a row, and DiskFullError if a
+        memory tier has no room for an update; the state is then that of the last good step, with
+        the bad batches in the retry queue.
         """
         started, data_s = time.perf_counter(), 0.0
         collective_s = FLIGHT_RECORDER.collective_s
@@ -137,6 +139,7 @@ class Trainer:
             if self._should_update(attempt, result=result, norm=norm):
                 break
         mark_phase("update")
+        self._reserve_states(attempt)
         scheduled = self.run.schedule.lr_factor(self.step, steps=self.run.steps)
         factor = scheduled * self.loss_history.rate
         for group in self.optimizer.param_groups:
@@ -196,6 +199,19 @@ class Trainer:
         if decision.skip:
             self._skip_update(attempt, reason=decision.note)
         return not decision.skip
+
+    def _reserve_states(self, attempt: StepAttempt) -> None:
+        """Raise DiskFullError on every rank, before any update, if the tier of one is full."""
+        if self.optimizer.tier is None:
+            return
+        problem = ""
+        try:
+            self.optimizer.reserve()
+        except DiskFullError as error:
+            problem = str(error)
+        if self.world.any_rank(bool(problem)):
+            self._skip_update(attempt, reason=problem or "the disk of another rank is full")
+            raise DiskFullError(problem or "another rank has no room on the disk of a memory tier")
 
     def _skip_update(self, attempt: StepAttempt, *, reason: str) -> None:
         """Discard the gradients, queue the batch for a retry, and note the reason."""

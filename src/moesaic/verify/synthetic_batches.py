@@ -175,7 +175,7 @@ def _of_other_kind(batch: Batch, shape: SyntheticShape, *, generator: torch.Gene
         source=values_of(batch.source),
         target=target,
         labels=labels,
-        groups=batch.groups | {"class": kind},
+        groups={**batch.groups, "class": kind},
     )
 
 
