@@ -8,7 +8,7 @@ through one ``forward``; in decoding it also reads and updates a state.
 Letters: T tokens, B rows, n newest tokens, D model dim, H heads, d head dim.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import ClassVar, Self, cast

@@ -33,7 +33,7 @@ from moesaic.planner.plan_space import (
     PlanSpace,
     expert_numbers,
 )
-from moesaic.planner.state_bytes import PlanKey, ShardedState, ShardBytes
+from moesaic.planner.state_bytes import PlanKey, ShardBytes, ShardedState
 from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_time import (
     GroupShape,
