@@ -126,9 +126,9 @@ def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
         before = simulation.ledger.live_bytes
         simulation.ledger.reset_peak()
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
+            parallel_model.before_backward(last=True)
             loss = _loss(parallel_model, batch=dummy_batch(config, settings.sizes))
             saved = simulation.ledger.live_bytes - before
-            parallel_model.before_backward(last=True)
             loss.backward()
             parallel_model.sum_gradients()
         peak = simulation.ledger.peak_bytes

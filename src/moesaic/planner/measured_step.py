@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
@@ -97,6 +98,10 @@ class MeasuredPart:
                     model, parallel=parallel, mesh=mesh, precision=self.precision
                 )
             self._apply_checkpointing(model)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):  # it drops what it was made of at first use
+                    module.unshard()
+                    module.reshard()
             simulation.counter = CommunicationCounter(axes=mesh_groups(mesh))
             recording = _Recording(simulation.ledger, recorder, simulation.counter)
             model.run_block = _MarkedBlocks(model, self.chain, recording)
