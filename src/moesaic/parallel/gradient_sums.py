@@ -123,7 +123,9 @@ class GradientSums:
 def _gradients(bucket: _Bucket) -> list[Tensor]:
     found = []
     for each in bucket.members:
-        assert each.parameter.grad is not None, "a replicated parameter has a gradient"
+        if each.parameter.grad is None:
+            # while FSDP2 has a module gathered, the model names others than its sharded parameters
+            each.parameter.grad = torch.zeros_like(each.parameter)
         found.append(local_tensor(each.parameter.grad))
     return found
 

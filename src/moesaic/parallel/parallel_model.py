@@ -80,8 +80,9 @@ class ParallelModel:
 
     def before_backward(self, *, last: bool) -> None:
         """Prepare the sums of gradients for a micro-batch; ``last``: it is the step's last."""
+        sums = self._gradient_sums  # made before FSDP2 gathers parameters: called before forward
         if last and isinstance(self.gradients, ResidentGradients):
-            self._gradient_sums.before_last_backward()
+            sums.before_last_backward()
         if self.mesh.plan.zero:
             dtype = self.precision.gradient_dtype
             # FSDP2 adds a gradient of the parameter's dtype to what is there
