@@ -5,11 +5,14 @@
 Every trial trains a few steps in a forked child whose anonymous memory is limited (``RLIMIT_DATA``)
 to what it has at its start plus ``--budget``; the gauge is the largest ``RssAnon`` that the parent
 samples. Activations, buffers and gradients count; tiers are shared mappings and files, which do
-not. The number of layers is bisected; one layer more fails with a memory error.
+not. The layers of the resident model are bisected; with tiers, models of growing multiples of its
+size are tried until one fails.
 """
 
 import argparse
+import ctypes
 import gc
+import math
 import os
 import resource
 import shutil
@@ -17,6 +20,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +45,16 @@ from moesaic.train.trainer import Trainer
 from moesaic.verify.synthetic_batches import VOCABULARY
 
 MIB = 2**20
-PRECISIONS: dict[str, Precision] = {"float32": Float32(), "bfloat16": BFloat16()}
+TRIAL_SECONDS = 600  # a trial that takes longer counts as failed
+PRECISIONS: dict[str, Precision] = {
+    "float32": Float32(),  # 4 + 4 + 8 bytes per parameter
+    "bfloat16": BFloat16(),  # 2 + 2 + 12
+    "bfloat16, float32 gradients": BFloat16(gradients="float32"),  # 2 + 4 + 12
+}
+GROWTH = {  # multiples of the resident model that are tried
+    "states and gradients on the host": (7.1, 8.1, 8.6),
+    "all away, weights streamed from disk": (20.5, 26.0),
+}
 
 
 def plans(folder: str, *, in_flight: int) -> dict[str, MemoryPlan]:
@@ -116,6 +129,13 @@ def _trainer(case: Case, layers: int) -> Trainer:
     return tiny_trainer(run)
 
 
+def fix_malloc_thresholds() -> None:
+    """Have glibc return tensors that are freed: by default it learns to keep them in its heap."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 1 << 18)  # M_TRIM_THRESHOLD
+
+
 def warm_up(precision: Precision) -> None:
     """Compile kernels and import what a step imports: a child is limited to more than it has."""
     load_library()
@@ -144,7 +164,7 @@ def trial(case: Case, layers: int) -> Trial:
 
 
 def _run_child(case: Case, layers: int, *, writer: int) -> None:
-    signal.alarm(180)
+    signal.alarm(TRIAL_SECONDS)
     try:
         train(case, layers)
         os.write(writer, b"trained")
@@ -165,7 +185,7 @@ def _status(field: str, pid: int | str = "self") -> int:
     return int(found[0][1]) * 1024 if found else 0
 
 
-def largest(case: Case, *, start: int, most: int) -> tuple[Trial | None, list[Trial]]:
+def largest(case: Case, *, start: int) -> tuple[Trial | None, list[Trial]]:
     """Bisect the largest number of layers that trains; return it with all trials."""
     trials: list[Trial] = []
 
@@ -175,39 +195,49 @@ def largest(case: Case, *, start: int, most: int) -> tuple[Trial | None, list[Tr
         return trials[-1].trained
 
     low, high = 0, start
-    while high <= most and works(high):
+    while works(high):
         low, high = high, high * 2
-    while high - low > max(1, low // 16):
+    while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if works(middle) else (low, middle)
-    best = [one for one in trials if one.trained and one.layers == low]
-    return (best[0] if best else None), trials
+    return _largest_of(trials), trials
+
+
+def growing(case: Case, sizes: Iterable[int]) -> tuple[Trial | None, list[Trial]]:
+    """Try growing models until one fails; return the largest that trained, and all trials."""
+    trials: list[Trial] = []
+    for layers in sizes:
+        trials.append(trial(case, layers))
+        print(trials[-1], flush=True)
+        if not trials[-1].trained:
+            break
+    return _largest_of(trials), trials
+
+
+def _largest_of(trials: list[Trial]) -> Trial | None:
+    return max((one for one in trials if one.trained), key=lambda one: one.layers, default=None)
 
 
 def main() -> None:
     """Search and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory_headline.json"))
-    parser.add_argument("--budget", type=int, default=160, help="MiB")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
+    parser.add_argument("--budget", type=int, default=256, help="MiB")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16, float32 gradients")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--most", type=int, default=400, help="layers")
-    parser.add_argument("--only", default="", help="part of the name of a plan")
+    parser.add_argument("--start", type=int, default=8, help="layers of the first resident model")
     parser.add_argument("--note", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    fix_malloc_thresholds()
     warm_up(PRECISIONS[given.precision])
     folder = tempfile.mkdtemp(prefix="memory-headline-")
     found: dict[str, Any] = {}
+    resident = 0
     try:
-        starts = (6, 48, 128)
-        for start, (name, plan) in zip(
-            starts, plans(folder, in_flight=16 * MIB).items(), strict=True
-        ):
-            if given.only not in name:
-                continue
+        for name, plan in plans(folder, in_flight=8 * MIB).items():
             case = Case(
                 plan,
                 PRECISIONS[given.precision],
@@ -216,7 +246,11 @@ def main() -> None:
                 given.dim,
                 given.steps,
             )
-            best, trials = largest(case, start=start, most=given.most)
+            if name in GROWTH:
+                best, trials = growing(case, [math.ceil(m * resident) for m in GROWTH[name]])
+            else:
+                best, trials = largest(case, start=given.start)
+                resident = best.layers if best is not None else 1
             found[name] = {
                 "largest": None if best is None else asdict(best),
                 "trials": [asdict(one) for one in trials],
@@ -224,8 +258,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sizes = {n: f["largest"]["parameters"] for n, f in found.items() if f["largest"]}
-    resident = sizes.get("resident")
-    ratios = {n: round(size / resident, 2) for n, size in sizes.items()} if resident else {}
+    ratios = {n: round(size / sizes["resident"], 2) for n, size in sizes.items()}
     result = {
         "budget_mib": given.budget,
         "precision": given.precision,

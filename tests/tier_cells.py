@@ -28,6 +28,10 @@ TIERS = {
     "gradients on host, states on disk": MemoryPlan(gradients=HOST, optimizer_states=DISK),
     "states on host": MemoryPlan(optimizer_states=HOST),
     "gradients on host": MemoryPlan(gradients=HOST),
+    "weights on disk": MemoryPlan(parameters=DISK),
+    "all away": MemoryPlan(
+        parameters=HOST, gradients=HOST, optimizer_states=DISK, activations=HOST
+    ),
 }
 PLANS: dict[str, tuple[int, dict[str, int], Optimizer]] = {
     "one process": (1, {}, AdamW(lr=1e-2)),

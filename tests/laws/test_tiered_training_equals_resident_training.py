@@ -1,4 +1,4 @@
-"""Law: training with gradients and states on a memory tier equals training on the device, bitwise.
+"""Law: training with tensors of any purpose on a memory tier equals training on the device, bitwise.
 
 Loss, gradient norm, parameters and optimizer states, with clipping, accumulation of two
 micro-batches, on one and two ranks; and so does a run that is resumed into another tier.
@@ -20,7 +20,14 @@ from moesaic.train.training_hooks import CheckpointHook
 from tier_cells import PLANS, RESIDENT, TIERS, resume_in, train, trainer_of
 
 STEPS = 2
-TIERS_OF_PLAN = {"one process": tuple(TIERS), "data": ("host", "gradients on host, states on disk")}
+TIERS_OF_PLAN = {
+    "one process": tuple(TIERS),
+    "data": ("host", "gradients on host, states on disk", "all away"),
+    "experts without copies": ("host", "disk", "all away"),
+    "ZeRO 2, experts without copies": ("host", "disk", "all away"),
+    "tensor": ("host", "disk", "weights on disk"),
+    "pipeline": ("host", "disk", "all away"),
+}
 
 
 def _differences(plan: str) -> dict[str, list[str]]:

@@ -40,7 +40,7 @@ BRANCHES: dict[str, tuple[type[nn.Module], ...]] = {
     "moe": (MoEBranch,),
 }
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
-_Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+_Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 class ActivationCheckpointing(Choice):

@@ -120,7 +120,7 @@ class ActivationOffload:
             newest = None if self._newest is None else self._newest()
             known = OffloadedStorage(tensor, pool=self._pool, previous=newest)
             self._by_source[key], self._newest = known, weakref.ref(known)
-        offset = tensor.storage_offset()
+        offset = int(tensor.storage_offset())
         return SavedView(known, tensor.dtype, offset, tensor.shape, tensor.stride())
 
     def _unpack(self, saved: Tensor | SavedView) -> Tensor:
