@@ -16,7 +16,7 @@ from moesaic.parallel.communication_volume import gradient_buckets
 from moesaic.parallel.gradient_sums import IN_FLIGHT
 from moesaic.parallel.parameter_inventory import ParameterShard, RankParameters
 from moesaic.parallel.partial_forward import BlockRange
-from moesaic.planner.block_chain import STACKS, BlockChain, Place
+from moesaic.planner.block_chain import STACKS, BlockChain, ChainPlace
 from moesaic.planner.cost_entries import Phase
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.measured_step import Span
@@ -68,19 +68,19 @@ def stage_spans(
     *,
     chain: BlockChain,
     blocks: BlockRange,
-    corrections: Mapping[Place, int],
+    corrections: Mapping[ChainPlace, int],
 ) -> tuple[Span, ...]:
     """Return the spans of a stage of these blocks, in the order of a micro-batch.
 
     ``corrections`` are added to what the backward span of a block leaves.
     """
     by_place = {(span.phase, span.place): span for span in spans}
-    places: list[Place] = []
+    places: list[ChainPlace] = []
     for stack, numbers in (("encoder", blocks.encoder), ("decoder", blocks.decoder)):
-        places += [Place(stack)] if 0 in numbers else []
-        places += [Place(stack, number) for number in numbers]
+        places += [ChainPlace(stack)] if 0 in numbers else []
+        places += [ChainPlace(stack, number) for number in numbers]
     if blocks.decoder.stop == len(chain.representative["decoder"]):
-        places.append(Place("head"))
+        places.append(ChainPlace("head"))
     forward = [by_place[Phase.FORWARD, chain.run_for(place)] for place in places]
     backward = [
         by_place[Phase.BACKWARD, chain.run_for(place)].with_more(corrections.get(place, 0))
@@ -119,7 +119,7 @@ def gathered_bytes(parameters: RankParameters, *, itemsize: int) -> int:
 
 def gradient_corrections(
     parameters: RankParameters, measured: RankParameters, settings: CostSettings
-) -> Mapping[Place, int]:
+) -> Mapping[ChainPlace, int]:
     """Return, for each place, by how much more bytes of gradients stay than where it was run.
 
     There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device.
@@ -127,7 +127,7 @@ def gradient_corrections(
     itemsize = settings.precision.gradient_dtype.itemsize
     stays = settings.parallel.memory.gradients.is_device
     small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.shards}
-    found: dict[Place, int] = {}
+    found: dict[ChainPlace, int] = {}
     for shard in parameters.shards:
         place = _place_of(shard.parameter.name, settings)
         more = stays * math.prod(shard.shape) - small[shard.parameter.name]
@@ -135,24 +135,24 @@ def gradient_corrections(
     return found
 
 
-def _place_of(name: str, settings: CostSettings) -> Place:
+def _place_of(name: str, settings: CostSettings) -> ChainPlace:
     """Return where the gradient of a parameter is complete: outside of blocks, at the end."""
     stack, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     if stack in STACKS and number.isdigit():
-        return Place(stack, int(number))
-    return Place("encoder" if settings.model.encoder.layers else "decoder")
+        return ChainPlace(stack, int(number))
+    return ChainPlace("encoder" if settings.model.encoder.layers else "decoder")
 
 
-def bucket_copies(parameters: RankParameters, settings: CostSettings) -> Mapping[Place, int]:
+def bucket_copies(parameters: RankParameters, settings: CostSettings) -> Mapping[ChainPlace, int]:
     """Return, for each place, by how much the copies of gradients that are summed grow there.
 
     A bucket is copied when its last gradient is complete, after those before it; of more than
     ``IN_FLIGHT`` the oldest is done then.
     """
-    found: dict[Place, int] = {}
+    found: dict[ChainPlace, int] = {}
     sizes: list[int] = []
-    last = Place("head")
+    last = ChainPlace("head")
     for bucket in gradient_buckets(parameters, precision=settings.precision):
         places = [last, *(_place_of(name, settings) for name in bucket.names)]
         last = min(places, key=_order)
@@ -162,7 +162,7 @@ def bucket_copies(parameters: RankParameters, settings: CostSettings) -> Mapping
     return found
 
 
-def _order(place: Place) -> tuple[int, int]:
+def _order(place: ChainPlace) -> tuple[int, int]:
     """Sort places as a forward pass has them."""
     return (*STACKS, "head").index(place.stack), place.block
 
