@@ -15,8 +15,9 @@ from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.checkpoint.snapshot import Shard
 from moesaic.checkpoint.tensor_reader import TensorReader
 from moesaic.distributed.mesh import Mesh
-from moesaic.distributed.simulation import fake_process_group
+from moesaic.distributed.simulation import SharedChunks, SimulatedRank, fake_process_group
 from moesaic.model.config import ModelConfig
+from moesaic.model.presets.published_presets import trillion_384
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
@@ -26,9 +27,11 @@ from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.nn import initializer
 from moesaic.nn.initializer import NormalWeights, draw_seed
+from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
+from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.weight_start import draw_shards, weight_shards
 from moesaic.train.warm_start import WeightsOfRun
 from parallel.communication_cases import BIASED, BOTH, DECODER, parallel
@@ -191,3 +194,22 @@ def test_a_buffer_without_values_is_refused_by_name():
         initializer.allocate_parameters(
             model, allocate=initializer.allocate_on(torch.device("cpu")), device=torch.device("cpu")
         )
+
+
+def test_a_rank_of_1024_allocates_the_bytes_that_are_forecast_for_a_large_model():
+    """Weights, gradients and AdamW's states, on a fake device; benchmarks/ has the whole model."""
+    config, parallel_config = trillion_384().config, parallel(expert=128, tensor=8, zero=3)
+    config = config.replace(decoder=config.decoder.replace(layers=3))
+    with fake_process_group(1024, rank=777), SimulatedRank() as device, SharedChunks():
+        model = cut(config, parallel_config, rank=777).model
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        held = [device.allocated_bytes() - buffers]
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        held.append(device.allocated_bytes() - sum(held) - buffers)
+        optimizer = AdamW().build(model.named_parameters(), kinds=model.parameter_kinds())
+        optimizer.step()
+        held.append(device.allocated_bytes() - sum(held) - buffers)
+    shards = ParameterInventory(config).on_rank(parallel_config, world=1024, rank=777).shards
+    values = sum(torch.Size(shard.shape).numel() for shard in shards)
+    assert held == [4 * values, 4 * values, 8 * values + 4 * len(shards)]

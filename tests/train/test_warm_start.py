@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moesaic.checkpoint import manifest
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.checkpoint.trained_directions import read_trained_directions
@@ -93,6 +94,28 @@ def test_sharded_ranks_start_from_the_same_weights(init, tmp_path):
     one, two = (read_tensors(RunDir(tmp_path / name).model) for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_resuming_hashes_each_file_of_a_checkpoint_once_on_one_rank(init, tmp_path, monkeypatch):
+    sharded = ParallelConfig(plan=ParallelPlan(tensor=2, expert=2))
+    run, hashed, sha256 = synthetic_run(steps=6, parallel=sharded), [], manifest.sha256
+    run_on_ranks(2, lambda: train(run, tmp_path, until=5, progress=no_progress))
+    saved = tmp_path / "checkpoints" / "step-00000005"
+
+    def counted(path):
+        hashed.extend([path.name] if path.parent == saved else [])
+        return sha256(path)
+
+    monkeypatch.setattr(manifest, "sha256", counted)
+
+    def resumed():
+        train(run, tmp_path, resume=ResumeLatest(), progress=no_progress)
+        return hashed
+
+    one, two = run_on_ranks(2, resumed)
+    assert sorted(one + two) == sorted(manifest.read_manifest(saved).files)
+    assert one
+    assert two
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_work_and_tensors_are_named(init, tmp_path):

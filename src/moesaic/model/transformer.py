@@ -37,7 +37,7 @@ from moesaic.moe.router_gate import RouterShape, SharedRouter, StackInput
 from moesaic.nn.decode_slots import DecodeSlots
 from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.embedding import Embedding
-from moesaic.nn.initializer import allocate_whole, draw_seed, parameters_on_meta
+from moesaic.nn.initializer import allocate_whole, draw_seed, drop_values, parameters_on_meta
 from moesaic.nn.packing import Packing
 from moesaic.nn.relative_bias import RelativeBiasModule
 from moesaic.nn.sequence_mixer import MixerContext
@@ -103,6 +103,7 @@ class Transformer(nn.Module):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._make(config, layers)
+        drop_values(model)
         return model
 
     def _make(self, config: ModelConfig, layers: Mapping[str, Sequence[int]] | None = None) -> None:

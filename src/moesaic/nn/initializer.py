@@ -53,6 +53,17 @@ def parameters_on_meta() -> Iterator[None]:
         yield
 
 
+def drop_values(model: nn.Module) -> None:
+    """Move to the meta device the parameters that were made with values (gains of 1)."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if not old.is_meta and old not in made:
+                empty = torch.empty(old.shape, dtype=old.dtype, device="meta")
+                made[old] = nn.Parameter(empty, old.requires_grad)
+            module.register_parameter(name, made.get(old, old))
+
+
 def allocate_parameters(model: nn.Module, *, allocate: Allocate, device: torch.device) -> None:
     """Replace every parameter by one in memory of ``allocate``, and move buffers to ``device``.
 
