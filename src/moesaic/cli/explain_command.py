@@ -24,6 +24,7 @@ with deferred():
     from moesaic.model.parameter_flop_count import BatchDims, count_parameters
     from moesaic.model.presets import PRESETS, preset
     from moesaic.planner.cost_settings import CostSettings
+    from moesaic.planner.machine import DeviceSize, device_here, find_machine
     from moesaic.planner.scale_report import bytes_by_purpose
     from moesaic.planner.step_cost import step_cost
     from moesaic.recipes.lookup import RECIPES, find_recipe
@@ -40,6 +41,10 @@ def explain(
     config: Annotated[
         bool, typer.Option("--config", help="Print every key of the config too.")
     ] = False,
+    machine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Does a step fit this machine, not the one here?"),
+    ] = None,
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,6 +57,7 @@ def explain(
     import_user_files(files)
     is_preset = which in PRESETS and which not in RECIPES
     found = _explain_preset(which, changes) if is_preset else _explain_run(which, changes)
+    found["fits"] = _fits(found["bytes"]["peak"], machine)
     print_result(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
 
@@ -104,6 +110,13 @@ def _cost(which: str, settings: CostSettings) -> dict[str, Any]:
     }
 
 
+def _fits(peak: int, name: str | None) -> dict[str, Any]:
+    """Return whether one device has the memory of a step: of a machine, or of this one."""
+    found = find_machine(name) if name else None
+    device = device_here() if found is None else DeviceSize(found.name, found.device_memory.value)
+    return {"device": device.name, "memory": device.memory, "fits": peak <= device.memory}
+
+
 def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     total, active = found["parameters"]["total"], found["parameters"]["active"]
     console.print(
@@ -132,6 +145,9 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
             f"{batch['target']} tokens"
         ),
     )
+    fits = found["fits"]
+    verdict = "fits" if fits["fits"] else "does not fit"
+    console.print(f"a step {verdict} {fits['device']}, which has {show_bytes(fits['memory'])}")
     flops = found["flops_per_token"]
     console.print(
         f"\nFLOPs per token: forward {show_flops(flops['forward'])}, "

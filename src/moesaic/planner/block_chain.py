@@ -16,7 +16,7 @@ STACKS = ("encoder", "decoder")
 
 
 @dataclass(frozen=True, slots=True)
-class SpanPlace:
+class ChainPlace:
     """Where a span is: a block of a stack, or what comes before a stack's first (``block`` -1).
 
     The head is what comes before the stack ``"head"``.
@@ -48,11 +48,11 @@ class BlockChain:
         """The blocks of each stack that are run, in order."""
         return {side: tuple(sorted(set(r))) for side, r in self.representative.items()}
 
-    def run_for(self, place: SpanPlace) -> SpanPlace:
+    def run_for(self, place: ChainPlace) -> ChainPlace:
         """Return the place whose spans are those of ``place``."""
         if place.block < 0:
             return place
-        return SpanPlace(place.stack, self.representative[place.stack][place.block])
+        return ChainPlace(place.stack, self.representative[place.stack][place.block])
 
     def has_run(self, parameter: str) -> bool:
         """Whether the module of a parameter of this name was run: all outside of blocks are."""

@@ -34,7 +34,7 @@ from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.precision import Precision
 from moesaic.parallel.zero import set_gradient_accumulation
-from moesaic.planner.block_chain import STACKS, BlockChain, SpanPlace
+from moesaic.planner.block_chain import STACKS, BlockChain, ChainPlace
 from moesaic.planner.cost_entries import Phase
 from moesaic.planner.dry_run import dummy_batch, mesh_groups, with_round_robin_routing
 from moesaic.planner.operation_recorder import Operation, OperationRecorder
@@ -45,7 +45,7 @@ class Span:
     """A part of a step: bytes at its end and at most, beside those at its start, and its work."""
 
     phase: Phase
-    place: SpanPlace
+    place: ChainPlace
     change: int
     peak: int
     operations: Counter[Operation] = field(repr=False)
@@ -77,7 +77,7 @@ class MeasuredPart:
     busiest_share: float | None = None
 
     def measure(self, *, last: Sequence[bool]) -> MeasuredStep:
-        """Run a step whose micro-batches are the step's last where ``last`` says so."""
+        """Run a step whose micro-batches are the step's last where ``last`` is true."""
         plan, recorder = self.parallel.plan, OperationRecorder()
         parallel = self.parallel.replace(activation_checkpointing=NoActivationCheckpointing())
         with (
@@ -129,11 +129,11 @@ class _Recording:
         self, ledger: AllocationLedger, recorder: OperationRecorder, counter: CommunicationCounter
     ) -> None:
         self._ledger, self._recorder, self._counter = ledger, recorder, counter
-        self._phase, self._place, self._start = Phase.FORWARD, SpanPlace(""), 0
+        self._phase, self._place, self._start = Phase.FORWARD, ChainPlace(""), 0
         self._sent: Counter[SentCall] = Counter()
         self.spans: list[Span] = []
 
-    def begin(self, phase: Phase, place: SpanPlace) -> None:
+    def begin(self, phase: Phase, place: ChainPlace) -> None:
         """End the span in progress and start another."""
         self._end()
         self._phase, self._place = phase, place
@@ -143,7 +143,7 @@ class _Recording:
     ) -> tuple[Span, ...]:
         """Run forward and backward as ``train/step.py`` does, and return the spans."""
         model = parallel_model.model
-        self._restart(Phase.FORWARD, SpanPlace(_first_stack(model)))
+        self._restart(Phase.FORWARD, ChainPlace(_first_stack(model)))
         if zero := parallel_model.mesh.plan.zero:  # sums of replicated gradients are arithmetic
             set_gradient_accumulation(model, last=last, zero_stage=zero)
         with parallel_model.precision.autocast(batch.device):
@@ -151,7 +151,7 @@ class _Recording:
             loss = model.loss(output)
         terms = [value for record in output.records for value in record.losses.values()]
         objective = torch.stack([loss.total, *terms]).sum()
-        self.begin(Phase.BACKWARD, SpanPlace("head"))
+        self.begin(Phase.BACKWARD, ChainPlace("head"))
         objective.backward()
         accumulate_routing_stats(model, output.records)
         del output, loss, terms, objective
@@ -170,12 +170,12 @@ class _Recording:
             master_weights=precision.master_weights,
         )
         built.step()
-        self._restart(Phase.UPDATE, SpanPlace("update"))
+        self._restart(Phase.UPDATE, ChainPlace("update"))
         built.step()
         self._end()
         return self.spans[-1]
 
-    def _restart(self, phase: Phase, place: SpanPlace) -> None:
+    def _restart(self, phase: Phase, place: ChainPlace) -> None:
         self._end()
         self.spans, self._phase, self._place = [], phase, place
 
@@ -204,7 +204,7 @@ class _MarkedBlocks:
         self._run: RunBlock = model.run_block
         self._recording = recording
         self._places = {
-            block: SpanPlace(side, number)
+            block: ChainPlace(side, number)
             for side in STACKS
             for block, number in zip(
                 model.get_submodule(side).children(), chain.run[side], strict=True
@@ -214,7 +214,7 @@ class _MarkedBlocks:
 
     def __call__(self, block: nn.Module, state: BlockState, **inputs: Any) -> BlockState:
         place, recording = self._places[block], self._recording
-        before = SpanPlace(place.stack)
+        before = ChainPlace(place.stack)
         if place.block == 0:
             _on_gradient(state.x, lambda: recording.begin(Phase.BACKWARD, before))
         recording.begin(Phase.FORWARD, place)
@@ -223,7 +223,7 @@ class _MarkedBlocks:
         _on_gradient(x, lambda: recording.begin(Phase.BACKWARD, place))
         if (place.block,) == self._last[place.stack]:
             following = "decoder" if place.stack == "encoder" else "head"
-            recording.begin(Phase.FORWARD, SpanPlace(following))
+            recording.begin(Phase.FORWARD, ChainPlace(following))
         return replace(state, x=x)
 
 

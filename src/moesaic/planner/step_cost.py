@@ -23,7 +23,7 @@ from moesaic.parallel.communication_volume import (
 )
 from moesaic.parallel.gradient_sums import IN_FLIGHT
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
-from moesaic.planner.block_chain import BlockChain, SpanPlace
+from moesaic.planner.block_chain import BlockChain, ChainPlace
 from moesaic.planner.cost_entries import (
     DEVICE,
     DISK,
@@ -44,7 +44,7 @@ from moesaic.planner.measured_step import (
 from moesaic.planner.operation_recorder import Operation, OperationKind
 from moesaic.planner.pipeline_cost import PipelineCost
 from moesaic.planner.step_memory import (
-    RankState,
+    StateBytes,
     bucket_copies,
     gathered_bytes,
     gradient_corrections,
@@ -54,7 +54,7 @@ from moesaic.planner.step_memory import (
     state_bytes,
     with_offloaded_activations,
 )
-from moesaic.planner.tier_cost import moved_bytes, resident_weights, tier_name
+from moesaic.planner.tier_bytes import moved_bytes, resident_weights, tier_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class _Composition:
         )
 
     @cached_property
-    def _state(self) -> RankState:
+    def _state(self) -> StateBytes:
         return state_bytes(self.parameters, self.settings)
 
     @cached_property
@@ -216,7 +216,7 @@ class _Composition:
 
     def _spans(self, step: MeasuredStep, *, micro_batch: int) -> list[tuple[Span, ...]]:
         """Return the spans of a micro-batch on each stage of the rank."""
-        more: Mapping[SpanPlace, int] = {}
+        more: Mapping[ChainPlace, int] = {}
         ends = (
             micro_batch in (0, len(step.micro_batches) - 1)
             if self.part.parallel.plan.zero
@@ -253,12 +253,12 @@ class _Composition:
             most_kept = max(most_kept, waiting)
         buckets = gradient_buckets(self.parameters, precision=self.settings.precision)
         summed = sum(bucket.bytes for bucket in buckets[-IN_FLIGHT:])
-        beside = max(self._update_peak(), summed)
+        update_peak = max(self._update_peak(), summed)
         gradients = state.gradients * memory.gradients.is_device
-        return max(peak, fixed + gradients + beside), most_kept
+        return max(peak, fixed + gradients + update_peak), most_kept
 
     def _update_peak(self) -> int:
-        """Return the most bytes that the update has beside weights, gradients and states."""
+        """Return the most bytes that the update has update_peak weights, gradients and states."""
         states = self._memory.optimizer_states
         if states.is_device:
             return self.measured.update.peak

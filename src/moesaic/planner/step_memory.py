@@ -16,7 +16,7 @@ from moesaic.parallel.communication_volume import gradient_buckets
 from moesaic.parallel.gradient_sums import IN_FLIGHT
 from moesaic.parallel.parameter_inventory import ParameterShard, RankParameters
 from moesaic.parallel.partial_forward import BlockRange
-from moesaic.planner.block_chain import STACKS, BlockChain, SpanPlace
+from moesaic.planner.block_chain import STACKS, BlockChain, ChainPlace
 from moesaic.planner.cost_entries import Phase
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.measured_step import Span
@@ -25,7 +25,7 @@ FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class RankState:
+class StateBytes:
     """Bytes of a rank's weights, gradients and optimizer states, exact, in whichever tier.
 
     ``experts`` are those of the weights of experts, by module.
@@ -41,7 +41,7 @@ class RankState:
         return self.weights + self.gradients + self.states
 
 
-def state_bytes(parameters: RankParameters, settings: CostSettings) -> RankState:
+def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateBytes:
     """Return the bytes of the shards of a rank."""
     precision = settings.precision
     weight, gradient = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
@@ -54,7 +54,7 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> RankState
             module = shard.parameter.fsdp_unit
             experts[module] = experts.get(module, 0) + weight * size
     rules = sum(_rule_bytes(shard, settings.optimizer) for shard in parameters.shards)
-    return RankState(weight * values, gradient * values, master * values + rules, experts)
+    return StateBytes(weight * values, gradient * values, master * values + rules, experts)
 
 
 def _rule_bytes(shard: ParameterShard, optimizer: Optimizer) -> int:
@@ -68,19 +68,19 @@ def stage_spans(
     *,
     chain: BlockChain,
     blocks: BlockRange,
-    corrections: Mapping[SpanPlace, int],
+    corrections: Mapping[ChainPlace, int],
 ) -> tuple[Span, ...]:
     """Return the spans of a stage of these blocks, in the order of a micro-batch.
 
     ``corrections`` are added to what the backward span of a block leaves.
     """
     by_place = {(span.phase, span.place): span for span in spans}
-    places: list[SpanPlace] = []
+    places: list[ChainPlace] = []
     for stack, numbers in (("encoder", blocks.encoder), ("decoder", blocks.decoder)):
-        places += [SpanPlace(stack)] if 0 in numbers else []
-        places += [SpanPlace(stack, number) for number in numbers]
+        places += [ChainPlace(stack)] if 0 in numbers else []
+        places += [ChainPlace(stack, number) for number in numbers]
     if blocks.decoder.stop == len(chain.representative["decoder"]):
-        places.append(SpanPlace("head"))
+        places.append(ChainPlace("head"))
     forward = [by_place[Phase.FORWARD, chain.run_for(place)] for place in places]
     backward = [
         by_place[Phase.BACKWARD, chain.run_for(place)].with_more(corrections.get(place, 0))
@@ -119,7 +119,7 @@ def gathered_bytes(parameters: RankParameters, *, itemsize: int) -> int:
 
 def gradient_corrections(
     parameters: RankParameters, measured: RankParameters, settings: CostSettings
-) -> Mapping[SpanPlace, int]:
+) -> Mapping[ChainPlace, int]:
     """Return, for each place, by how much more bytes of gradients stay than where it was run.
 
     There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device.
@@ -127,7 +127,7 @@ def gradient_corrections(
     itemsize = settings.precision.gradient_dtype.itemsize
     stays = settings.parallel.memory.gradients.is_device
     small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.shards}
-    found: dict[SpanPlace, int] = {}
+    found: dict[ChainPlace, int] = {}
     for shard in parameters.shards:
         place = _place_of(shard.parameter.name, settings)
         more = stays * math.prod(shard.shape) - small[shard.parameter.name]
@@ -135,24 +135,24 @@ def gradient_corrections(
     return found
 
 
-def _place_of(name: str, settings: CostSettings) -> SpanPlace:
+def _place_of(name: str, settings: CostSettings) -> ChainPlace:
     """Return where the gradient of a parameter is complete: outside of blocks, at the end."""
     stack, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     if stack in STACKS and number.isdigit():
-        return SpanPlace(stack, int(number))
-    return SpanPlace("encoder" if settings.model.encoder.layers else "decoder")
+        return ChainPlace(stack, int(number))
+    return ChainPlace("encoder" if settings.model.encoder.layers else "decoder")
 
 
-def bucket_copies(parameters: RankParameters, settings: CostSettings) -> Mapping[SpanPlace, int]:
+def bucket_copies(parameters: RankParameters, settings: CostSettings) -> Mapping[ChainPlace, int]:
     """Return, for each place, by how much the copies of gradients that are summed grow there.
 
     A bucket is copied when its last gradient is complete, after those before it; of more than
     ``IN_FLIGHT`` the oldest is done then.
     """
-    found: dict[SpanPlace, int] = {}
+    found: dict[ChainPlace, int] = {}
     sizes: list[int] = []
-    last = SpanPlace("head")
+    last = ChainPlace("head")
     for bucket in gradient_buckets(parameters, precision=settings.precision):
         places = [last, *(_place_of(name, settings) for name in bucket.names)]
         last = min(places, key=_order)
@@ -162,7 +162,7 @@ def bucket_copies(parameters: RankParameters, settings: CostSettings) -> Mapping
     return found
 
 
-def _order(place: SpanPlace) -> tuple[int, int]:
+def _order(place: ChainPlace) -> tuple[int, int]:
     """Sort places as a forward pass has them."""
     return (*STACKS, "head").index(place.stack), place.block
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import Tier
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
-from moesaic.planner.step_memory import RankState
+from moesaic.planner.step_memory import StateBytes
 
 STREAMED_LAYERS = 2  # the one that computes, and the one that is fetched
 
@@ -15,7 +15,7 @@ def tier_name(tier: Tier) -> str:
     return type(tier).__name__
 
 
-def resident_weights(state: RankState, memory: MemoryPlan) -> int:
+def resident_weights(state: StateBytes, memory: MemoryPlan) -> int:
     """Return the bytes of weights on the device: all, or all but experts and two layers of them."""
     if memory.parameters.is_device:
         return state.weights
@@ -24,7 +24,7 @@ def resident_weights(state: RankState, memory: MemoryPlan) -> int:
 
 
 def moved_bytes(
-    state: RankState, memory: MemoryPlan, *, micro_batches: int
+    state: StateBytes, memory: MemoryPlan, *, micro_batches: int
 ) -> Iterator[MovedBytes]:
     """Yield what moves between tiers in a step.
 
