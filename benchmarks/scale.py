@@ -17,6 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moesaic.parallel.memory_estimate import (
+    EstimateSettings,
+    LargestModel,
+    MemoryBudget,
+    estimate_memory,
+    largest_fitting_model,
+)
 from support import write_result
 
 from moesaic.distributed.parallel_plan import ParallelPlan
@@ -28,13 +35,6 @@ from moesaic.ops.grouped_gemm import SequentialGEMM
 from moesaic.ops.moe_kernel import UnfusedMoEKernel
 from moesaic.parallel.communication_volume import communication_volume
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.memory_estimate import (
-    EstimateSettings,
-    LargestModel,
-    MemoryBudget,
-    estimate_memory,
-    largest_fitting_model,
-)
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16
 from moesaic.planner.dry_run import simulate_step, with_round_robin_routing

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moesaic.parallel.memory_estimate import estimate_memory
 from torch.autograd.graph import saved_tensors_hooks
 
 from head_cases import HEADS, head_batch
@@ -22,7 +23,6 @@ from moesaic.ops.moe_kernel import UnfusedMoEKernel
 from moesaic.optim.master_weights import Float32Master, MasterWeights, StochasticRounding
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.memory_estimate import estimate_memory
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.parameter_inventory import ParameterInventory

@@ -1,10 +1,11 @@
 import pytest
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
 from plan_cases import hand_made_step
 
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.planner.machine import find_machine
-from moesaic.planner.step_cost import DEVICE, DISK, HOST, MovedBytes, Purpose, StepCost
+from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_time import group_shape, sent_seconds, step_time, together
 
 H100 = find_machine("h100")
@@ -17,7 +18,7 @@ def _step(
     bubble: float = 0,
 ) -> StepCost:
     made = hand_made_step()
-    return StepCost(0, made.held, {}, made.operations, sent, moved, bubble=bubble)
+    return StepCost(made.held, {}, made.operations, sent, moved, bubble=bubble)
 
 
 @pytest.mark.parametrize("axis", ["data", "tensor", "data+context", "stage", "expert", "pipe"])
@@ -73,10 +74,8 @@ def test_a_bubble_is_its_share_of_the_whole_step():
 def test_a_group_across_nodes_sends_over_the_slow_link():
     inside = group_shape(PLAN, "expert", devices_per_node=8)
     across = group_shape(PLAN, "expert", devices_per_node=2)
-    fast, slow = (
-        sent_seconds(1e9, kind="all-to-all", shape=shape, machine=H100)
-        for shape in (inside, across)
-    )
+    line = CommunicationVolume("all-to-all", "expert", 10**9, 1)
+    fast, slow = (sent_seconds(line, shape=shape, machine=H100) for shape in (inside, across))
     rate = H100.between_nodes.bytes_per_s.value
     assert slow == pytest.approx(1e9 * (4 - across.local) / 3 / rate, rel=0.01)
     assert fast < slow

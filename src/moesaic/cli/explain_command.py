@@ -21,10 +21,12 @@ from moesaic.cli.user_files import import_user_files
 
 with deferred():
     from moesaic.core.units import show_bytes, show_count, show_flops
-    from moesaic.model.parameter_flop_count import BatchDims, ParameterCount, count_parameters
+    from moesaic.model.parameter_flop_count import BatchDims, count_parameters
     from moesaic.model.presets import PRESETS, preset
-    from moesaic.model.training_memory import estimate_training_memory
-    from moesaic.optim.optimizer import AdamW, Optimizer
+    from moesaic.planner.cost_settings import CostSettings
+    from moesaic.planner.machine import DeviceSize, device_here, find_machine
+    from moesaic.planner.scale_report import bytes_by_purpose
+    from moesaic.planner.step_cost import step_cost
     from moesaic.recipes.lookup import RECIPES, find_recipe
     from moesaic.train.run_checks import check_run
 
@@ -39,6 +41,10 @@ def explain(
     config: Annotated[
         bool, typer.Option("--config", help="Print every key of the config too.")
     ] = False,
+    machine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Does a step fit this machine, not the one here?"),
+    ] = None,
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,13 +57,15 @@ def explain(
     import_user_files(files)
     is_preset = which in PRESETS and which not in RECIPES
     found = _explain_preset(which, changes) if is_preset else _explain_run(which, changes)
+    found["fits"] = _fits(found["bytes"]["peak"], machine)
     print_result(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
 
 def _explain_preset(name: str, changes: list[str] | None) -> dict[str, Any]:
     model_preset = preset(name)
     model = model_preset.config.override(changes) if changes else model_preset.config
-    found = _cost(name, count_parameters(model), sizes=BatchDims(rows=64), optimizer=AdamW())
+    settings = CostSettings(model=model, sizes=BatchDims(rows=64))
+    found = _cost(name, settings)
     counted = found["parameters"]
     published = [asdict(p) | {"counted": counted[p.quantity]} for p in model_preset.published]
     return found | {
@@ -72,7 +80,10 @@ def _explain_run(which: str, changes: list[str] | None) -> dict[str, Any]:
     run = find_recipe(which, changes=changes or [])
     check_run(run)
     sizes = run.data.batch_dims(run.model)
-    found = _cost(which, count_parameters(run.model), sizes=sizes, optimizer=run.optimizer)
+    settings = CostSettings(
+        model=run.model, sizes=sizes, precision=run.precision, optimizer=run.optimizer
+    )
+    found = _cost(which, settings)
     tokens = run.steps * run.gradient_accumulation_steps * run.data.max_batch_tokens()
     plan = {
         "steps": run.steps,
@@ -82,10 +93,10 @@ def _explain_run(which: str, changes: list[str] | None) -> dict[str, Any]:
     return found | {"config": run.to_flat_lines(), "plan": plan}
 
 
-def _cost(
-    which: str, counted: ParameterCount, *, sizes: BatchDims, optimizer: Optimizer
-) -> dict[str, Any]:
-    memory = estimate_training_memory(counted.config, sizes=sizes, optimizer=optimizer)
+def _cost(which: str, settings: CostSettings) -> dict[str, Any]:
+    counted, sizes = count_parameters(settings.model), settings.sizes
+    held = bytes_by_purpose(step_cost(settings))
+    held["peak"] = held.pop("device")
     return {
         "name": which,
         "parameters": {"total": counted.total, "active": counted.active, "by_part": counted.parts},
@@ -94,8 +105,16 @@ def _cost(
             "training": counted.training_flops_per_token(sizes),
         },
         "batch": asdict(sizes),
-        "bytes": asdict(memory) | {"total": memory.total},
+        "precision": type(settings.precision).__name__,
+        "bytes": {name: size for name, size in held.items() if size},
     }
+
+
+def _fits(peak: int, name: str | None) -> dict[str, Any]:
+    """Return whether one device has the memory of a step: of a machine, or of this one."""
+    found = find_machine(name) if name else None
+    device = device_here() if found is None else DeviceSize(found.name, found.device_memory.value)
+    return {"device": device.name, "memory": device.memory, "fits": peak <= device.memory}
 
 
 def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
@@ -122,10 +141,13 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
         ("bytes", ""),
         ((name, show_bytes(size)) for name, size in found["bytes"].items()),
         title=(
-            f"\none training step in float32, {batch['rows']} rows of {read}"
+            f"\none training step in {found['precision']}, {batch['rows']} rows of {read}"
             f"{batch['target']} tokens"
         ),
     )
+    fits = found["fits"]
+    verdict = "fits" if fits["fits"] else "does not fit"
+    console.print(f"a step {verdict} {fits['device']}, which has {show_bytes(fits['memory'])}")
     flops = found["flops_per_token"]
     console.print(
         f"\nFLOPs per token: forward {show_flops(flops['forward'])}, "

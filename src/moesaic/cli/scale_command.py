@@ -23,17 +23,13 @@ from moesaic.cli.user_files import import_user_files
 with deferred():
     from moesaic.core.errors import UserError
     from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
-    from moesaic.model.config import ModelConfig
     from moesaic.model.parameter_flop_count import BatchDims
     from moesaic.model.presets import PRESETS, preset
     from moesaic.moe.config import MoE
-    from moesaic.parallel.memory_estimate import (
-        EstimateSettings,
-        MemoryBudget,
-        largest_fitting_model,
-    )
-    from moesaic.parallel.plan_estimate import ScaleConfig, estimate_plan
+    from moesaic.planner.capacity import MemoryBudget, largest_fitting_model
+    from moesaic.planner.cost_settings import CostSettings
     from moesaic.planner.dry_run import simulate_step
+    from moesaic.planner.scale_report import ScaleConfig, scale_report
     from moesaic.recipes.lookup import RECIPES, find_recipe
 
 app = command_app()
@@ -62,7 +58,7 @@ def scale(
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate the bytes that rank 0 holds, by kind, and sends, by collective and mesh axis.
+    """Compute the bytes that rank 0 holds, by kind, and sends, by collective and mesh axis.
 
     Example: [cyan]moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64[/]
 
@@ -71,19 +67,10 @@ def scale(
     """
     import_user_files(files)
     config, sizes = _read_config(which, changes), _parse_micro_batch(micro_batch)
-    settings = EstimateSettings(
-        config.parallel, world_size, sizes, config.precision, config.optimizer
-    )
-    found = estimate_plan(config, world_size=world_size, sizes=sizes)
-    found |= {"name": which, "capacity": _capacity(config.model, settings, memory)}
+    settings = config.cost_settings(world=world_size, sizes=sizes)
+    found = scale_report(settings) | {"name": which, "capacity": _capacity(settings, memory)}
     if dry_run:
-        step = simulate_step(
-            config.model,
-            parallel=config.parallel,
-            world_size=world_size,
-            sizes=sizes,
-            optimizer=config.optimizer,
-        )
+        step = simulate_step(settings)
         found["dry_run"] = asdict(step) | {"sent_total": sum(line.bytes for line in step.sent)}
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
@@ -112,13 +99,14 @@ def _parse_micro_batch(text: str) -> BatchDims:
     return BatchDims(*map(int, found.groups()))
 
 
-def _capacity(model: ModelConfig, settings: EstimateSettings, memory: str) -> dict[str, Any] | None:
+def _capacity(settings: CostSettings, memory: str) -> dict[str, Any] | None:
     """Return the largest number of experts that fits, if all MoE layers have the same number."""
+    model = settings.model
     varied = model.encoder.experts_per_layer or model.decoder.experts_per_layer
     if not isinstance(model.moe, MoE) or varied:
         return None
     budget = MemoryBudget(parse_bytes(memory))
-    largest = largest_fitting_model(model, settings=settings, budget=budget)
+    largest = largest_fitting_model(settings, budget=budget)
     if largest is None:
         return {"memory": budget.device, "experts": 0, "parameters": 0}
     return {"memory": budget.device, "experts": largest.experts, "parameters": largest.parameters}
@@ -142,13 +130,18 @@ def _show(found: dict[str, Any], console: Console) -> None:
         f"a step of {batch['micro_batches']} x {batch['rows']} rows of {batch['source']} + "
         f"{batch['target']} tokens per data-parallel rank, with even routing\n"
     )
-    labels = {"device": "device memory at the peak", "host": "host memory"}
-    kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "device", "host")
-    rows = [(labels.get(kind, kind), show_bytes(found["bytes"][kind])) for kind in kinds]
+    labels: dict[str, str] = {
+        "states": "optimizer states",
+        "device": "device memory at the peak",
+        "host": "host memory",
+    }
+    rows = [(labels.get(kind) or kind, show_bytes(size)) for kind, size in found["bytes"].items()]
     print_table(console, ("rank 0 holds", ""), rows)
     sent = [(line["kind"], line["axis"], show_bytes(line["bytes"])) for line in found["sent"]]
     sent.append(("all", "", show_bytes(found["sent_total"])))
     columns = ("collective", "axis", "")
+    if found["bubble"]:
+        console.print(f"\nthe pipeline waits {found['bubble']:.0%} of the time")
     print_table(console, columns, sent, title="\nrank 0 sends per step", align="llr")
     capacity = found["capacity"]
     if capacity is not None:
@@ -165,7 +158,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
 
 
 def _show_dry_run(step: dict[str, Any], *, estimate: dict[str, Any], console: Console) -> None:
-    equal = all(step[kind] == estimate[kind] for kind in ("weights", "gradients", "optimizer"))
+    kinds = {"weights": "weights", "gradients": "gradients", "optimizer": "states"}
+    equal = all(step[kind] == estimate[other] for kind, other in kinds.items())
     console.print(
         f"\ndry run in {show_seconds(step['seconds'])}: state "
         f"{'as estimated' if equal else 'differs from the estimate'}, sends "

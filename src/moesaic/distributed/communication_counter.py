@@ -10,7 +10,7 @@ own block is not sent.
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,20 @@ class SentBytes:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class SentCall:
+    """A call of a collective: the bytes of its input, and those that this rank sends."""
+
+    kind: str
+    axis: str
+    input_bytes: int
+    sent_bytes: int
+
+    def over(self, ranks: int) -> "SentCall":
+        """Return the same call over another number of ranks, of a kind whose input is the same."""
+        return replace(self, sent_bytes=RING_BYTES[self.kind](self.input_bytes, ranks))
+
+
 class CommunicationCounter(TorchDispatchMode):
     """Dispatch mode that counts what this rank sends while it is entered.
 
@@ -62,7 +76,7 @@ class CommunicationCounter(TorchDispatchMode):
             if group is not None
         }
         self._bytes: Counter[tuple[str, str, str, int]] = Counter()
-        self._calls: Counter[str] = Counter()
+        self._calls: Counter[SentCall] = Counter()
 
     def entries(self) -> list[SentBytes]:
         """Return all counts so far, sorted."""
@@ -82,7 +96,11 @@ class CommunicationCounter(TorchDispatchMode):
 
     def num_calls(self, kind: str) -> int:
         """Return the number of calls of a kind."""
-        return self._calls[kind]
+        return sum(number for call, number in self._calls.items() if call.kind == kind)
+
+    def calls(self) -> "Counter[SentCall]":
+        """Return how often each call was made so far."""
+        return Counter(self._calls)
 
     def inter_node_bytes(self, *, ranks_per_node: int, dtype: torch.dtype | None = None) -> int:
         """Return the bytes sent to other nodes of ``ranks_per_node`` consecutive ranks."""
@@ -105,24 +123,25 @@ class CommunicationCounter(TorchDispatchMode):
         if dtensor is not None and any(issubclass(kind, dtensor.DTensor) for kind in types):
             return NotImplemented  # its local tensors arrive here one by one
         out = func(*args, **(kwargs or {}))
-        if func.namespace in NAMESPACES:
-            self._count(func, args, kwargs or {})
+        self.count(func, args, kwargs or {})
         return out
 
-    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kind = _collective_kind(func._opname)
+    def count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count an operation if it is a collective."""
+        kind = _collective_kind(func._opname) if func.namespace in NAMESPACES else None
         if kind is None:
             return
         names = [argument.name for argument in func._schema.arguments]
         call = dict(zip(names, args, strict=False)) | kwargs
         group = _call_group(call)
         ranks = distributed.get_process_group_ranks(group)
+        given, sent = _input_of(call), 0
         axis = self._names.get(tuple(ranks)) or _axis_name(group)
-        self._calls[kind] += 1
         for place, size in BLOCKS_SENT[kind](call, group):
             if place != group.rank():
-                dtype = str(_first_tensor(_input_of(call)).dtype)
-                self._bytes[kind, axis, dtype, ranks[place]] += size
+                sent += size
+                self._bytes[kind, axis, str(_first_tensor(given).dtype), ranks[place]] += size
+        self._calls[SentCall(kind, axis, _num_bytes(given), sent)] += 1
 
 
 def _collective_kind(name: str) -> str | None:
@@ -214,11 +233,16 @@ def _batch_p2p_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int
     yield from ((peer, _num_bytes(tensor)) for op, peer, tensor in every if op == "isend")
 
 
+# (bytes of the input, ranks) -> bytes sent, where the input does not depend on the ranks
+RING_BYTES: dict[str, Callable[[int, int], int]] = {
+    "all-gather": lambda size, ranks: size * (ranks - 1),
+    "all-reduce": lambda size, ranks: 2 * size * (ranks - 1) // ranks,
+}
 BLOCKS_SENT: dict[str, _BlocksSent] = {
     "all-to-all": _all_to_all_blocks,
-    "all-gather": _ring(lambda size, ranks: size * (ranks - 1)),
+    "all-gather": _ring(RING_BYTES["all-gather"]),
     "reduce-scatter": _reduce_scatter_blocks,
-    "all-reduce": _ring(lambda size, ranks: 2 * size * (ranks - 1) // ranks),
+    "all-reduce": _ring(RING_BYTES["all-reduce"]),
     "reduce": _to_rank("root_rank"),
     "broadcast": _broadcast_blocks,
     "gather": _to_rank("root_rank"),

@@ -5,14 +5,12 @@ so a trillion parameters take no memory; integers are real, so what depends on t
 counts) is computed. A collective returns what it would if every rank sent what this one sends:
 exact if all ranks have the same number of tokens and experts are chosen evenly.
 
-Memory is counted by storage. Use with ``fake_process_group`` and, inside it, a
-``CommunicationCounter``.
+Use with ``fake_process_group``.
 """
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as distributed
@@ -24,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.allocation_ledger import AllocationLedger
+from moesaic.distributed.communication_counter import CommunicationCounter
 
 _FACTORY_OPS = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn")
-_PEAK_INTERVAL = 64  # operations between two measurements of the memory in use
 
 
 @contextmanager
@@ -42,24 +41,28 @@ def fake_process_group(world_size: int, *, rank: int = 0) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+class OperationObserver(Protocol):
+    """Called with every operation of a ``SimulatedRank`` that is no collective."""
+
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, /
+    ) -> None: ...
+
+
 class SimulatedRank(TorchDispatchMode):
     """Dispatch mode that makes floating-point tensors fake and simulates collectives.
 
-    ``peak_bytes`` is the most memory in use at once, measured after every collective and every few
-    operations.
+    ``ledger`` counts the bytes of all tensors, fake and real; ``observer`` sees the operations, and
+    ``counter`` the collectives (it need not be entered).
     """
 
-    def __init__(self) -> None:
+    counter: CommunicationCounter | None = None
+
+    def __init__(self, observer: OperationObserver | None = None) -> None:
         super().__init__()
         self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._operations = 0
-        self.peak_bytes = 0
-
-    def allocated_bytes(self) -> int:
-        """Return the bytes of all live fake tensors."""
-        alive = (storage() for storage in list(self._storages.values()))
-        return sum(storage.nbytes() for storage in alive if storage is not None)
+        self.ledger = AllocationLedger()
+        self.observer = observer
 
     def __torch_dispatch__(
         self,
@@ -75,33 +78,21 @@ class SimulatedRank(TorchDispatchMode):
             return args[0].fake_device
         tensors = [x for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor)]
         fake = any(isinstance(x, FakeTensor) for x in tensors)
+        if self.counter is not None:
+            self.counter.count(func, args, named)
         if func.namespace == "c10d":
-            self._update_peak()
             return func(*args, **named) if fake else _simulate_collective(func, args, named)
         if not fake and (tensors or not _creates_floats(func, args, named)):
-            return func(*args, **named)
-        with self._fake_mode:
             out = func(*args, **named)
-        self._track_storages(out)
-        return out
-
-    def _track_storages(self, out: Any) -> None:
+        else:
+            with self._fake_mode:
+                out = func(*args, **named)
         for tensor in out if isinstance(out, list | tuple) else (out,):
-            if isinstance(tensor, FakeTensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                known = self._storages.get(key)
-                if known is None or known() is not storage:
-                    self._storages[key] = weakref.ref(storage)
-        self._operations += 1
-        if self._operations % _PEAK_INTERVAL == 0:
-            self._update_peak()
-
-    def _update_peak(self) -> None:
-        freed = [key for key, storage in self._storages.items() if storage() is None]
-        for key in freed:
-            del self._storages[key]
-        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes())
+            if isinstance(tensor, torch.Tensor):
+                self.ledger.add(tensor)
+        if self.observer is not None:
+            self.observer(func, args, named, out)
+        return out
 
 
 class SharedChunks(TorchFunctionMode):

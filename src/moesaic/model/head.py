@@ -191,10 +191,6 @@ class Head(Choice):
         """Return the parameters of the module, to count a model without building it."""
         return ()
 
-    def saved_activations(self, shape: HeadShape, /) -> tuple[int, int]:
-        """Return the float32 values that autograd saves, per prediction and once."""
-        raise NotImplementedError
-
     def training_batch(self, batch: Batch) -> Batch:
         """Return the batch that the model is trained on, made from the data's."""
         return batch
@@ -228,10 +224,6 @@ class LanguageModelHead(Head):
         if isinstance(source, TokenIds):
             return None
         return "input=TokenIds, whose table it scores: choose another head for other inputs"
-
-    def saved_activations(self, shape: HeadShape, /) -> tuple[int, int]:
-        """The gradients of states and output table, which the loss precomputes."""
-        return shape.dim, shape.vocab_size * shape.dim
 
     def num_predicted(self, batch: Batch) -> int:
         self.label_kind.require(batch.labels)

@@ -93,10 +93,6 @@ class Classification(Head):
     def parameter_specs(self, shape: HeadShape, /) -> Sequence[ParameterSpec]:
         return projection_specs(shape.dim, self.classes, bias=True)
 
-    def saved_activations(self, shape: HeadShape, /) -> tuple[int, int]:
-        del shape
-        return self.classes, 0
-
     def num_predicted(self, batch: Batch) -> int:
         return int(_labelled_rows(batch).sum())
 
@@ -140,9 +136,6 @@ class Contrastive(Head):
 
     def parameter_specs(self, shape: HeadShape, /) -> Sequence[ParameterSpec]:
         return [] if self.dim is None else projection_specs(shape.dim, self.dim, bias=False)
-
-    def saved_activations(self, shape: HeadShape, /) -> tuple[int, int]:
-        return 4 * (self.dim or shape.dim), 0
 
     def num_predicted(self, batch: Batch) -> int:
         return int(_labelled_pairs(batch).sum())
@@ -202,10 +195,6 @@ class Reward(Head):
 
     def parameter_specs(self, shape: HeadShape, /) -> Sequence[ParameterSpec]:
         return projection_specs(shape.dim, 1, bias=False)
-
-    def saved_activations(self, shape: HeadShape, /) -> tuple[int, int]:
-        del shape
-        return 2, 0
 
     def num_predicted(self, batch: Batch) -> int:
         return int(_labelled_pairs(batch).sum())

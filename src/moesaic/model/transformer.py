@@ -9,7 +9,7 @@ Letters: B rows, S source length, T real tokens, t of them on this rank, N predi
 dim, V vocabulary, n new tokens.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -93,34 +93,38 @@ class Transformer(nn.Module):
         draw_whole(self, self.distributions, seed=seed)
 
     @classmethod
-    def without_values(cls, config: ModelConfig) -> "Transformer":
+    def without_values(
+        cls, config: ModelConfig, *, layers: Mapping[str, Sequence[int]] | None = None
+    ) -> "Transformer":
         """Make a whole model with its parameters on the meta device, to be cut and then started.
 
-        Buffers have their values.
+        Buffers have their values. ``layers`` are the blocks of each stack that are made.
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model._make(config)
+        model._make(config, layers)
         drop_values(model)
         return model
 
-    def _make(self, config: ModelConfig) -> None:
+    def _make(self, config: ModelConfig, layers: Mapping[str, Sequence[int]] | None = None) -> None:
         self.config = config
         with parameters_on_meta():
-            self._make_modules(config)
+            self._make_modules(config, layers or {})
         self.sequence_sharding: SequenceSharding = no_sequence_sharding
         self.run_block: RunBlock = run_block
         self.distributions = weight_distributions(self, config)
 
-    def _make_modules(self, config: ModelConfig) -> None:
+    def _make_modules(self, config: ModelConfig, layers: Mapping[str, Sequence[int]]) -> None:
         self.embedding = config.input.build(config.input_shape)
         self.position = config.position.build(config.dim)
         self.dropout = Dropout(config.dropout, name="embedding")
         self.encoder = nn.ModuleList(
-            EncoderBlock(config, layer=i) for i in range(config.encoder.layers)
+            EncoderBlock(config, layer=i)
+            for i in layers.get("encoder", range(config.encoder.layers))
         )
         self.decoder = nn.ModuleList(
-            DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
+            DecoderBlock(config, layer=i)
+            for i in layers.get("decoder", range(config.decoder.layers))
         )
         self.encoder_score_bias = _score_bias(config, side="encoder")
         self.decoder_score_bias = _score_bias(config, side="decoder")

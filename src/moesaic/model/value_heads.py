@@ -89,10 +89,6 @@ class Regression(Head):
     def parameter_specs(self, shape: HeadShape, /) -> Sequence[ParameterSpec]:
         return [s for h in self.horizons for s in projection_specs(shape.dim, h, bias=False)]
 
-    def saved_activations(self, shape: HeadShape, /) -> tuple[int, int]:
-        del shape
-        return 3 * sum(self.horizons), 0
-
     def num_predicted(self, batch: Batch) -> int:
         POINT_LABELS.require(batch.labels)
         return int((~batch.labels.isnan() & batch.target.real).sum())
@@ -176,10 +172,6 @@ class PatchDenoising(Head):
 
     def parameter_specs(self, shape: HeadShape, /) -> Sequence[ParameterSpec]:
         return projection_specs(shape.dim, self.channels, bias=True)
-
-    def saved_activations(self, shape: HeadShape, /) -> tuple[int, int]:
-        del shape
-        return 2 * self.channels, 0
 
     def training_batch(self, batch: Batch) -> Batch:
         clean = batch.target.values

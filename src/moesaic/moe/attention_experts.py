@@ -4,7 +4,7 @@ Letters: B rows, T tokens, D model dim, N attention experts, H heads and G key/v
 d head dim.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -56,16 +56,6 @@ class MixtureOfAttention(SequenceMixer):
     def parameter_specs(self, shape: MixerShape, /) -> Sequence[ParameterSpec]:
         router = ParameterSpec("router", (self.experts, shape.dim))
         return [*Attention().parameter_specs(self._combined(shape)), router]
-
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        query, _ = self.combined_attention(shape).widths(shape.dim)
-        return Attention().saved_activations(self._combined(shape)) + query + self.experts
-
-    def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
-        return Attention().saved_per_row(self._combined(shape), tokens=tokens)
-
-    def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
-        return Attention().shared_activations(shape)
 
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         return Attention().mixing_flops(self._combined(shape), tokens=tokens)

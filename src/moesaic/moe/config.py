@@ -44,10 +44,6 @@ class SparseLayer(Choice):
         """Return its parameters, given the shape of the dense feed-forward."""
         raise NotImplementedError
 
-    def saved_activations(self, shape: FeedForwardShape, /) -> float:
-        """Return the values that autograd saves per token (for forecasts)."""
-        raise NotImplementedError
-
     @property
     def causal(self) -> bool:
         """Whether a token's output does not depend on later tokens."""

@@ -60,9 +60,6 @@ class PreGatedRouting(CrossLayerRouting):
     def state_widths(self, shape: RouterShape, /) -> RouterStateWidths:
         return RouterStateWidths(logits=shape.experts)
 
-    def saved_activations(self, shape: RouterShape, /) -> int:
-        return 0 if self.gate_parameter_specs(shape) else -shape.dim
-
     def problems(self, experts: Sequence[int], _router_input: RouterInput, /) -> str | None:
         return _unequal(experts)
 
@@ -118,9 +115,6 @@ class RecurrentRouting(CrossLayerRouting):
 
     def state_widths(self, _shape: RouterShape, /) -> RouterStateWidths:
         return RouterStateWidths(hidden=self.width)
-
-    def saved_activations(self, _shape: RouterShape, /) -> int:
-        return 8 * self.width
 
 
 class RecurrentRouterCell(SharedRouter, CustomInitializers):
@@ -212,12 +206,6 @@ class DecoupledRouting(CrossLayerRouting):
 
     def state_widths(self, shape: RouterShape, /) -> RouterStateWidths:
         return RouterStateWidths(logits=shape.experts)
-
-    def saved_activations(self, shape: RouterShape, /) -> int:
-        return -shape.dim
-
-    def shared_saved_activations(self) -> int:
-        return 20 * self.dim + self.heads + 3
 
     def problems(self, experts: Sequence[int], router_input: RouterInput, /) -> str | None:
         if not isinstance(router_input, HiddenState):

@@ -28,10 +28,6 @@ class DispatchProjection(Choice):
         """Return its parameters."""
         return ()
 
-    def saved_activations(self, _dim: int, /) -> float:
-        """Return the values that autograd saves per token (for forecasts)."""
-        return 0
-
 
 class NoDispatchProjection(DispatchProjection):
     """Rows are dispatched at the model dim."""
@@ -57,9 +53,6 @@ class DownProjection(DispatchProjection):
     def parameter_specs(self, dim: int, /) -> Sequence[ParameterSpec]:
         small = self.expert_dim(dim)
         return [ParameterSpec("matrix", (small, dim)), ParameterSpec("matrix", (dim, small))]
-
-    def saved_activations(self, dim: int, /) -> float:
-        return self.expert_dim(dim)
 
 
 class DownUpProjection(nn.Module):

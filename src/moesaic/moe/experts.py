@@ -34,8 +34,8 @@ from moesaic.ops.grouped_gemm import (
     grouped_matmul,
     zero_rows_past_groups,
 )
-from moesaic.ops.kernel_selection import estimated_kernel, select_grouped_gemm, select_moe_kernel
-from moesaic.ops.moe_kernel import Edges, KernelShape, permute_tokens, unpermute_tokens
+from moesaic.ops.kernel_selection import select_grouped_gemm, select_moe_kernel
+from moesaic.ops.moe_kernel import Edges, permute_tokens, unpermute_tokens
 from moesaic.ops.permute import RowGroups
 
 
@@ -65,16 +65,6 @@ class Expert(Choice):
         self, size: ExpertShape, *, active_fraction: float
     ) -> Sequence[ParameterSpec]:
         """Return their parameters, of which a token uses ``active_fraction``."""
-        raise NotImplementedError
-
-    def saved_activations(
-        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
-    ) -> float:
-        """Return the values that autograd saves per token of so many edges (for forecasts).
-
-        They include the input and output rows of the edges, not the token's hidden state.
-        ``live_fraction`` is the share of edges that are not dropped.
-        """
         raise NotImplementedError
 
 
@@ -138,13 +128,6 @@ class FeedForwardExpert(Expert):
             )
             for one in size.dense.parameter_specs()
         ]
-
-    def saved_activations(
-        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
-    ) -> float:
-        kernel = estimated_kernel(size.feed_forward.activation)
-        shape = KernelShape(size.dim, size.dense.width, size.bias, live_fraction)
-        return edges * kernel.saved_activations(shape)
 
 
 class GroupedExperts(ExpertModule, FusedProjections):
@@ -225,12 +208,6 @@ class LoRAExpert(Expert):
             *(replace(one, uses_per_token=uses) for one in dense.parameter_specs()),
             *(ParameterSpec("expert", (experts, *shape), active_fraction) for shape in low),
         ]
-
-    def saved_activations(
-        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
-    ) -> float:
-        del live_fraction  # rows of dropped edges are saved, too
-        return edges * (2 * size.dim + size.dense.saved_activations + 2 * self.rank + 4)
 
 
 class LoRAExperts(ExpertModule, CustomInitializers, FusedProjections):

@@ -174,14 +174,6 @@ class ProductKeyMemory(SparseLayer):
             ParameterSpec("matrix", (dim, value)),
         ]
 
-    def saved_activations(self, shape: FeedForwardShape, /) -> float:
-        (pre, value), rank, read = self.value_dims(shape.dim), self.rank, self.num_slots_read()
-        best = min(read, self.keys_per_side)
-        query = 2 * 2 * rank * self.resolved_key_dim(shape.dim)  # before and after normalisation
-        grid = 3 * rank * best + 2 * 2 * rank * best  # both sides, one with C, and their indices
-        slots = read * (pre + 3 + 3 * 2)  # pre-values, three weights, indices
-        return shape.saved_activations + query + grid + slots + pre + value
-
 
 class MemoryLayer(CustomInitializers):
     """The sum of a dense feed-forward and a product-key memory."""

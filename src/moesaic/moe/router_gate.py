@@ -123,18 +123,6 @@ class CrossLayerRouting(Choice):
         """Return the widths of the router state, which a pipeline stage sends to the next."""
         return RouterStateWidths()
 
-    def saved_activations(self, _shape: RouterShape, /) -> int:
-        """Return the values per token that autograd saves for a gate besides input and logits.
-
-        The input counts as saved (``model/training_memory.py``): ``-dim`` for a gate that does
-        not read it.
-        """
-        return 0
-
-    def shared_saved_activations(self) -> int:
-        """Return the values per token that autograd saves for the shared module."""
-        return 0
-
     def problems(self, _experts: Sequence[int], _router_input: "RouterInput", /) -> str | None:
         """Return what it expects of a stack with these numbers of experts per layer, or None."""
         return None
@@ -170,14 +158,6 @@ class RouterInput(Choice):
     def build(self) -> nn.Module:
         """Return a module of ``forward(x, *, context) -> [T, C]``, float32."""
         return ConcatenatedInput(self.embedding_source, with_hidden_state=self.with_hidden_state)
-
-    def saved_activations(self, dim: int) -> int:
-        """Return the values per token that autograd saves, the hidden state left out."""
-        return self.input_dim(dim) - dim if self.with_hidden_state else -dim
-
-    def shared_saved_activations(self, dim: int) -> int:
-        """Return the values per token that autograd saves once for all layers of a stack."""
-        return dim if self.embedding_source == "tag" and not self.with_hidden_state else 0
 
 
 class HiddenState(RouterInput):

@@ -27,10 +27,6 @@ class SharedExpertBranch(Choice):
         """Return its parameters."""
         return ()
 
-    def saved_activations(self, _shape: FeedForwardShape, /) -> float:
-        """Return the values that autograd saves per token (for forecasts)."""
-        return 0
-
 
 class NoSharedExperts(SharedExpertBranch):
     """Routed experts only."""
@@ -52,9 +48,6 @@ class SharedExperts(SharedExpertBranch):
     def parameter_specs(self, shape: FeedForwardShape, /) -> Sequence[ParameterSpec]:
         return _widened(shape, self.number).parameter_specs()
 
-    def saved_activations(self, shape: FeedForwardShape, /) -> float:
-        return self.number * shape.saved_activations
-
 
 class GatedSharedExperts(SharedExperts):
     """Shared experts times ``sigmoid(w x)``, one gate value per token.
@@ -67,9 +60,6 @@ class GatedSharedExperts(SharedExperts):
 
     def parameter_specs(self, shape: FeedForwardShape, /) -> Sequence[ParameterSpec]:
         return [*super().parameter_specs(shape), ParameterSpec("router", (1, shape.dim))]
-
-    def saved_activations(self, shape: FeedForwardShape, /) -> float:
-        return super().saved_activations(shape) + shape.dim + 1
 
 
 class ResidualExpert(SharedExpertBranch):
@@ -86,9 +76,6 @@ class ResidualExpert(SharedExpertBranch):
     def parameter_specs(self, shape: FeedForwardShape, /) -> Sequence[ParameterSpec]:
         mixing = [ParameterSpec("router", (2, shape.dim)), ParameterSpec("bias", (2,))]
         return shape.parameter_specs() + mixing
-
-    def saved_activations(self, shape: FeedForwardShape, /) -> float:
-        return shape.saved_activations + 2 * shape.dim + 2
 
 
 class _SharedBranch(nn.Module):

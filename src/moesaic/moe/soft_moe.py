@@ -4,7 +4,7 @@ Letters: T tokens, D model dim, B rows, n tokens of the longest row, E experts, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +72,6 @@ class SoftMoE(SparseLayer):
             ParameterSpec("norm", (1,)),
             *self.expert.parameter_specs(self.expert_shape(shape), active_fraction=active),
         ]
-
-    def saved_activations(self, shape: FeedForwardShape, /) -> float:
-        experts = self.expert_shape(replace(shape, bias=False))
-        rows = self.num_slots / self.assumed_length
-        weights = 3 * self.num_slots + 2
-        saved = self.expert.saved_activations(experts, edges=rows)
-        return 2 * shape.dim + weights + saved + rows * shape.dim
 
 
 class SoftMoELayer(CustomInitializers):

@@ -6,7 +6,7 @@ of ranks that share the matrices.
 Letters: B rows, T tokens, D model dim, H heads, G key/value heads, d head dim.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.nn.attention_activations import AttentionActivations
 from moesaic.nn.attention_backend import (
     AttentionBackend,
     LocalAttention,
@@ -98,21 +97,6 @@ class Attention(SequenceMixer):
             *config.qk_norm.parameter_specs(numbers),
             *sinks,
         ]
-
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        return self._count(shape).per_token()
-
-    def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
-        return self._count(shape).per_row(tokens)
-
-    def _count(self, shape: MixerShape) -> AttentionActivations:
-        return AttentionActivations(
-            self.config(shape), self.encoding(shape), shape.dim, causal=shape.causal
-        )
-
-    def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
-        encoding, width = self.encoding(shape), self.config(shape).head_width(shape.dim)
-        return {("rotation", encoding, width): encoding.rotated_channels(width)}
 
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         config = self.config(shape)

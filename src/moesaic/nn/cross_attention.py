@@ -47,23 +47,6 @@ class CrossAttentionCount:
             *self.config.qk_norm.parameter_specs(self.config.numbers(dim)),
         ]
 
-    def saved_per_target(self) -> int:
-        """Return the values per target token that autograd saves."""
-        query, heads = self.config.widths(self.dim)[0], self.config.heads
-        return 2 * query + heads + self._changed(query, heads=heads)
-
-    def saved_per_source(self) -> int:
-        """Return the values per source token that autograd saves."""
-        keys, groups = self.config.widths(self.dim)[1], self.config.num_kv_heads()
-        clipped = keys if self.config.clip is not None else 0  # values
-        return 2 * keys + clipped + self._changed(keys, heads=groups)
-
-    def _changed(self, width: int, *, heads: int) -> int:
-        """Return what norm and clipping of queries or of keys save."""
-        norm, clipped = self.config.qk_norm, self.config.clip is not None
-        normed = norm.saved_activations(self.config.head_width(self.dim), heads=heads)
-        return normed + width * (bool(normed) + clipped)
-
 
 class CrossAttention(HeadShardedModule, FusedProjections):
     """Attention from target tokens to the encoder's states, without positions."""

@@ -18,14 +18,11 @@ from moesaic.nn.fused_projections import FusedProjections, gate_and_value
 class Activation(Choice):
     """Family of activations. Gated ones read twice the hidden width (gate, value).
 
-    ``saved_activations`` is the number of hidden widths that autograd saves for backward in a dense
-    layer, the input of the second linear map included (for memory estimates). ``kernel_name`` is
-    the activation's name in fused kernels; without one the kernels are not used.
+    ``kernel_name`` is the activation's name in fused kernels; without one they are not used.
     """
 
     kernel_name: ClassVar[str] = ""
     gated: ClassVar[bool] = False
-    saved_activations: ClassVar[int] = 2
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         """Apply to the pre-activation (G = F, or 2 F if gated)."""
@@ -40,7 +37,6 @@ class ReLU(Activation):
     """``max(x, 0)``, the activation of the original transformer (1706.03762)."""
 
     kernel_name: ClassVar[str] = "relu"
-    saved_activations: ClassVar[int] = 1
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         return x.relu()
@@ -69,7 +65,6 @@ class SwiGLU(Activation):
 
     kernel_name: ClassVar[str] = "swiglu"
     gated: ClassVar[bool] = True
-    saved_activations: ClassVar[int] = 4
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         gate, value = x.chunk(2, -1)

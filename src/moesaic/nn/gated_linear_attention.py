@@ -84,13 +84,6 @@ class GatedLinearAttention(SequenceMixer):
             *linear_specs(values, shape.dim, bias=shape.bias),
         ]
 
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        keys, values = self._widths(shape.dim)
-        gates = self.gate_rank + 2 * keys  # input of the second map, of softplus, and the decays
-        statistics = self.heads * self.norm.saved_statistics()
-        # the scan's output, its norm times the gate, and the input of the output projection
-        return 2 * keys + 2 * values + gates + values + statistics + 3 * values
-
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         return 4.0 * tokens * self._widths(shape.dim)[0] * self.value_width(shape.dim)
 

@@ -7,7 +7,7 @@ Letters: B rows, T tokens, D model dim, H heads, n width of keys without positio
 ones, v of values, c rank of the latent, S tokens of a decode state.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -101,20 +101,6 @@ class LatentAttention(SequenceMixer):
             *linear_specs(self.kv_rank, heads * (self.nope_dim + self.value_dim), bias=False),
             *linear_specs(heads * self.value_dim, dim, bias=bias),
         ]
-
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        heads, statistics = self.num_heads(shape), self.norm.saved_statistics()
-        latents = self.kv_rank + self.rope_dim + statistics + self.kv_rank
-        if self.query_rank is not None:
-            latents += 2 * self.query_rank + statistics
-        # queries, keys and padded values, the output and the part of it that is read
-        attention = heads * (4 * self.key_dim + 1) + heads * self.value_dim
-        return latents + attention
-
-    def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
-        encoding = self.encoding(shape)
-        rotated = encoding.rotated_channels(self.rope_dim)
-        return {("rotation", encoding, self.rope_dim): rotated}
 
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         pairs = self.window.mask(causal=shape.causal).num_pairs(tokens)

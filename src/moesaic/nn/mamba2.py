@@ -103,12 +103,6 @@ class Mamba2(SequenceMixer):
             *linear_specs(inner, shape.dim, bias=shape.bias),
         ]
 
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        segments = self.segments(shape.dim)
-        inner, convolved, heads = segments[0], sum(segments[1:4]), segments[4]
-        # softplus's input, step sizes, log decays; the scan's values, the norm's input and output
-        return sum(segments) + convolved + 3 * heads + 3 * inner
-
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         inner, *_ = segments = self.segments(shape.dim)
         return tokens * (4.0 * inner * self.state + 2.0 * self.width * sum(segments[1:4]))

@@ -26,10 +26,6 @@ class Norm(Choice):
         """Return the parameters of the module."""
         return (ParameterSpec("norm", (dim,)),)
 
-    def saved_statistics(self) -> int:
-        """Return the values per token that autograd saves beside the input."""
-        return 1
-
 
 class RMSNorm(Norm):
     """Root mean square norm (1910.07467): ``x / rms(x) * gain``."""
@@ -49,9 +45,6 @@ class LayerNorm(Norm):
     def parameter_specs(self, dim: int, /) -> Sequence[ParameterSpec]:
         bias = (ParameterSpec("bias", (dim,)),) if self.bias else ()
         return (ParameterSpec("norm", (dim,)), *bias)
-
-    def saved_statistics(self) -> int:
-        return 2  # mean and variance
 
     def build(self, dim: int) -> nn.Module:
         return nn.LayerNorm(dim, eps=self.eps, bias=self.bias)

@@ -41,11 +41,6 @@ class FeedForwardShape:
         """The width of the up projection: twice ``hidden`` for a gated activation."""
         return self.feed_forward.activation.width(self.hidden)
 
-    @property
-    def saved_activations(self) -> int:
-        """The values per token that autograd saves between the two projections."""
-        return self.feed_forward.activation.saved_activations * self.hidden
-
     def parameter_specs(self) -> list[ParameterSpec]:
         """Return the parameters of the dense feed-forward."""
         specs = [

@@ -50,11 +50,6 @@ class QKNorm(Choice):
         """Return the parameters of the module."""
         return ()
 
-    def saved_activations(self, _width: int, *, heads: int) -> int:
-        """Return the values per token that autograd saves for ``heads`` heads, beside the input."""
-        del heads
-        return 0
-
     def tensor_refusal(self) -> str | None:
         """Return why tensor ranks cannot share the heads, or None."""
         return None
@@ -81,9 +76,6 @@ class PerHeadQKNorm(QKNorm):
     def parameter_specs(self, numbers: HeadNumbers, /) -> Sequence[ParameterSpec]:
         return 2 * list(self.norm.parameter_specs(numbers.head_dim))
 
-    def saved_activations(self, _width: int, *, heads: int) -> int:
-        return heads * self.norm.saved_statistics()
-
 
 class AcrossHeadsQKNorm(QKNorm):
     """A norm over the channels of all heads together (OLMo 2, 2501.00656; OLMoE, 2409.02060).
@@ -100,10 +92,6 @@ class AcrossHeadsQKNorm(QKNorm):
         widths = (heads * numbers.head_dim for heads in (numbers.heads, numbers.kv_heads))
         return [spec for width in widths for spec in self.norm.parameter_specs(width)]
 
-    def saved_activations(self, _width: int, *, heads: int) -> int:
-        del heads
-        return self.norm.saved_statistics()
-
     def tensor_refusal(self) -> str | None:
         return "normalises over all heads (AcrossHeadsQKNorm), of which a tensor rank has some"
 
@@ -115,9 +103,6 @@ class L2QKNorm(QKNorm):
 
     def build(self, _numbers: HeadNumbers, /) -> QKNormModule:
         return _L2Norm(self.eps)
-
-    def saved_activations(self, width: int, *, heads: int) -> int:
-        return heads * (width + 1)
 
 
 class _PerHeadNorm(QKNormModule):

@@ -145,19 +145,6 @@ class SequenceMixer(Choice):
         """Return the parameters of the module, to count a model without building it."""
         raise NotImplementedError
 
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        """Return the float32 values per token that autograd saves beside the module's input."""
-        raise NotImplementedError
-
-    def saved_per_row(self, _shape: MixerShape, /, *, tokens: int) -> int:
-        """Return the values that autograd saves for a row of ``tokens`` tokens, beside those."""
-        del tokens
-        return 0
-
-    def shared_activations(self, _shape: MixerShape, /) -> Mapping[Hashable, int]:
-        """Return values per token that mixers of a stack save once together, by what they are."""
-        return {}
-
     def mixing_flops(self, _shape: MixerShape, /, *, tokens: int) -> float:
         """Return the FLOPs of a forward pass over a row, beside products with parameters."""
         del tokens
@@ -206,16 +193,6 @@ class ParallelMixers(SequenceMixer):
     def parameter_specs(self, shape: MixerShape, /) -> Sequence[ParameterSpec]:
         inner = [spec for mixer in self.mixers for spec in mixer.parameter_specs(shape)]
         return [*inner, *(len(self.mixers) * list(shape.norm.parameter_specs(shape.dim)))]
-
-    def saved_activations(self, shape: MixerShape, /) -> int:
-        norm = shape.dim + shape.norm.saved_statistics()
-        return sum(mixer.saved_activations(shape) + norm for mixer in self.mixers)
-
-    def saved_per_row(self, shape: MixerShape, /, *, tokens: int) -> int:
-        return sum(mixer.saved_per_row(shape, tokens=tokens) for mixer in self.mixers)
-
-    def shared_activations(self, shape: MixerShape, /) -> Mapping[Hashable, int]:
-        return {k: v for mixer in self.mixers for k, v in mixer.shared_activations(shape).items()}
 
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         return sum(mixer.mixing_flops(shape, tokens=tokens) for mixer in self.mixers)

@@ -14,9 +14,14 @@ from moesaic.core.shapes import Tensor
 from moesaic.ops.adamw import AdamWKernel, adamw_by_operations
 from moesaic.ops.cpu.cpu_adamw import load_adamw
 from moesaic.ops.cpu.cpu_library import load_library
-from moesaic.ops.cpu.cpu_moe_kernel import ACTIVATION_CODES, DTYPE_CODES, CPUMoEKernel
+from moesaic.ops.cpu.cpu_moe_kernel import (
+    ACTIVATION_CODES,
+    DTYPE_CODES,
+    CPUMoEKernel,
+    ShapesOnlyLibrary,
+)
 from moesaic.ops.grouped_gemm import ActivationFunction, GroupedGEMM, GroupedMM, SequentialGEMM
-from moesaic.ops.moe_kernel import FusedMemory, KernelMemory, MoEKernel, UnfusedMoEKernel
+from moesaic.ops.moe_kernel import MoEKernel, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
 
 # other types (fake tensors, DTensors) have no memory that a compiled kernel could read
@@ -41,19 +46,15 @@ def select_grouped_gemm(rows: Tensor) -> GroupedGEMM:
 def select_moe_kernel(x: Tensor, *, activation: ActivationFunction) -> MoEKernel:
     """Return the MoE kernel for the device and dtype of ``x``."""
     unfused = UnfusedMoEKernel(select_grouped_gemm(x))
-    if type(x) not in REAL_TENSOR_TYPES:
-        return unfused
+    if type(x) not in REAL_TENSOR_TYPES:  # without memory that a kernel could read
+        return unfused if torch.compiler.is_compiling() else _simulated_kernel(unfused)
     name = activation.kernel_name
     return _fused_kernel(x.device.type, x.dtype, name, fallback=unfused)[0] or unfused
 
 
-def estimated_kernel(activation: ActivationFunction) -> KernelMemory:
-    """Return what estimates assume of the MoE kernel: fused where there is one for the activation.
-
-    It does not depend on this machine: nothing is compiled or tried.
-    """
-    fused = activation.kernel_name in ACTIVATION_CODES
-    return FusedMemory() if fused else UnfusedMoEKernel(SequentialGEMM())
+def _simulated_kernel(unfused: MoEKernel) -> MoEKernel:
+    """Return what has the memory of the fused kernels on any machine: it compiles nothing."""
+    return CPUMoEKernel(ShapesOnlyLibrary(), unfused)
 
 
 def select_adamw() -> AdamWKernel:

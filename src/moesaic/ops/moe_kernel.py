@@ -8,14 +8,13 @@ Letters: T tokens, N edges, E experts, D model dim, F feed-forward dim.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.grouped_gemm import (
     ActivationFunction,
     FeedForwardWeights,
     GroupedGEMM,
-    SequentialGEMM,
     grouped_feed_forward,
 )
 from moesaic.ops.permute import RowGroups, permute, unpermute
@@ -36,15 +35,6 @@ class Edges:
     per_token: int
 
 
-class KernelShape(NamedTuple):
-    """Model dim, pre-activation width and bias of experts, and the share of edges not dropped."""
-
-    dim: int
-    width: int
-    bias: bool
-    live_share: float
-
-
 @runtime_checkable
 class MoEKernel(Protocol):
     """Computes an MoE layer; differentiable in ``x``, ``edges.weight`` and the weights."""
@@ -60,10 +50,6 @@ class MoEKernel(Protocol):
         weights: FeedForwardWeights,
         activation: ActivationFunction,
     ) -> Float[Tensor, "T D"]: ...
-
-    def saved_activations(self, shape: KernelShape) -> float:
-        """Four-byte values that autograd saves per edge, without ``x`` (for memory estimates)."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +75,6 @@ class UnfusedMoEKernel:
             rows, weights=weights, groups=edges.groups, activation=activation, gemm=self.gemm
         )
         return unpermute_tokens(y, edges=edges)
-
-    def saved_activations(self, shape: KernelShape) -> float:
-        """The row, the pre-activation, the expert output and a few numbers of each edge."""
-        return 2 * shape.dim + shape.width + 4
-
-
-class KernelMemory(Protocol):
-    """What estimates need of an ``MoEKernel``."""
-
-    def saved_activations(self, shape: KernelShape) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FusedMemory:
-    """The memory of the fused kernels, on any machine: an estimate compiles and runs nothing."""
-
-    def saved_activations(self, shape: KernelShape) -> float:
-        """The pre-activation of edges that are not dropped, the weight, and three int64 indices."""
-        if shape.bias:  # biases go to the unfused kernel
-            return UnfusedMoEKernel(SequentialGEMM()).saved_activations(shape)
-        return shape.live_share * shape.width + 1 + 3 * 2
 
 
 def permute_tokens(x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "N D"]:

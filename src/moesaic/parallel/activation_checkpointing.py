@@ -46,6 +46,11 @@ _Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 class ActivationCheckpointing(Choice):
     """Family: which activations are recomputed in backward."""
 
+    @property
+    def period(self) -> int:
+        """After how many blocks of a stack the choice repeats."""
+        return 1
+
     def apply(self, model: Transformer) -> None:
         """Checkpoint a model in place."""
         raise NotImplementedError
@@ -62,6 +67,10 @@ class CheckpointBlocks(ActivationCheckpointing):
     """Every ``every``-th block of a stack, the first included: 1 is all of them."""
 
     every: int = Field(default=1, ge=1)
+
+    @property
+    def period(self) -> int:
+        return self.every
 
     def apply(self, model: Transformer) -> None:
         blocks = [*list(model.encoder)[:: self.every], *list(model.decoder)[:: self.every]]

@@ -1,4 +1,4 @@
-"""Communication volume: the bytes that a rank sends in one training step of a plan, in closed form.
+"""Communication volume: what a rank sends in one training step of a plan, in closed form.
 
 Routing is taken as even. The bytes are those that ``distributed/communication_counter.py`` counts:
 each collective once, by an algorithm that sends no byte twice. A collective is named by the axes of
@@ -7,27 +7,30 @@ its ranks ("data+context").
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from moesaic.core.errors import UserError
 from moesaic.distributed.mesh import STAGE_AXES
 from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.config import MoE
-from moesaic.parallel.memory_estimate import tokens_per_rank
-from moesaic.parallel.parameter_inventory import RankParameters
+from moesaic.parallel.parameter_inventory import ParameterShard, RankParameters
+from moesaic.parallel.precision import Float32, Precision
 
 INT64_BYTES = FLOAT64_BYTES = 8
-Volumes = Iterator[tuple[str, str, float]]  # (kind, axis, bytes)
+Volumes = Iterator[tuple[str, str, int, int]]  # (kind, axis, bytes, messages)
+ActivationVolumes = Iterator[tuple[str, str, float]]  # (kind, axis, bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class CommunicationVolume:
-    """Bytes that one rank sends in a step by one kind of collective over one axis."""
+    """Bytes that one rank sends in a step by calls of one kind of collective over one axis."""
 
     kind: str
     axis: str
     bytes: int
+    messages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +59,40 @@ def expert_tensor_bytes(tokens: DispatchedTokens, *, expert_tensor: int) -> floa
 
 
 def communication_volume(
-    rank_parameters: RankParameters, *, sizes: BatchDims, micro_batches: int = 1, itemsize: int = 4
+    rank_parameters: RankParameters,
+    *,
+    sizes: BatchDims,
+    precision: Precision | None = None,
+    micro_batches: int = 1,
 ) -> tuple[CommunicationVolume, ...]:
-    """Return what a rank sends in a step of ``micro_batches`` of these sizes, sorted.
+    """Return what a rank sends in a step of ``micro_batches`` of these sizes, in closed form, sorted.
 
-    ``itemsize`` is that of hidden states; weights and gradients are sent in float32.
+    Activations are those of Ulysses and of the plain all-to-all, with even routing; what is sent
+    under any other choice is measured (``planner/step_cost.py``), which takes longer.
     """
-    activations = _ActivationVolume(rank_parameters, itemsize)
+    precision = precision or Float32()
     sums: Counter[tuple[str, str]] = Counter()
+    activations = _ActivationVolume(rank_parameters, precision.compute_dtype.itemsize)
     for kind, axis, size in activations.forward_backward(sizes):
         sums[kind, axis] += round(micro_batches * size)
-    for kind, axis, size in _gradient_sync(rank_parameters, micro_batches=micro_batches):
-        sums[kind, axis] += round(size)
+    for line in gradient_communication(
+        rank_parameters, precision=precision, micro_batches=micro_batches
+    ):
+        sums[line.kind, line.axis] += line.bytes
     return tuple(CommunicationVolume(*key, size) for key, size in sorted(sums.items()) if size)
+
+
+def tokens_per_rank(rank_parameters: RankParameters, sizes: BatchDims) -> tuple[int, int]:
+    """Return the source and target tokens that a rank holds. Raises UserError if uneven."""
+    ranks = rank_parameters.plan.context * rank_parameters.plan.tensor
+    source = sizes.rows * sizes.source if rank_parameters.inventory.config.encoder.layers else 0
+    target = sizes.rows * sizes.target
+    if source % ranks or target % ranks:
+        raise UserError(
+            f"{source} source and {target} target tokens do not divide by the {ranks} ranks of "
+            "context x tensor, but estimates need equally many on each: choose other rows"
+        )
+    return source // ranks, target // ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +108,7 @@ class _ActivationVolume:
         config = self.parameters.inventory.config
         return (self.parameters.plan.tensor - 1) * config.dim * self.itemsize
 
-    def forward_backward(self, sizes: BatchDims) -> Volumes:
+    def forward_backward(self, sizes: BatchDims) -> ActivationVolumes:
         config, plan = self.parameters.inventory.config, self.parameters.plan
         source, target = tokens_per_rank(self.parameters, sizes)
         for side, tokens in (("encoder", source), ("decoder", target)):
@@ -109,12 +133,12 @@ class _ActivationVolume:
             )
             yield from self._context_exchange(layers * values)
 
-    def _gather_and_scatter(self, tokens: int) -> Volumes:
+    def _gather_and_scatter(self, tokens: int) -> ActivationVolumes:
         """All-gather over tensor ranks and reduce-scatter (an all-to-all and a local sum)."""
         size = tokens * self._row_bytes
         yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
 
-    def _moe_layer(self, moe: MoE, *, tokens: int) -> Volumes:
+    def _moe_layer(self, moe: MoE, *, tokens: int) -> ActivationVolumes:
         parameters, plan = self.parameters, self.parameters.plan
         dim = moe.dispatch_projection.expert_dim(parameters.inventory.config.dim)
         expert, slices = plan.expert_ranks(moe.experts), plan.expert_tensor
@@ -145,45 +169,130 @@ class _ActivationVolume:
             ranks, axis = plan.context * plan.tensor, parameters.group_name(scope.axes)
         yield "all-reduce", axis, 2 * integers * INT64_BYTES * (ranks - 1) // ranks
 
-    def _vocab_parallel_loss(self, tokens: int) -> Volumes:
+    def _vocab_parallel_loss(self, tokens: int) -> ActivationVolumes:
         """Hidden states and labels of all tensor ranks, and four numbers for each token."""
         others = self.parameters.plan.tensor - 1
         yield from self._gather_and_scatter(tokens)
         yield "all-gather", "tensor", others * (tokens + 1) * INT64_BYTES
         yield "all-reduce", "tensor", 2 * others * tokens * 4 * 4
 
-    def _context_exchange(self, values: float) -> Volumes:
+    def _context_exchange(self, values: float) -> ActivationVolumes:
         """What mixers send to other context ranks, forward and backward."""
         yield "all-to-all", "context", 2 * values * self.itemsize
 
 
-def _gradient_sync(parameters: RankParameters, *, micro_batches: int) -> Volumes:
-    """Yield the sums of gradients over copies and, with ZeRO, the all-gathers of weights."""
+def gradient_communication(
+    rank_parameters: RankParameters, *, precision: Precision, micro_batches: int = 1
+) -> tuple[CommunicationVolume, ...]:
+    """Return what a rank sends in a step for gradients and ZeRO's parameters, sorted."""
+    sums: Counter[tuple[str, str]] = Counter()
+    messages: Counter[tuple[str, str]] = Counter()
+    parts = (
+        *_zero_sync(rank_parameters, precision, micro_batches=micro_batches),
+        *_replica_sync(rank_parameters, precision),
+        *_pipeline_sync(rank_parameters, precision),
+    )
+    for kind, axis, size, calls in parts:
+        sums[kind, axis] += size
+        messages[kind, axis] += calls
+    return tuple(
+        CommunicationVolume(*key, size, messages[key]) for key, size in sorted(sums.items()) if size
+    )
+
+
+def _zero_sync(parameters: RankParameters, precision: Precision, *, micro_batches: int) -> Volumes:
+    """Yield ZeRO's all-gathers of weights and reduce-scatters of gradients: one a unit."""
     plan, first = parameters.plan, parameters.grid().coordinates(parameters.rank)["tensor"] == 0
     no_gradient = frozenset() if first else parameters.inventory.first_rank_biases
     reductions = 1 if plan.zero == 1 else micro_batches
-    summed: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
+    seen: set[tuple[str, str]] = set()
     for shard in parameters.shards:
-        number = shard.parameter.placement.num_experts
-        if shard.zero_axes:
-            ranks = parameters.num_ranks(shard.zero_axes, num_experts=number)
-            size = 4 * shard.gathered_values * (ranks - 1)
-            # parameters outside of blocks stay gathered between forward and backward
-            gathers = 2 if plan.zero == 3 and shard.parameter.fsdp_unit else 1
-            axis = parameters.group_name(shard.zero_axes, num_experts=number)
-            yield "all-gather", axis, size * gathers * micro_batches
-            if shard.parameter.name not in no_gradient:
-                yield "reduce-scatter", axis, size * reductions
-        axes = tuple(
-            a for a in shard.all_reduce_axes if parameters.num_ranks((a,), num_experts=number) > 1
+        number, unit = shard.parameter.placement.num_experts, shard.parameter.fsdp_unit
+        if not shard.zero_axes:
+            continue
+        ranks = parameters.num_ranks(shard.zero_axes, num_experts=number)
+        size = shard.gathered_values * (ranks - 1)
+        held, summed = precision.parameter_dtype.itemsize, precision.reduce_dtype.itemsize
+        # parameters outside of blocks stay gathered between forward and backward
+        gathers = micro_batches * (2 if plan.zero == 3 and unit else 1)
+        axis = parameters.group_name(shard.zero_axes, num_experts=number)
+        yield "all-gather", axis, held * size * gathers, gathers * (("gather", unit) not in seen)
+        seen.add(("gather", unit))
+        if shard.parameter.name not in no_gradient:
+            calls = reductions * (("scatter", unit) not in seen)
+            yield "reduce-scatter", axis, summed * size * reductions, calls
+            seen.add(("scatter", unit))
+
+
+@dataclass(frozen=True, slots=True)
+class GradientBucket:
+    """Gradients that are summed together over the ranks that differ in ``axes``."""
+
+    axes: tuple[str, ...]
+    num_experts: int | None
+    names: tuple[str, ...]
+    bytes: int
+
+
+def gradient_buckets(parameters: RankParameters, *, precision: Precision) -> list[GradientBucket]:
+    """Return the buckets of ``parallel/gradient_sums.py``, in the order in which they fill."""
+    held, summed = precision.parameter_dtype.itemsize, precision.reduce_dtype.itemsize
+    filling: dict[tuple[int, ...], list[ParameterShard]] = {}
+    full: list[list[ParameterShard]] = []
+    for shard in reversed(parameters.shards):
+        ranks = _ranks_with_copies(parameters, shard)
+        if len(ranks) == 1:
+            continue
+        members = filling.setdefault(ranks, [])
+        if members and held * _values([*members, shard]) > BUCKET_BYTES:
+            full.append(members)
+            members = filling[ranks] = []
+        members.append(shard)
+    return [
+        GradientBucket(
+            _axes_with_copies(parameters, members[0]),
+            members[0].parameter.placement.num_experts,
+            tuple(shard.parameter.name for shard in members),
+            summed * _values(members),
         )
-        if axes:
-            summed.setdefault((axes, number), []).append(4 * math.prod(shard.shape))
-    for (axes, number), sizes in summed.items():
-        ranks = parameters.num_ranks(axes, num_experts=number)
+        for members in (*full, *filling.values())
+    ]
+
+
+def _values(shards: Sequence[ParameterShard]) -> int:
+    return sum(math.prod(shard.shape) for shard in shards)
+
+
+def _axes_with_copies(parameters: RankParameters, shard: ParameterShard) -> tuple[str, ...]:
+    number = shard.parameter.placement.num_experts
+    axes = shard.all_reduce_axes
+    return tuple(a for a in axes if parameters.num_ranks((a,), num_experts=number) > 1)
+
+
+def _ranks_with_copies(parameters: RankParameters, shard: ParameterShard) -> tuple[int, ...]:
+    grid = parameters.grid(shard.parameter.placement.num_experts)
+    return grid.group(parameters.rank, _axes_with_copies(parameters, shard))
+
+
+def _replica_sync(parameters: RankParameters, precision: Precision) -> Volumes:
+    """Yield the sums of gradients over the ranks with copies of a parameter, in buckets."""
+    for bucket in gradient_buckets(parameters, precision=precision):
+        ranks = parameters.num_ranks(bucket.axes, num_experts=bucket.num_experts)
+        axis = parameters.group_name(bucket.axes, num_experts=bucket.num_experts)
+        yield "all-reduce", axis, 2 * bucket.bytes * (ranks - 1) // ranks, 1
+
+
+def _pipeline_sync(parameters: RankParameters, precision: Precision) -> Volumes:
+    """Yield the sums of gradients over the stages that hold a parameter together."""
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for shard in parameters.shards:
+        holders = parameters.holders(shard.parameter)
+        if len(holders) > 1:
+            size = precision.reduce_dtype.itemsize * math.prod(shard.shape)
+            shared.setdefault(holders, []).append(size)
+    for holders, sizes in shared.items():
         for size in _buckets(sizes):
-            axis = parameters.group_name(axes, num_experts=number)
-            yield "all-reduce", axis, 2 * size * (ranks - 1) // ranks
+            yield "all-reduce", "pipe", 2 * size * (len(holders) - 1) // len(holders), 1
 
 
 def _buckets(sizes: list[int]) -> Iterator[int]:

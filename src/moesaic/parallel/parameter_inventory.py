@@ -5,22 +5,19 @@ milliseconds. The numbers are those of ``parallelize.py``: axes that shard dims 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from moesaic.core.errors import ConfigError
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
-from moesaic.parallel.activation_checkpointing import NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.context_parallel import Ulysses
-from moesaic.parallel.expert_dispatch import AllToAll
 from moesaic.parallel.parallelize import check_parallel
+from moesaic.parallel.pipeline_stages import PipelineStages
 from moesaic.parallel.sharding_plan import (
     Placement,
     expert_modules,
@@ -85,9 +82,6 @@ class ParameterInventory:
     def on_rank(self, parallel: ParallelConfig, *, world: int, rank: int = 0) -> "RankParameters":
         """Return the shards of a rank of ``world``. Raises ConfigError if the plan does not fit."""
         plan = parallel.plan.resolve(world)
-        problems = list(_not_estimated(parallel.replace(plan=plan)))
-        if problems:
-            raise ConfigError(problems)
         check_parallel(self._model, parallel=parallel, plan=plan)
         return RankParameters(self, parallel.replace(plan=plan), rank)
 
@@ -106,8 +100,27 @@ class RankParameters:
 
     @cached_property
     def shards(self) -> tuple[ParameterShard, ...]:
-        """The shard of every parameter."""
-        return tuple(map(self._shard, self.inventory.parameters))
+        """The shard of every parameter that the rank holds."""
+        return tuple(map(self._shard, self._held))
+
+    @cached_property
+    def stages(self) -> PipelineStages | None:
+        """The stages of the pipeline, if there is one."""
+        several = self.plan.pipe > 1
+        return self.parallel.pipeline_stages(self.inventory.config) if several else None
+
+    @property
+    def pipe_rank(self) -> int:
+        """The rank's place in its pipeline."""
+        return self.grid().coordinates(self.rank)["pipe"]
+
+    def holders(self, parameter: ParameterInfo) -> tuple[int, ...]:
+        """Return the ranks of a pipeline that hold a parameter."""
+        return (0,) if self.stages is None else self.stages.ranks_of_parameter[parameter.name]
+
+    @property
+    def _held(self) -> list[ParameterInfo]:
+        return [p for p in self.inventory.parameters if self.pipe_rank in self.holders(p)]
 
     def grid(self, num_experts: int | None = None) -> RankGrid:
         """Return the grid of ranks of dense layers, or of layers with so many experts."""
@@ -123,6 +136,11 @@ class RankParameters:
         ranks = self.num_ranks(names, num_experts=num_experts)
         return "stage" if len(names) > 1 and ranks == self.plan.stage_size else "+".join(names)
 
+    def _is_outside_units(self, parameter: ParameterInfo) -> bool:
+        """Whether ZeRO leaves a parameter alone: in a pipeline, the norms outside of blocks."""
+        outside = not (parameter.fsdp_unit or parameter.name.startswith("embedding."))
+        return self.plan.pipe > 1 and outside
+
     def _shard(self, parameter: ParameterInfo) -> ParameterShard:
         placement = parameter.placement
         grid, axes = self.grid(placement.num_experts), placement.replicated_axes
@@ -133,7 +151,7 @@ class RankParameters:
             placement.zero_axes,
         )
         ranks = grid.size(zero_axes)
-        if not self.plan.zero or ranks == 1:
+        if not self.plan.zero or ranks == 1 or self._is_outside_units(parameter):
             return ParameterShard(parameter, shape, shape, math.prod(shape), (), axes)
         dim = zero_dim(shape, ranks=ranks)
         size = -(-shape[dim] // ranks)  # FSDP2 shards as torch.chunk does
@@ -149,29 +167,6 @@ class RankParameters:
             zero_axes=zero_axes,
             all_reduce_axes=tuple(axis for axis in axes if axis not in zero_axes),
         )
-
-
-def _not_estimated(parallel: ParallelConfig) -> Iterator[str]:
-    """Yield a sentence for each choice whose memory and communication are not estimated."""
-    plan = parallel.plan
-    choices: list[tuple[str, object, type, bool]] = [
-        ("context_parallel", parallel.context_parallel, Ulysses, plan.context > 1),
-        ("dispatch", parallel.dispatch, AllToAll, plan.expert * plan.expert_tensor > 1),
-        (
-            "activation_checkpointing",
-            parallel.activation_checkpointing,
-            NoActivationCheckpointing,
-            True,
-        ),
-    ]
-    if plan.pipe > 1:
-        yield f"parallel.plan.pipe={plan.pipe}: estimates are for one pipeline stage, set it to 1"
-    for name, choice, estimated, applies in choices:
-        if applies and not isinstance(choice, estimated):
-            yield (
-                f"parallel.{name}={type(choice).__name__} is not estimated, expected "
-                f"{estimated.__name__}; measure it in a run (distributed/communication_counter.py)"
-            )
 
 
 def _fsdp_unit(name: str, placement: Placement) -> str:

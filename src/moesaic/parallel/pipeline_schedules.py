@@ -30,6 +30,7 @@ class PipelineSchedule(Choice):
     splits_backward: ClassVar[bool] = False
     fills_stages: ClassVar[bool] = False
     equal_rounds: ClassVar[bool] = False
+    idle_share: ClassVar[float] = 1.0
 
     def stages_per_rank(self) -> int:
         """Return how many stages each rank has."""
@@ -40,6 +41,22 @@ class PipelineSchedule(Choice):
         if self.v_shaped:
             return (*range(ranks), *reversed(range(ranks)))
         return tuple(range(ranks)) * self.stages_per_rank()
+
+    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
+        """Return, for each stage of a rank, the most micro-batches whose activations it keeps.
+
+        They are those at the instant when the rank keeps most.
+        """
+        del ranks, rank
+        return (micro_batches,) * self.stages_per_rank()
+
+    def bubble(self, *, ranks: int, micro_batches: int) -> float:
+        """Return the share of a step in which a rank waits, if all stages take equally long.
+
+        ``(p - 1) / (m v + p - 1)`` with v stages on each of p ranks (2104.04473, section 2.2).
+        """
+        waits = self.idle_share * (ranks - 1)
+        return waits / (micro_batches * self.stages_per_rank() + waits)
 
     def problems(self, *, ranks: int, micro_batches: int) -> str | None:
         """Return what the schedule expects if the number of micro-batches does not fit, or None."""
@@ -67,6 +84,9 @@ class OneForwardOneBackward(PipelineSchedule):
     torch_name = "Schedule1F1B"
     fills_stages = True
 
+    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
+        return (min(micro_batches, ranks - rank),)
+
 
 class Interleaved(PipelineSchedule):
     """Interleaved 1F1B: ``stages`` smaller (virtual) stages per rank (2104.04473)."""
@@ -77,6 +97,10 @@ class Interleaved(PipelineSchedule):
 
     def stages_per_rank(self) -> int:
         return self.stages
+
+    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
+        ahead = 2 * (ranks - 1 - rank)
+        return _interleaved_in_flight(self.stages, ranks, micro_batches, ahead=ahead)
 
 
 class BreadthFirst(PipelineSchedule):
@@ -95,10 +119,16 @@ class InterleavedZeroBubble(PipelineSchedule):
     torch_name = "ScheduleInterleavedZeroBubble"
     splits_backward = True
     equal_rounds = True
+    idle_share = 1 / 3  # of forward, gradients of inputs and of weights, one is left
     stages: int = Field(default=2, ge=2)
 
     def stages_per_rank(self) -> int:
         return self.stages
+
+    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
+        # a rank runs further ahead by one micro-batch for each rank behind it, and so do the
+        # gradients of weights that wait
+        return _interleaved_in_flight(self.stages, ranks, micro_batches, ahead=2 * ranks - 1 - rank)
 
 
 class ZeroBubbleV(PipelineSchedule):
@@ -107,6 +137,10 @@ class ZeroBubbleV(PipelineSchedule):
     torch_name = "ScheduleZBVZeroBubble"
     v_shaped = True
     splits_backward = True
+    idle_share = 0.0
+
+    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
+        return _v_shaped_in_flight(ranks, rank, micro_batches)
 
 
 class DualPipeV(PipelineSchedule):
@@ -116,6 +150,32 @@ class DualPipeV(PipelineSchedule):
     v_shaped = True
     splits_backward = True
     fills_stages = True
+    idle_share = 1 / 3
+
+    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
+        return _v_shaped_in_flight(ranks, rank, micro_batches)
+
+
+def _v_shaped_in_flight(ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
+    """Return the micro-batches between a rank's stage down the V and its stage back up."""
+    return min(micro_batches, 2 * ranks - rank), min(micro_batches, rank + 1)
+
+
+def _interleaved_in_flight(
+    stages: int, ranks: int, micro_batches: int, *, ahead: int
+) -> tuple[int, ...]:
+    """Return what a rank keeps at most that runs ``ahead`` forward passes more than the last."""
+    each = micro_batches // max(1, micro_batches // ranks)
+    total, most, kept = stages * micro_batches, [0] * stages, [0] * stages
+    started = finished = 0
+    while started < total:
+        kept[started // each % stages] += 1
+        started += 1
+        most = max(most, list(kept), key=sum)
+        if started > (stages - 1) * each + ahead:
+            kept[stages - 1 - finished // each % stages] -= 1
+            finished += 1
+    return tuple(most)
 
 
 def torch_pipelining() -> Any:

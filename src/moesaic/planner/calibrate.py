@@ -20,6 +20,7 @@ from moesaic.planner.machine import (
     SizedRate,
     SlowDown,
     Sourced,
+    host_memory_bytes,
 )
 from moesaic.planner.measured_rates import (
     Measurement,
@@ -151,19 +152,18 @@ def _measure_machine(
     memory = [memory_bound(watch, size=12 * 4**n) for n in range(3, 12)]
     update = optimizer_update(watch, values=2**22)
     run.keep("optimizer update", update)
-    by_kind = [m for m in sent if not m.what.startswith("product")]
+    by_kind = [m for m in sent if m.what.startswith("all-")]
     within = run.link("collectives", by_kind) if by_kind else _borrowed(like, measured)
-    overlapping = [m for m in sent if m.what.startswith("product")]
+    pairs |= {m.what: m for m in sent if m not in by_kind}
     slow = {name: run.slow_down(found) for name, found in pairs.items()}
-    slow["product_collective"] = (
-        run.slow_down(overlapping[0]) if overlapping else slow["product_copy"]
-    )
-    cuda_bytes = torch.cuda.mem_get_info()[1] if run.cuda else _host_bytes()
+    slow.setdefault("product_collective", slow["product_copy"])
+    slow.setdefault("all_devices", SlowDown(value=1, source="there is one device"))
+    cuda_bytes = torch.cuda.mem_get_info()[1] if run.cuda else host_memory_bytes()
     return Machine(
         name=torch.cuda.get_device_name() if run.cuda else "this machine",
         devices_per_node=run.number(max(1, torch.cuda.device_count()) if run.cuda else 2),
         device_memory=run.number(cuda_bytes),
-        host_memory_per_node=run.number(_host_bytes()),
+        host_memory_per_node=run.number(host_memory_bytes()),
         disk_per_node=run.number(shutil.disk_usage(scratch).free),
         products=_measure_products(run),
         memory=run.curve("memory-bound operations", memory),
@@ -194,12 +194,6 @@ def _measure_products(run: _Run) -> dict[str, Products]:
             attention=run.curve(f"attention in {name}", mixed),
         )
     return found
-
-
-def _host_bytes() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    found = next(line for line in lines if line.startswith("MemTotal"))
-    return 1024.0 * int(found.split()[1])
 
 
 def _borrowed(like: Machine | None, measured: dict[str, LinkSpeed]) -> LinkSpeed:

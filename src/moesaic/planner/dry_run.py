@@ -15,11 +15,12 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK, Batch, InputRows
-from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.communication_counter import CommunicationCounter, SentCall
 from moesaic.distributed.mesh import DATA_CONTEXT_AXES, STAGE_AXES, Mesh
 from moesaic.distributed.process_groups import Group
 from moesaic.distributed.simulation import SharedChunks, SimulatedRank, fake_process_group
 from moesaic.distributed.world import local_tensor
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.transformer import Transformer
@@ -27,25 +28,34 @@ from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.expert_selection import Select
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
-from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.communication_volume import CommunicationVolume
-from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.sharding_plan import EXPERT_STAGE_AXES
+from moesaic.planner.cost_settings import CostSettings
 
 DUMMY_TOKEN = 7  # any token but padding
 
 
 class RoundRobin(Select):
-    """Round-robin routing: token t takes the k experts after those of token t - 1."""
+    """Round-robin routing: token t takes the k experts after those of token t - 1.
+
+    With ``busiest_share``, so much of all edges goes to expert 0, one of a token at most, and the
+    rest is round-robin over the others.
+    """
 
     k: int = 1
+    busiest_share: float | None = None
 
     def __call__(self, router: RouterContext) -> Routing:
         tokens, experts = router.logits.shape
-        first = self.k * torch.arange(tokens, device=router.context.row.device)[:, None]
-        expert = (first + torch.arange(self.k, device=first.device)) % experts
+        token = torch.arange(tokens, device=router.context.row.device)[:, None]
+        place = self.k * token + torch.arange(self.k, device=token.device)
+        if self.busiest_share is None or experts == 1:
+            expert = place % experts
+        else:
+            expert = 1 + place % (experts - 1)
+            expert[: round(self.busiest_share * tokens * self.k), 0] = 0
         weight = router.logits.softmax(-1).gather(-1, expert)
         return Routing.from_topk(weight, expert=expert, num_experts=experts)
 
@@ -57,63 +67,75 @@ class RoundRobin(Select):
 class DryRunResult:
     """Bytes that one rank holds after a step, its peak before the update, and its communication.
 
-    ``saved_activations`` is what the forward pass allocates: activations saved for the backward
+    ``kept`` is what the forward pass leaves: activations saved for the backward
     pass and parameters gathered by ZeRO.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    saved_activations: int
+    kept: int
     peak: int
     sent: tuple[CommunicationVolume, ...]
     seconds: float
 
 
-def with_round_robin_routing(config: ModelConfig) -> ModelConfig:
+def with_round_robin_routing(
+    config: ModelConfig, *, busiest_share: float | None = None
+) -> ModelConfig:
     """Return a config with round-robin routing and the same number of experts per token."""
+
+    def changed(sparse: SparseLayer) -> SparseLayer:
+        if not isinstance(sparse, MoE):
+            return sparse
+        k = round(sparse.select.experts_per_token(sparse.num_router_outputs))
+        return sparse.replace(select=RoundRobin(k=k, busiest_share=busiest_share))
+
     stacks = {
-        side: stack if stack.moe is None else stack.replace(moe=_round_robin(stack.moe))
+        side: stack if stack.moe is None else stack.replace(moe=changed(stack.moe))
         for side, stack in (("encoder", config.encoder), ("decoder", config.decoder))
     }
-    return config.replace(moe=_round_robin(config.moe), **stacks)
+    return config.replace(moe=changed(config.moe), **stacks)
 
 
-def simulate_step(
-    config: ModelConfig,
-    *,
-    parallel: ParallelConfig,
-    world_size: int,
-    sizes: BatchDims,
-    rank: int = 0,
-    optimizer: Optimizer | None = None,
-) -> DryRunResult:
-    """Run one step of one micro-batch as ``rank`` of ``world_size``; needs no process group.
+def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
+    """Run one step of one micro-batch of a whole model as one rank; needs no process group.
 
-    Raises ConfigError if the plan does not fit the number of ranks or the model.
+    Tiers of memory are not simulated. Raises ConfigError if the plan does not fit the number of
+    ranks or the model.
     """
+    config, precision, world = settings.model, settings.precision, settings.world
+    parallel = settings.parallel.replace(memory=MemoryPlan())
     started = time.perf_counter()
-    with fake_process_group(world_size, rank=rank), SimulatedRank() as simulation:
+    with (
+        fake_process_group(world, rank=rank),
+        SimulatedRank() as simulation,
+        simulation.ledger.watch_resizes(),
+    ):
         model = Transformer.without_values(with_round_robin_routing(config))
         mesh = Mesh(
-            parallel.plan.resolve(world_size),
+            parallel.plan.resolve(world),
             rank=rank,
             device=torch.device("cpu"),
             expert_counts=expert_counts(model),
         )
         with SharedChunks():
-            parallel_model = parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
-        before = simulation.allocated_bytes()
-        simulation.peak_bytes = 0
+            parallel_model = parallelize_on_mesh(
+                model, parallel=parallel, mesh=mesh, precision=precision
+            )
+        before = simulation.ledger.live_bytes
+        simulation.ledger.reset_peak()
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
             parallel_model.before_backward(last=True)
-            loss = _loss(parallel_model, batch=dummy_batch(config, sizes))
-            saved = simulation.allocated_bytes() - before
+            loss = _loss(parallel_model, batch=dummy_batch(config, settings.sizes))
+            saved = simulation.ledger.live_bytes - before
             loss.backward()
             parallel_model.sum_gradients()
-        peak = simulation.peak_bytes
+        peak = simulation.ledger.peak_bytes
         kinds = model.parameter_kinds()
-        built = (optimizer or AdamW()).build(model.named_parameters(), kinds=kinds)
+        built = settings.optimizer.build(
+            model.named_parameters(), kinds=kinds, master_weights=precision.master_weights
+        )
         built.step()
         slots = [t for s in built.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         parameters = [local_tensor(p) for p in model.parameters()]
@@ -122,7 +144,7 @@ def simulate_step(
             weights=_bytes(parameters),
             gradients=_bytes(gradients),
             optimizer=_bytes(slots),
-            saved_activations=saved,
+            kept=saved,
             peak=peak,
             sent=measured_volume(counter),
             seconds=time.perf_counter() - started,
@@ -162,24 +184,27 @@ def dummy_batch(config: ModelConfig, sizes: BatchDims) -> Batch:
 
 def measured_volume(counter: CommunicationCounter) -> tuple[CommunicationVolume, ...]:
     """Return the counted bytes by collective and axis, summed over receivers."""
+    return volumes(counter.calls())
+
+
+def volumes(calls: Counter[SentCall]) -> tuple[CommunicationVolume, ...]:
+    """Return the bytes and the number of calls by collective and axis, sorted."""
     sums: Counter[tuple[str, str]] = Counter()
-    for line in counter.entries():
-        sums[line.kind, line.axis] += line.bytes
-    return tuple(CommunicationVolume(*key, size) for key, size in sorted(sums.items()))
-
-
-def _round_robin(sparse: SparseLayer) -> SparseLayer:
-    if not isinstance(sparse, MoE):
-        return sparse
-    return sparse.replace(
-        select=RoundRobin(k=round(sparse.select.experts_per_token(sparse.num_router_outputs)))
+    messages: Counter[tuple[str, str]] = Counter()
+    for call, number in calls.items():
+        sums[call.kind, call.axis] += number * call.sent_bytes
+        messages[call.kind, call.axis] += number * (call.sent_bytes > 0)
+    return tuple(
+        CommunicationVolume(*key, size, messages[key]) for key, size in sorted(sums.items()) if size
     )
 
 
 def _loss(parallel_model: ParallelModel, *, batch: Batch) -> Tensor:
-    output = parallel_model.model(batch)
+    with parallel_model.precision.autocast(batch.device):
+        output = parallel_model.model(batch)
+        loss = parallel_model.model.loss(output)
     terms = [value for record in output.records for value in record.losses.values()]
-    return torch.stack([parallel_model.model.loss(output).total, *terms]).sum()
+    return torch.stack([loss.total, *terms]).sum()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

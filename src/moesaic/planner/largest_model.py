@@ -10,8 +10,8 @@ from typing import Any, Literal
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
-from moesaic.parallel.memory_estimate import with_experts
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.planner.capacity import with_experts
 from moesaic.planner.machine import Machine
 from moesaic.planner.plan_model import Limits, PlanModel, tier_sums
 from moesaic.planner.plan_report import PlanRequest, plan_model, plan_words

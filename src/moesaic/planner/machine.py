@@ -6,12 +6,15 @@ the longer one alone, 1 if they overlap fully and 2 if they take turns.
 """
 
 import math
+import os
 from bisect import bisect_right
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import Field, field_validator
 
 from moesaic.core.config import Config
@@ -106,8 +109,12 @@ class Products(Config):
 
 
 class ContendedPairs(Config):
-    """Slow-downs of pairs of work that a step overlaps."""
+    """Slow-downs of pairs of work that a step overlaps.
 
+    ``all_devices`` is that of a device's products while the other devices of its node compute.
+    """
+
+    all_devices: SlowDown
     product_copy: SlowDown
     copy_copy: SlowDown
     disk_product: SlowDown
@@ -164,6 +171,26 @@ def read_machine(path: Path) -> Machine:
         problems = [p if p.startswith(str(path)) else f"{path}: {p}" for p in error.problems]
         missing = any("missing" in problem for problem in problems)
         raise ConfigError([*problems, CALIBRATE] if missing else problems) from error
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSize:
+    """A device's name and its memory in bytes."""
+
+    name: str
+    memory: float
+
+
+def device_here() -> DeviceSize:
+    """Return the first CUDA device of this machine, or its processor with the host's memory."""
+    if torch.cuda.is_available():
+        return DeviceSize(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
+    return DeviceSize("this machine", host_memory_bytes())
+
+
+def host_memory_bytes() -> float:
+    """Return the memory of this machine."""
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def machine_names() -> tuple[str, ...]:

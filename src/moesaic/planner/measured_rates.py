@@ -133,7 +133,7 @@ def attention(watch: Stopwatch, *, tokens: int, dtype: torch.dtype) -> Measureme
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(out, (q, k, v), grad)
 
-    flops = 4.0 * 4 * 4 * tokens * tokens * 32  # as they are counted: without the causal half
+    flops = 2.0 * 4 * 4 * tokens * tokens * 32  # as they are counted: the causal half
     found = watch.measure(f"attention {tokens}", call, size=flops)
     return Measurement(found.what, flops, tuple(s / 3.5 for s in found.seconds))
 
@@ -289,7 +289,20 @@ def _measure_collectives(
             rounds = max(MIN_ROUNDS, min(50, round(point_s * 2**28 / (size + 2**18))))
             seconds = tuple(watch._time(call) for _ in range(rounds))[1:]
             found.append((f"{name} {size}", float(size), seconds))
-    return [*found, _measure_product_beside(watch, sizes[-1], group=group)]
+    both = _measure_all_devices(watch, group=group)
+    return [*found, _measure_product_beside(watch, sizes[-1], group=group), both]
+
+
+def _measure_all_devices(watch: Stopwatch, *, group: Any) -> tuple[str, float, tuple[float, ...]]:
+    """Time a product on rank 0 alone, then while rank 1 computes too."""
+    x = torch.randn(256, 256, device=watch.device)
+    products = _loop(lambda: x @ x, 50)
+    alone = [watch.measure("alone", products, size=1)] if distributed.get_rank() == 0 else []
+    distributed.barrier(group=group)
+    seconds = tuple(watch._time(products) for _ in range(4 * MIN_ROUNDS))
+    distributed.barrier(group=group)
+    longer = alone[0].median if alone else 1.0
+    return "all_devices", longer, tuple(min(2 * longer, max(longer, s)) for s in seconds)
 
 
 def _measure_product_beside(

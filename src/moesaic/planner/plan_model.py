@@ -2,8 +2,9 @@
 
 The ``reference`` is the cost of a step of one rank and one row, each kind of block run once on fake
 tensors. A plan scales its operations by kind: products and attention with the tokens and with the
-tensor degree, the experts' products with the rows that meet at one expert. Volumes of collectives
-are those of ``parallel/communication_volume.py``; states are exact (``state_bytes.py``).
+tensor degree, the experts' products with the rows that meet at one expert. What layers exchange is
+measured on two ranks of each axis and scaled with their number; states are exact
+(``state_bytes.py``).
 
 Letters: m micro-batches, s share of the reference's tokens on a rank.
 """
@@ -17,27 +18,29 @@ from functools import lru_cache
 from moesaic.core.errors import UserError
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.memory.memory_plan import MemoryPlan
-from moesaic.parallel.communication_volume import CommunicationVolume, communication_volume
+from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Phase, Purpose
 from moesaic.planner.machine import Machine
-from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
-from moesaic.planner.state_bytes import PlanKey, ShardedState, StateBytes
-from moesaic.planner.step_cost import (
-    DEVICE,
-    DISK,
-    HOST,
-    OperationKind,
-    Phase,
-    Purpose,
-    StepCost,
+from moesaic.planner.operation_recorder import OperationKind
+from moesaic.planner.plan_space import (
+    CompletePlan,
+    Degrees,
+    Option,
+    PlanSpace,
+    expert_numbers,
 )
+from moesaic.planner.state_bytes import PlanKey, ShardBytes, ShardedState
+from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_time import (
     GroupShape,
     StepTime,
     group_shape,
-    operation_rates,
+    operation_rate,
+    operation_seconds,
     overlapped,
     sent_seconds,
     transfer_link,
@@ -83,10 +86,15 @@ def tier_sums(held: Mapping[tuple[str, Purpose], int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class PlanModelSettings:
-    """What a plan model is made of: the model's parameters and one measured step of it."""
+    """What a plan model is made of: the model's parameters and one measured step of it.
+
+    ``exchanges`` is what one of two ranks of an axis sends for a row that it holds; an axis that is
+    not named has one rank in every plan.
+    """
 
     inventory: ParameterInventory
     reference: StepCost
+    exchanges: Mapping[str, tuple[CommunicationVolume, ...]]
     machine: Machine
     state: ShardedState
     precision: Precision
@@ -100,13 +108,13 @@ class PlanModel:
         self.settings, self.space = settings, space
         self._config = settings.inventory.config
         self._layers = max(self._config.encoder.layers, self._config.decoder.layers)
-        self._rates = operation_rates(settings.machine, dtype=dtype_name(settings.precision))
-        self._lines = [op for op in settings.reference.operations if op.phase is not Phase.UPDATE]
+        self._lines = [op for op in settings.reference.operations if op.phase != Phase.UPDATE]
         self._saved = settings.reference.held_bytes(purpose=Purpose.ACTIVATIONS)
         self._dims = max(1, self._config.dim)
+        self._num_experts = max(expert_numbers(self._config), default=1)
         self.evaluations = 0
         self._kind_seconds = lru_cache(maxsize=None)(self._compute_kind)
-        self._volume_of = lru_cache(maxsize=None)(self._volume)
+        self._is_legal = lru_cache(maxsize=None)(self._check)
         self._exchange_bytes = lru_cache(maxsize=None)(self._exchanges)
         self._shape = lru_cache(maxsize=None)(self._group)
 
@@ -173,7 +181,9 @@ class PlanModel:
         return degrees.rows / (degrees.context * degrees.tensor)
 
     def _compute(self, degrees: Degrees, *, recomputes: bool) -> dict[str, float]:
-        often = degrees.micro_batches * self._share(degrees)
+        machine, often = self.settings.machine, degrees.micro_batches * self._share(degrees)
+        if min(self.space.ranks, machine.devices_per_node.value) > 1:
+            often *= machine.contended.all_devices.value
         tokens, experts = self._tokens(degrees), degrees.expert
         found: dict[str, float] = {}
         for kind in OperationKind:
@@ -188,24 +198,22 @@ class PlanModel:
     ) -> tuple[float, float]:
         """Return the seconds of forward and of backward of one micro-batch of a kind."""
         found = {Phase.FORWARD: 0.0, Phase.BACKWARD: 0.0}
-        rate = self._rates[kind]
+        local = max(1.0, self._num_experts / experts)
         for op in self._lines:
             if op.kind is kind:
-                count, scale = float(op.count), tokens
-                if kind is OperationKind.GROUPED_PRODUCT:
-                    # rows of the ranks of an expert group meet: fewer, larger products
-                    scale, count = tokens * experts, max(1.0, op.count / experts)
-                size = op.bytes_read + op.bytes_written
-                work = size if rate is self.settings.machine.memory else op.flops
-                found[op.phase] += count * rate.seconds(work * scale)
+                rate = operation_rate(self.settings.machine, op)
+                seconds = operation_seconds(op, rate, scale=tokens, local_experts=local)
+                found[op.phase] += op.count * seconds
         return found[Phase.FORWARD], found[Phase.BACKWARD]
 
     def _exchange_seconds(self, degrees: Degrees) -> dict[str, float]:
         often = degrees.micro_batches * self._share(degrees)
         found: dict[str, float] = {}
+        tokens = self._tokens(degrees)
         for line in self._exchange_bytes(*degrees[2:6]) or ():
-            size = often * line.bytes * degrees.rows
-            found[f"{line.kind} {line.axis}"] = self._seconds_of(line, size, degrees)
+            whole = replace(line, messages=round(often * line.messages))
+            name, size = f"{line.kind} {line.axis}", often * tokens * line.bytes
+            found[name] = self._seconds_of(whole, size, degrees)
         if degrees.pipe > 1:
             row = (
                 (self.space.source + self.space.target)
@@ -214,13 +222,15 @@ class PlanModel:
             )
             rows = degrees.rows / (degrees.context * degrees.tensor)
             size = 2 * degrees.micro_batches * rows * row
-            line = CommunicationVolume("send", "pipe", round(size))
+            line = CommunicationVolume("send", "pipe", round(size), 2 * degrees.micro_batches)
             found["send pipe"] = self._seconds_of(line, size, degrees)
         return found
 
     def _seconds_of(self, line: CommunicationVolume, size: float, degrees: Degrees) -> float:
         shape = self._shape(line.axis, degrees[:6])
-        return sent_seconds(size, kind=line.kind, shape=shape, machine=self.settings.machine)
+        return sent_seconds(
+            replace(line, bytes=round(size)), shape=shape, machine=self.settings.machine
+        )
 
     def _group(self, axis: str, axes: tuple[int, ...]) -> GroupShape:
         pipe, *stage = axes
@@ -231,40 +241,39 @@ class PlanModel:
     def _exchanges(
         self, context: int, tensor: int, expert: int, expert_tensor: int
     ) -> tuple[CommunicationVolume, ...] | None:
-        """Return what a rank sends between layers for one row of the batch; tokens are linear.
+        """Return what a rank sends between layers for a row on it; None: it cannot be cut so.
 
-        Dense layers and experts do not depend on each other, so each is asked for by itself. None
-        where the model cannot be cut so.
+        Tensor ranks send each token to all others; an all-to-all over context or expert ranks keeps
+        1 / n. What was measured on two ranks is scaled so.
         """
+        base = self.settings.base.context_parallel
+        found: list[CommunicationVolume] = []
+        for axis, ranks in zip(EXCHANGES, (tensor, context, expert, expert_tensor), strict=True):
+            to_all = axis.endswith("tensor") or (axis == "context" and isinstance(base, Ring))
+            factor = ranks - 1 if to_all else 2 * (ranks - 1) / ranks
+            if ranks > 1 and axis not in self.settings.exchanges:
+                return None
+            for line in self.settings.exchanges.get(axis, ()) if ranks > 1 else ():
+                found.append(replace(line, axis=axis, bytes=round(factor * line.bytes)))
+        return tuple(found) if self._can_be_cut(context, tensor, expert, expert_tensor) else None
+
+    def _can_be_cut(self, context: int, tensor: int, expert: int, expert_tensor: int) -> bool:
+        """Whether the model's dense layers, and its experts, can be cut so."""
+        dense = {"context": context, "tensor": tensor, "data": 1}
+        ranks = expert * expert_tensor
+        routed = {"expert": expert, "expert_tensor": expert_tensor, "data": ranks}
+        return self._is_legal(*dense.items()) and self._is_legal(*routed.items())
+
+    def _check(self, *degrees: tuple[str, int]) -> bool:
+        plan = ParallelPlan(**dict(degrees))
         try:
-            dense = self._volume_of(context, tensor, 1, 1, EXCHANGES[:2])
-            routed = self._volume_of(1, 1, expert, expert_tensor, EXCHANGES[2:])
+            parallel = self.settings.base.replace(plan=plan)
+            self.settings.inventory.on_rank(parallel, world=plan.world_size)
         except UserError:
-            return None
-        share = context * tensor  # the rows that a rank dispatches are a share of its row
-        experts = (replace(line, bytes=line.bytes // share) for line in routed)
-        return (*dense, *experts)
+            return False
+        return True
 
-    def _volume(
-        self, context: int, tensor: int, expert: int, expert_tensor: int, axes: tuple[str, ...]
-    ) -> tuple[CommunicationVolume, ...]:
-        ranks = max(context * tensor, expert * expert_tensor)
-        plan = ParallelPlan(
-            data=ranks // (context * tensor),
-            context=context,
-            tensor=tensor,
-            expert=expert,
-            expert_tensor=expert_tensor,
-        )
-        rank = self.settings.inventory.on_rank(self.settings.base.replace(plan=plan), world=ranks)
-        sizes = self.space.micro_batch(1)
-        one, two = (communication_volume(rank, sizes=sizes, micro_batches=n) for n in (1, 2))
-        once = {(line.kind, line.axis): line.bytes for line in one}
-        # what a second micro-batch adds: sums of gradients are sent once in a step
-        found = (replace(x, bytes=x.bytes - once.get((x.kind, x.axis), 0)) for x in two)
-        return tuple(line for line in found if line.axis in axes and line.bytes)
-
-    def _sync_seconds(self, degrees: Degrees, state: StateBytes) -> float:
+    def _sync_seconds(self, degrees: Degrees, state: ShardBytes) -> float:
         share, total = self._share(degrees), 0.0
         for kind, axis, once, often in state.synced:
             size = share * (once + often * degrees.micro_batches)
@@ -272,13 +281,13 @@ class PlanModel:
             total += self._seconds_of(line, size, degrees)
         return total
 
-    def _update(self, degrees: Degrees, option: Option, state: StateBytes) -> float:
+    def _update(self, degrees: Degrees, option: Option, state: ShardBytes) -> float:
         size = UPDATE_BYTES * state.values * self._share(degrees)
         if tier_names(option.memory)["optimizer_states"] == DEVICE:
             return self.settings.machine.memory.seconds(size)
         return size / self.settings.machine.update.value
 
-    def _transfers(self, degrees: Degrees, option: Option, state: StateBytes) -> dict[str, float]:
+    def _transfers(self, degrees: Degrees, option: Option, state: ShardBytes) -> dict[str, float]:
         share, m = self._share(degrees), degrees.micro_batches
         tiers = tier_names(option.memory)
         moved: Counter[tuple[str, str]] = Counter()
@@ -303,7 +312,7 @@ class PlanModel:
 
     # --- memory -------------------------------------------------------------------------------
 
-    def _state(self, degrees: Degrees, option: Option) -> StateBytes:
+    def _state(self, degrees: Degrees, option: Option) -> ShardBytes:
         _, data, context, tensor, expert, slices, _, _ = degrees
         key = PlanKey(data, context, tensor, expert, slices, option.zero)
         return self.settings.state.of_plan(key)

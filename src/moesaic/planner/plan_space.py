@@ -140,7 +140,7 @@ class PlanSpace(Config):
     def degrees(self, model: ModelConfig) -> Iterator[Degrees]:
         """Yield the degrees that the numbers of ranks, layers, rows and tokens allow."""
         layers = max(model.encoder.layers, model.decoder.layers)
-        experts = _expert_numbers(model)
+        experts = expert_numbers(model)
         for pipe in _divisors(self.ranks, at_most=min(self.max_pipe, layers)):
             for data, context, tensor in self._dense_degrees(self.ranks // pipe):
                 yield from self._with_experts(pipe, data, context, tensor, experts)
@@ -178,7 +178,8 @@ class PlanSpace(Config):
         return self.source % shards == 0 and self.target % shards == 0
 
 
-def _expert_numbers(model: ModelConfig) -> tuple[int, ...]:
+def expert_numbers(model: ModelConfig) -> tuple[int, ...]:
+    """Return the different numbers of experts of a model's MoE layers, the least first."""
     stacks = (model.encoder, model.decoder)
     found = {
         moe.experts

@@ -51,7 +51,7 @@ class PlanKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class StateBytes:
+class ShardBytes:
     """Bytes of rank 0: its shards, and what ZeRO gathers beside them at the peak.
 
     ``synced`` are the bytes that it sends in a step by (kind, axis): (once, per micro-batch).
@@ -87,7 +87,7 @@ class ShardedState:
         """The parameters of the whole model."""
         return sum(math.prod(c.placement.shape) * c.copies for c in self.classes)
 
-    def _of_plan(self, key: PlanKey) -> StateBytes:
+    def _of_plan(self, key: PlanKey) -> ShardBytes:
         """Return the bytes of a plan."""
         plan = key.plan
         sums = Counter[str]()
@@ -103,7 +103,7 @@ class ShardedState:
                     else self._each.reduce_dtype.itemsize
                 )
                 synced[kind, axis, often] += each.copies * round(size * itemsize)
-        return StateBytes(
+        return ShardBytes(
             values=sums["values"],
             weights=sums["values"] * self._each.parameter_dtype.itemsize,
             gradients=sums["values"] * self._each.gradient_dtype.itemsize,

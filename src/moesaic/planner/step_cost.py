@@ -1,105 +1,60 @@
 """Step cost: what one rank holds, computes, sends and moves in one training step of a plan.
 
-``CostSettings`` are what it depends on, ``step_cost`` computes it.
+Weights, gradients and optimizer states are exact, by arithmetic on the shards of parameters. All
+else is measured: each kind of block is run once on fake tensors (``measured_step.py``), and the
+results are kept for the next plan that splits a block alike. The rest is arithmetic: over layers,
+pipeline stages, micro-batches and ranks.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import chain
 
-from pydantic import Field
-
-from moesaic.core.config import Config
+from moesaic.distributed.communication_counter import RING_BYTES, SentCall
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_flop_count import BatchDims
-from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.parallel.communication_volume import CommunicationVolume, communication_volume
-from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parameter_inventory import ParameterInventory
-from moesaic.planner.dry_run import simulate_step
-
-DEVICE, HOST, DISK = "DeviceMemory", "HostMemory", "DiskStorage"  # members of the family of tiers
-
-
-class Purpose(StrEnum):
-    """What bytes of a rank are for.
-
-    ``GATHERED`` are the unsharded weights and gradients that ZeRO has beside its shards,
-    ``ACTIVATIONS`` what autograd keeps from forward to backward, ``TRANSIENT`` the buffers of the
-    operation that runs. Of each it is the most at once; not all of these instants are the same.
-    """
-
-    WEIGHTS = "weights"
-    GRADIENTS = "gradients"
-    STATES = "states"
-    GATHERED = "gathered"
-    ACTIVATIONS = "activations"
-    TRANSIENT = "transient"
-
-
-class Phase(StrEnum):
-    """Where in a step an operation runs; recomputed activations count as backward."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    UPDATE = "update"
-
-
-class OperationKind(StrEnum):
-    """What bounds an operation: products by their shapes, all others by memory."""
-
-    DENSE_PRODUCT = "dense product"
-    GROUPED_PRODUCT = "grouped product"
-    ATTENTION = "attention"
-    MEMORY = "memory-bound"
-
-
-@dataclass(frozen=True, slots=True)
-class OperationCost:
-    """``count`` equal operations of a rank in a step; FLOPs and bytes are those of one."""
-
-    phase: Phase
-    kind: OperationKind
-    flops: int
-    bytes_read: int
-    bytes_written: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class HeldBytes:
-    """Bytes that a rank has in a tier of memory for one purpose."""
-
-    tier: str
-    purpose: Purpose
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class MovedBytes:
-    """Bytes that a rank moves between two tiers in a step, for one purpose."""
-
-    source: str
-    target: str
-    purpose: Purpose
-    bytes: int
-
-
-class CostSettings(Config):
-    """What the cost of a step depends on.
-
-    ``sizes`` are those of one micro-batch of a data-parallel rank, ``world`` the number of ranks.
-    ``busiest_share`` is the share of a layer's edges that the busiest expert has; None is even.
-    """
-
-    model: ModelConfig
-    parallel: ParallelConfig = ParallelConfig()
-    optimizer: Optimizer = AdamW()
-    sizes: BatchDims
-    micro_batches: int = Field(default=1, ge=1)
-    world: int = Field(default=1, ge=1)
-    busiest_share: float | None = Field(default=None, gt=0, le=1)
+from moesaic.parallel.communication_volume import (
+    CommunicationVolume,
+    gradient_buckets,
+    gradient_communication,
+)
+from moesaic.parallel.gradient_sums import IN_FLIGHT
+from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
+from moesaic.planner.block_chain import BlockChain, ChainPlace
+from moesaic.planner.cost_entries import (
+    DEVICE,
+    DISK,
+    HeldBytes,
+    MovedBytes,
+    OperationCost,
+    Phase,
+    Purpose,
+)
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.dry_run import volumes
+from moesaic.planner.measured_step import (
+    MeasuredPart,
+    MeasuredStep,
+    Span,
+    smallest_plan,
+)
+from moesaic.planner.operation_recorder import Operation, OperationKind
+from moesaic.planner.pipeline_cost import PipelineCost
+from moesaic.planner.step_memory import (
+    StateBytes,
+    bucket_copies,
+    gathered_bytes,
+    gradient_corrections,
+    kept_bytes,
+    peak_bytes,
+    stage_spans,
+    state_bytes,
+    with_offloaded_activations,
+)
+from moesaic.planner.tier_bytes import moved_bytes, resident_weights, tier_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +62,12 @@ class StepCost:
     """The cost of one training step (all micro-batches) for one rank.
 
     ``peak`` is the most bytes in each tier at once. ``bubble`` is the share of a pipeline's time in
-    which the rank waits for others (0 without one). ``parameters`` counts the whole model's.
+    which the rank waits for others (0 without one).
     """
 
-    parameters: int
     held: tuple[HeldBytes, ...]
     peak: Mapping[str, int]
-    operations: tuple[OperationCost, ...]
+    operations: tuple[OperationCost, ...] = field(repr=False)
     sent: tuple[CommunicationVolume, ...]
     moved: tuple[MovedBytes, ...]
     bubble: float = 0.0
@@ -137,30 +91,262 @@ class StepCost:
 
 def step_cost(settings: CostSettings, *, rank: int = 0) -> StepCost:
     """Return the cost of a step of one rank. Raises ConfigError where the plan does not fit."""
-    done = simulate_step(
-        settings.model,
-        parallel=settings.parallel,
-        world_size=settings.world,
-        sizes=settings.sizes,
-        rank=rank,
-        optimizer=settings.optimizer,
-    )
-    parameters = ParameterInventory(settings.model).on_rank(
-        settings.parallel, world=settings.world, rank=rank
-    )
-    held = {
-        Purpose.WEIGHTS: done.weights,
-        Purpose.GRADIENTS: done.gradients,
-        Purpose.STATES: done.optimizer,
-        Purpose.ACTIVATIONS: done.saved_activations,
-    }
-    return StepCost(
-        parameters=sum(math.prod(s.parameter.placement.shape) for s in parameters.shards),
-        held=tuple(HeldBytes(DEVICE, purpose, size) for purpose, size in held.items()),
-        peak={DEVICE: done.peak + done.optimizer},
-        operations=(),
-        sent=communication_volume(
-            parameters, sizes=settings.sizes, micro_batches=settings.micro_batches
-        ),
-        moved=(),
-    )
+    return _Composition.of(settings, rank=rank).cost()
+
+
+def peak_memory(settings: CostSettings, *, rank: int = 0) -> Mapping[str, int]:
+    """Return the ``peak`` of a step alone: with ZeRO, half the measuring."""
+    return _Composition.of(settings, rank=rank).held()[1]
+
+
+@dataclass(frozen=True)
+class _Composition:
+    """A step's settings, the shards of a rank, and the measured spans of its kinds of blocks.
+
+    ``part`` is what is measured, and ``measured_parameters`` are the shards there.
+    """
+
+    settings: CostSettings
+    parameters: RankParameters
+    blocks: BlockChain
+    part: MeasuredPart
+    measured_parameters: RankParameters
+
+    @staticmethod
+    def of(settings: CostSettings, *, rank: int) -> "_Composition":
+        """Measure what was not measured before."""
+        inventory = _inventory_once(_KeyedModel(repr(settings.model), settings.model))
+        parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
+        counts = sorted(set(inventory.expert_modules.values()))
+        small = smallest_plan(parameters.plan, expert_counts=counts)
+        parallel = settings.parallel.replace(plan=small, memory=MemoryPlan())
+        by = parallel.activation_checkpointing
+        blocks = BlockChain.of(settings.model, checkpointing=by)
+        part = MeasuredPart(
+            settings.model,
+            blocks,
+            parallel,
+            settings.sizes,
+            settings.optimizer,
+            settings.precision,
+            settings.busiest_share,
+        )
+        measured_parameters = inventory.on_rank(parallel, world=small.world_size)
+        return _Composition(settings, parameters, blocks, part, measured_parameters)
+
+    @cached_property
+    def measured(self) -> MeasuredStep:
+        """The spans of the step."""
+        return self._measure(self.part)
+
+    @cached_property
+    def plain(self) -> MeasuredStep:
+        """The spans without ZeRO, for operations, and what is sent for activations."""
+        parallel, plan = self.part.parallel, self.part.parallel.plan
+        without = parallel.replace(plan=plan.replace(zero=0))
+        return self._measure(replace(self.part, parallel=without)) if plan.zero else self.measured
+
+    def _measure(self, part: MeasuredPart) -> MeasuredStep:
+        zero = self.part.parallel.plan.zero
+        last = _kinds_of_micro_batches(self.settings.micro_batches, zero=zero)
+        return _measure_once(_Keyed(repr(part), part, last))
+
+    def held(self) -> tuple[tuple[HeldBytes, ...], Mapping[str, int]]:
+        """Return the bytes by tier and purpose, and the most in each tier at once."""
+        peak, kept = self._peak()
+        gathered = gathered_bytes(
+            self.parameters, itemsize=self.settings.precision.parameter_dtype.itemsize
+        )
+        if self.parameters.plan.zero in (1, 2):
+            kept -= gathered
+        lines = [*self._state_lines(), HeldBytes(DEVICE, Purpose.GATHERED, gathered)]
+        lines.append(
+            HeldBytes(tier_name(self._memory.activations), Purpose.ACTIVATIONS, max(0, kept))
+        )
+        known = sum(line.bytes for line in lines if line.tier == DEVICE)
+        lines.append(HeldBytes(DEVICE, Purpose.TRANSIENT, max(0, peak - known)))
+        peaks = {DEVICE: peak}
+        for line in lines:
+            if line.tier != DEVICE:
+                peaks[line.tier] = peaks.get(line.tier, 0) + line.bytes
+        return tuple(line for line in lines if line.bytes), peaks
+
+    def _state_lines(self) -> Iterator[HeldBytes]:
+        """Yield the bytes of weights, gradients and states, each in its tier."""
+        state, memory = self._state, self._memory
+        resident = resident_weights(state, memory)
+        yield HeldBytes(DEVICE, Purpose.WEIGHTS, resident)
+        if not memory.parameters.is_device:
+            streamed = sum(state.experts.values())
+            yield HeldBytes(tier_name(memory.parameters), Purpose.WEIGHTS, streamed)
+        yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
+        yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.states)
+
+    @property
+    def _memory(self) -> MemoryPlan:
+        return self.settings.parallel.memory
+
+    def cost(self) -> StepCost:
+        """Return the whole cost."""
+        held, peak = self.held()
+        return StepCost(
+            held=held,
+            peak=peak,
+            operations=self._operations(),
+            sent=self._sent(),
+            moved=tuple(
+                moved_bytes(self._state, self._memory, micro_batches=self.settings.micro_batches)
+            ),
+            bubble=self._pipeline.bubble(),
+        )
+
+    @cached_property
+    def _state(self) -> StateBytes:
+        return state_bytes(self.parameters, self.settings)
+
+    @cached_property
+    def _pipeline(self) -> PipelineCost:
+        return PipelineCost(self.parameters, self.settings)
+
+    @property
+    def _counts(self) -> list[int]:
+        """How many micro-batches of the step each measured one stands for."""
+        measured, number = len(self.measured.micro_batches), self.settings.micro_batches
+        return [1, number - measured + 1, 1][:measured]
+
+    def _spans(self, step: MeasuredStep, *, micro_batch: int) -> list[tuple[Span, ...]]:
+        """Return the spans of a micro-batch on each stage of the rank."""
+        more: Mapping[ChainPlace, int] = {}
+        ends = (
+            micro_batch in (0, len(step.micro_batches) - 1)
+            if self.part.parallel.plan.zero
+            else micro_batch == 0
+        )
+        if ends and step is self.measured:
+            more = gradient_corrections(self.parameters, self.measured_parameters, self.settings)
+        if micro_batch == len(step.micro_batches) - 1 and step is self.measured:
+            copies = bucket_copies(self.parameters, self.settings)
+            more = {place: more.get(place, 0) + copies.get(place, 0) for place in {*more, *copies}}
+        spans = step.micro_batches[micro_batch]
+        stages = [
+            stage_spans(spans, chain=self.blocks, blocks=blocks, corrections=more)
+            for blocks in self._pipeline.block_ranges
+        ]
+        if self._memory.activations.is_device:
+            return stages
+        return [with_offloaded_activations(stage) for stage in stages]
+
+    def _peak(self) -> tuple[int, int]:
+        """Return the most bytes of the device at once, and of activations in any tier."""
+        state, memory = self._state, self._memory
+        fixed = resident_weights(state, memory)
+        fixed += state.states * memory.optimizer_states.is_device + self._pipeline.buffers()
+        live, peak, most_kept = fixed, 0, 0
+        for number in range(len(self.measured.micro_batches)):
+            stages = self._spans(self.measured, micro_batch=number)
+            kept = [kept_bytes(spans) for spans in stages]
+            in_flight = self._pipeline.in_flight(gradients=number > 0)
+            waiting = sum(n * each for n, each in zip(in_flight, kept, strict=True))
+            for spans, each in zip(stages, kept, strict=True):
+                peak = max(peak, live + waiting - each + peak_bytes(spans))
+            live += sum(span.change for spans in stages for span in spans)
+            most_kept = max(most_kept, waiting)
+        buckets = gradient_buckets(self.parameters, precision=self.settings.precision)
+        summed = sum(bucket.bytes for bucket in buckets[-IN_FLIGHT:])
+        update_peak = max(self._update_peak(), summed)
+        gradients = state.gradients * memory.gradients.is_device
+        return max(peak, fixed + gradients + update_peak), most_kept
+
+    def _update_peak(self) -> int:
+        """Return the most bytes that the update has update_peak weights, gradients and states."""
+        states = self._memory.optimizer_states
+        if states.is_device:
+            return self.measured.update.peak
+        on_disk = tier_name(states) == DISK
+        return on_disk * min(self._memory.in_flight_bytes, self._state.states)
+
+    def _operations(self) -> tuple[OperationCost, ...]:
+        found: Counter[tuple[Phase, Operation]] = Counter()
+        for number, count in enumerate(self._counts):
+            for span in chain.from_iterable(self._spans(self.plain, micro_batch=number)):
+                for operation, times in span.operations.items():
+                    found[span.phase, operation] += times * count
+        for operation, times in self._update_operations():
+            found[Phase.UPDATE, operation] += times
+        return tuple(
+            OperationCost(phase, o.kind, o.dtype, o.flops, o.bytes_read, o.bytes_written, count)
+            for (phase, o), count in sorted(found.items())
+        )
+
+    def _update_operations(self) -> Iterator[tuple[Operation, int]]:
+        """Yield the optimizer's products, for all parameters, and its one pass over the states."""
+        state = self._state
+        read, written = state.total, state.weights + state.states
+        yield Operation(OperationKind.MEMORY, "float32", 0, read, written), 1
+        measured = sum(
+            math.prod(shard.shape)
+            for shard in self.measured_parameters.shards
+            if self.blocks.has_run(shard.parameter.name)
+        )
+        values = sum(math.prod(shard.shape) for shard in self.parameters.shards)
+        for operation, times in self.measured.update.operations.items():
+            if operation.kind is not OperationKind.MEMORY:
+                yield operation, round(times * values / measured)
+
+    def _sent(self) -> tuple[CommunicationVolume, ...]:
+        """Return what is sent for activations, measured, and for gradients, by arithmetic."""
+        plan, calls = self.parameters.plan, Counter[SentCall]()
+        data = plan.data or 1
+        ranks = {"stage": plan.stage_size, "data": data, "data+context": data * plan.context}
+        for number, count in enumerate(self._counts):
+            for span in chain.from_iterable(self._spans(self.plain, micro_batch=number)):
+                for call, times in span.sent.items():
+                    scaled = call.axis in ranks and call.kind in RING_BYTES
+                    calls[call.over(ranks[call.axis]) if scaled else call] += times * count
+        for call in self._pipeline.sends():
+            calls[call] += self.settings.micro_batches
+        found: dict[tuple[str, str], CommunicationVolume] = {}
+        gradients = gradient_communication(
+            self.parameters,
+            precision=self.settings.precision,
+            micro_batches=self.settings.micro_batches,
+        )
+        for each in (*volumes(calls), *gradients):
+            key = (each.kind, each.axis)
+            known = found.get(key, CommunicationVolume(*key, 0))
+            found[key] = replace(
+                known, bytes=known.bytes + each.bytes, messages=known.messages + each.messages
+            )
+        return tuple(found[key] for key in sorted(found))
+
+
+def _kinds_of_micro_batches(number: int, *, zero: int) -> tuple[bool, ...]:
+    """Return whether each micro-batch to measure is the step's last: first, later, last ones."""
+    if number == 1:
+        return (True,)
+    return (False, False, True) if zero and number > 2 else (False, True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keyed:
+    """A part to measure, equal to another if its text is."""
+
+    text: str
+    part: MeasuredPart = field(compare=False)
+    last: tuple[bool, ...] = ()
+
+
+@lru_cache(maxsize=512)
+def _measure_once(keyed: _Keyed) -> MeasuredStep:
+    return keyed.part.measure(last=keyed.last)
+
+
+@dataclass(frozen=True, slots=True)
+class _KeyedModel:
+    text: str
+    config: ModelConfig = field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _inventory_once(keyed: _KeyedModel) -> ParameterInventory:
+    return ParameterInventory(keyed.config)

@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 
 from moesaic.distributed.parallel_plan import DENSE_AXES, ParallelPlan
 from moesaic.parallel.communication_volume import CommunicationVolume
-from moesaic.planner.machine import LinkSpeed, Machine, SizedRate
-from moesaic.planner.step_cost import (
+from moesaic.planner.cost_entries import (
     DEVICE,
     DISK,
     HOST,
     MovedBytes,
     OperationCost,
-    OperationKind,
     Phase,
-    StepCost,
+    Purpose,
 )
+from moesaic.planner.machine import LinkSpeed, Machine, SizedRate
+from moesaic.planner.operation_recorder import OperationKind
+from moesaic.planner.step_cost import StepCost
 
 SYNC_AXES = ("data", "expert_data", "stage")  # sums of gradients and gathered weights
+PRODUCTS_PER_EXPERT = {Phase.FORWARD: 2, Phase.BACKWARD: 4}
 SYNC_KINDS = ("all-reduce", "reduce-scatter", "all-gather")
 
 
@@ -55,15 +57,23 @@ def together(first: float, second: float, *, slow_down: float) -> float:
 
 
 def step_time(
-    cost: StepCost, *, machine: Machine, plan: ParallelPlan, dtype: str = "float32"
+    cost: StepCost, *, machine: Machine, plan: ParallelPlan, num_experts: int = 1
 ) -> StepTime:
     """Return the time of a step on a machine. ``plan`` has its ``data`` degree.
 
-    Raises ConfigError if the machine has no rates of ``dtype``.
+    ``num_experts`` is that of a layer.
+
+    Raises ConfigError if the machine has no rates of a dtype.
     """
-    compute = compute_seconds(cost.operations, machine=machine, dtype=dtype)
+    local = max(1.0, num_experts / plan.expert)
+    compute = compute_seconds(cost.operations, machine=machine, local_experts=local)
+    neighbours = min(plan.world_size, int(machine.devices_per_node.value))
+    if neighbours > 1:
+        slow = machine.contended.all_devices.value
+        compute = {kind: slow * seconds for kind, seconds in compute.items()}
     update = compute.pop("update", 0.0)
-    if any(held.tier != DEVICE and held.purpose == "states" and held.bytes for held in cost.held):
+    states = [held for held in cost.held if held.purpose is Purpose.STATES and held.bytes]
+    if any(held.tier != DEVICE for held in states):
         update = _host_update_seconds(cost.operations, machine=machine)
     lines = {line: collective_seconds(line, machine=machine, plan=plan) for line in cost.sent}
     exposed = {f"{x.kind} {x.axis}": s for x, s in lines.items() if not _is_sync(x)}
@@ -106,28 +116,42 @@ def overlapped(serial: StepTime, *, sync: float, machine: Machine, bubble: float
 
 
 def compute_seconds(
-    operations: Iterable[OperationCost], *, machine: Machine, dtype: str
+    operations: Iterable[OperationCost], *, machine: Machine, local_experts: float = 1
 ) -> dict[str, float]:
     """Return the seconds of forward and backward by kind of operation, and those of the update."""
     found: dict[str, float] = {}
-    rates = operation_rates(machine, dtype=dtype)
     for each in operations:
-        name = "update" if each.phase is Phase.UPDATE else each.kind.value
-        rate = rates[each.kind]
-        size = each.bytes_read + each.bytes_written if rate is machine.memory else each.flops
-        found[name] = found.get(name, 0.0) + each.count * rate.seconds(size)
+        name = "update" if each.phase == Phase.UPDATE else each.kind.value
+        rate = operation_rate(machine, each)
+        seconds = operation_seconds(each, rate, local_experts=local_experts)
+        found[name] = found.get(name, 0.0) + each.count * seconds
     return found
 
 
-def operation_rates(machine: Machine, *, dtype: str) -> dict[OperationKind, SizedRate]:
-    """Return the curve that times each kind of operation."""
-    products = machine.products_of(dtype)
-    return {
-        OperationKind.DENSE_PRODUCT: products.dense,
-        OperationKind.GROUPED_PRODUCT: products.grouped,
-        OperationKind.ATTENTION: products.attention,
-        OperationKind.MEMORY: machine.memory,
-    }
+def operation_seconds(
+    each: OperationCost, rate: SizedRate, *, local_experts: float, scale: float = 1
+) -> float:
+    """Return the time of one of some equal operations on ``scale`` times the tokens.
+
+    A grouped product is that of a layer: two products of each expert of the rank in forward, four
+    in backward, and its rate is that of a product of one expert.
+    """
+    if each.kind is OperationKind.MEMORY:
+        return rate.seconds((each.bytes_read + each.bytes_written) * scale)
+    if each.kind is not OperationKind.GROUPED_PRODUCT:
+        return rate.seconds(each.flops * scale)
+    products = local_experts * PRODUCTS_PER_EXPERT[each.phase]
+    return products * rate.seconds(each.flops * scale / products)
+
+
+def operation_rate(machine: Machine, each: OperationCost) -> SizedRate:
+    """Return the curve that times an operation. Raises ConfigError if the machine has none."""
+    if each.kind is OperationKind.MEMORY:
+        return machine.memory
+    products = machine.products_of(each.dtype)
+    if each.kind is OperationKind.ATTENTION:
+        return products.attention
+    return products.grouped if each.kind is OperationKind.GROUPED_PRODUCT else products.dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,24 +186,23 @@ def expert_axes(plan: ParallelPlan) -> dict[str, int]:
 def collective_seconds(line: CommunicationVolume, *, machine: Machine, plan: ParallelPlan) -> float:
     """Return the time of a step's collectives of one kind over one axis."""
     shape = group_shape(plan, line.axis, devices_per_node=int(machine.devices_per_node.value))
-    return sent_seconds(line.bytes, kind=line.kind, shape=shape, machine=machine)
+    return sent_seconds(line, shape=shape, machine=machine)
 
 
-def sent_seconds(
-    size: float, *, kind: str, shape: GroupShape, machine: Machine, messages: float = 1
-) -> float:
-    """Return the time in which each rank of a group sends ``size`` bytes in so many collectives.
+def sent_seconds(line: CommunicationVolume, *, shape: GroupShape, machine: Machine) -> float:
+    """Return the time in which each rank of a group sends the bytes of ``line``.
 
     Across nodes, an all-to-all sends the share of the other nodes' ranks over the slow link. Other
     collectives run in rings through the nodes: each of a node's ``local`` ranks carries its share
     of what crosses. The links within a node carry all bytes at the same time.
     """
     inside, across = machine.within_node, machine.between_nodes
+    size, messages = line.bytes, max(1, line.messages)
     if shape.ranks <= 1 or not size:
         return 0.0
     if shape.local >= shape.ranks:
         return inside.seconds(size, messages=messages)
-    if kind == "all-to-all":
+    if line.kind == "all-to-all":
         crossing = size * (shape.ranks - shape.local) / (shape.ranks - 1)
     else:
         crossing = size / shape.local
@@ -215,6 +238,6 @@ def _host_update_seconds(operations: Iterable[OperationCost], *, machine: Machin
     size = sum(
         (each.bytes_read + each.bytes_written) * each.count
         for each in operations
-        if each.phase is Phase.UPDATE
+        if each.phase == Phase.UPDATE
     )
     return size / machine.update.value

@@ -8,7 +8,7 @@ from moesaic.nn.feed_forward import GELU, Activation, ReLU, SquaredReLU, SwiGLU
 from moesaic.ops.cpu.cpu_library import load_library
 from moesaic.ops.cpu.cpu_moe_kernel import CPUMoEKernel
 from moesaic.ops.grouped_gemm import FeedForwardWeights, SequentialGEMM
-from moesaic.ops.moe_kernel import Edges, KernelShape, UnfusedMoEKernel
+from moesaic.ops.moe_kernel import Edges, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
 
 LIBRARY = load_library().library
@@ -218,7 +218,8 @@ def test_x_the_pre_activation_and_a_few_numbers_per_edge_are_saved(fused):
         fused(x, edges=edges, weights=weights, activation=SwiGLU())
     held = {t.data_ptr() for t in (x, weights.up, weights.down)}
     kept = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in held)
-    assert kept == 60 * 4 * fused.saved_activations(KernelShape(16, 64, False, 1.0)) + 4 * E
+    # of each of 60 edges the pre-activation, the weight and three int64 indices
+    assert kept == 60 * (4 * (64 + 1) + 3 * 8) + 4 * E
 
 
 def test_biases_and_other_dtypes_take_the_composed_path(fused):

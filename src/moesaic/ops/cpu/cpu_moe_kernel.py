@@ -10,14 +10,14 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.grouped_gemm import GATED_ACTIVATIONS, ActivationFunction, FeedForwardWeights
-from moesaic.ops.moe_kernel import Edges, FusedMemory, KernelShape, MoEKernel
+from moesaic.ops.moe_kernel import Edges, MoEKernel
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_CODES = {"relu": 0, "relu2": 1, "gelu": 2, "swiglu": 3}
@@ -45,6 +45,18 @@ class MoEArguments(ctypes.Structure):
     )
 
 
+class ExpertLibrary(Protocol):
+    """Computes the experts on contiguous tensors, by the names of ``MoEArguments``."""
+
+    def forward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
+        """Fill ``out``, and ``pre_activation`` if it is given."""
+        ...
+
+    def backward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
+        """Fill the gradients that are given."""
+        ...
+
+
 class CPULibrary:
     """The compiled library at a path. Calls release the GIL."""
 
@@ -55,12 +67,38 @@ class CPULibrary:
             function.argtypes, function.restype = [ctypes.POINTER(MoEArguments)], ctypes.c_int
 
     def forward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
-        """Fill ``out``, and ``pre_activation`` if it is given."""
         _check_status(self._forward(_pack_arguments(sizes, tensors)))
 
     def backward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
-        """Fill the gradients that are given."""
         _check_status(self._backward(_pack_arguments(sizes, tensors)))
+
+
+_OPERATORS = torch.library.Library("moesaic", "FRAGMENT")
+_OPERATORS.define("expert_products(Tensor x, Tensor up, Tensor down, int rows, int passes) -> ()")
+_OPERATORS.impl("expert_products", lambda *_: None, "CompositeExplicitAutograd")
+
+
+class ShapesOnlyLibrary:
+    """Stands in for the library on fake tensors: names its products, and computes nothing.
+
+    The operator ``moesaic::expert_products`` says which products of ``rows`` rows there would be:
+    one ``passes`` in forward, two in backward. So a simulated step (``distributed/simulation.py``)
+    has the memory and the FLOPs of the fused kernels, and compiles nothing.
+    """
+
+    def forward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
+        del sizes
+        self._report(tensors, passes=1)
+
+    def backward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
+        del sizes
+        self._report(tensors, passes=2)
+
+    def _report(self, tensors: Mapping[str, Tensor | None], *, passes: int) -> None:
+        x, up, down = tensors["x"], tensors["up"], tensors["down"]
+        assert tensors["edge_of_row"] is not None
+        rows = len(tensors["edge_of_row"])
+        torch.ops.moesaic.expert_products(x, up, down, rows, passes)
 
 
 def _pack_arguments(sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> MoEArguments:
@@ -88,7 +126,7 @@ class CPUMoEKernel:
     ``ACTIVATION_CODES``. bfloat16 is converted in registers: all sums are float32.
     """
 
-    library: CPULibrary
+    library: ExpertLibrary
     fallback: MoEKernel
 
     @property
@@ -113,9 +151,6 @@ class CPUMoEKernel:
             self.library, activation.kernel_name, edges.per_token, live_rows, save
         )
         return _FusedMoE.apply(*inputs, _sort_edges(edges), options)
-
-    def saved_activations(self, shape: KernelShape) -> float:
-        return FusedMemory().saved_activations(shape)
 
 
 def supports(x: Tensor, *, weights: FeedForwardWeights, activation: ActivationFunction) -> bool:
@@ -144,7 +179,7 @@ class _SortedEdges(NamedTuple):
 class _CallOptions(NamedTuple):
     """Arguments that are no tensors; at most ``live_rows`` edges are not dropped."""
 
-    library: CPULibrary
+    library: ExpertLibrary
     activation: str
     per_token: int
     live_rows: int

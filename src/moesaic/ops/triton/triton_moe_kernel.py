@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Float, Tensor
 from moesaic.ops.grouped_gemm import ActivationFunction, FeedForwardWeights
 from moesaic.ops.kernel_check import compare_with_unfused
-from moesaic.ops.moe_kernel import Edges, KernelShape
+from moesaic.ops.moe_kernel import Edges
 from moesaic.ops.triton import kernel_launch
 from moesaic.ops.triton.kernel_launch import KernelOptions, LaunchContext
 from moesaic.ops.triton.tiles import Tiles, gpu_architecture, tiles_for
@@ -61,10 +61,6 @@ class TritonMoEKernel:
         inputs = (x, edges.weight, weights.up, weights.down, weights.up_bias, weights.down_bias)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         return _TritonMoE.apply(*inputs, job, self.max_buffer_elements, save)
-
-    def saved_activations(self, shape: KernelShape) -> float:
-        """The pre-activation, the weight, and three int64 indices; dropped edges are saved too."""
-        return shape.width + 1 + 3 * 2
 
 
 def kernel_failure(device: torch.device, *, dtype: torch.dtype, activation: str) -> str:

@@ -1,0 +1,67 @@
+"""Entries of a step's cost: operations, bytes held and bytes moved, each of one kind."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moesaic.planner.operation_recorder import OperationKind
+
+DEVICE, HOST, DISK = "DeviceMemory", "HostMemory", "DiskStorage"  # members of the family of tiers
+
+
+class Purpose(StrEnum):
+    """What bytes of a rank are for.
+
+    ``GATHERED`` are the unsharded weights that ZeRO has beside its shards, ``ACTIVATIONS`` what
+    autograd keeps from forward to backward, ``TRANSIENT`` all else at the peak: buffers of the
+    operation that runs, gradients on their way. Of each it is the most at once.
+    """
+
+    WEIGHTS = "weights"
+    GRADIENTS = "gradients"
+    STATES = "states"
+    GATHERED = "gathered"
+    ACTIVATIONS = "activations"
+    TRANSIENT = "transient"
+
+
+class Phase(StrEnum):
+    """Where in a step an operation runs; recomputed activations count as backward."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    UPDATE = "update"
+
+
+@dataclass(frozen=True, slots=True)
+class OperationCost:
+    """``count`` equal operations of a rank in a step; FLOPs and bytes are those of one.
+
+    ``dtype`` is that of the result.
+    """
+
+    phase: Phase
+    kind: OperationKind
+    dtype: str
+    flops: int
+    bytes_read: int
+    bytes_written: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBytes:
+    """Bytes that a rank has in a tier of memory for one purpose."""
+
+    tier: str
+    purpose: Purpose
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MovedBytes:
+    """Bytes that a rank moves between two tiers in a step, for one purpose."""
+
+    source: str
+    target: str
+    purpose: Purpose
+    bytes: int

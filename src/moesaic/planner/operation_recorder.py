@@ -1,0 +1,101 @@
+"""Operation recorder: kind, FLOPs and bytes of the operations of a simulated rank.
+
+FLOPs are two per multiplication and addition of matrix products and attention (half the scores
+where attention is causal), as ``model/parameter_flop_count.py`` counts them; other operations have
+none. Bytes are those of an operation's arguments and results, each read or written once. Views
+cost nothing.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from moesaic.core.shapes import Tensor
+
+
+class OperationKind(StrEnum):
+    """What bounds an operation: products by their shapes, all others by memory."""
+
+    DENSE_PRODUCT = "dense product"
+    GROUPED_PRODUCT = "grouped product"
+    ATTENTION = "attention"
+    MEMORY = "memory-bound"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Operation:
+    """An operation on one rank: its kind, the dtype of its result, FLOPs, bytes read and written.
+
+    An operation without a result has the dtype of its first tensor.
+    """
+
+    kind: OperationKind
+    dtype: str
+    flops: int
+    bytes_read: int
+    bytes_written: int
+
+
+class OperationRecorder:
+    """Counts equal operations; an ``OperationObserver`` of a ``SimulatedRank``."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Operation] = Counter()
+
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, /
+    ) -> None:
+        if not _is_view(func):
+            kind, flops = _products(func, args, out)
+            given, result = _tensors((args, kwargs)), _tensors(out)
+            dtype = str((*result, *given)[0].dtype).removeprefix("torch.") if given else ""
+            self.counts[Operation(kind, dtype, flops, _bytes(given), _bytes(result))] += 1
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether an operation returns a view of an argument, or nothing of tensors at all."""
+    if func.namespace == "prim":
+        return True
+    results = func._schema.returns
+    return bool(results) and all(r.alias_info and not r.alias_info.is_write for r in results)
+
+
+def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind, int]:
+    name, packet = func._opname, func.overloadpacket
+    if name == "expert_products":
+        _, up, down, rows, passes = args
+        values = up.shape[-2] * up.shape[-1] + down.shape[-2] * down.shape[-1]
+        return OperationKind.GROUPED_PRODUCT, 2 * passes * rows * values
+    if name == "_grouped_mm":
+        rows, weight = args[:2]
+        return OperationKind.GROUPED_PRODUCT, 2 * prod(rows.shape) * weight.shape[-1]
+    if name.startswith("_scaled_dot_product_"):
+        return OperationKind.ATTENTION, _attention_flops(name, args)
+    if packet in flop_registry:
+        return OperationKind.DENSE_PRODUCT, int(flop_registry[packet](*args, out_val=out))
+    return OperationKind.MEMORY, 0
+
+
+def _attention_flops(name: str, args: tuple[Any, ...]) -> int:
+    backward = "backward" in name
+    grad, tensors = args[0].shape, [a.shape for a in args[: 3 + backward]]
+    flops = sdpa_backward_flop_count(grad, *tensors[1:]) if backward else sdpa_flop_count(*tensors)
+    query, key = tensors[backward][-2], tensors[backward + 1][-2]
+    causal = query == key and any(isinstance(a, bool) and a for a in args[3 + backward :])
+    return flops // 2 if causal else flops
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,182 @@
+"""Step memory: the spans of a measured step put together for a whole model, and its peak.
+
+A peak is what is there for good plus the most that is there at once beside it: the sum of what the
+spans before have left, and the most within a span.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from moesaic.optim.optimizer import Optimizer
+from moesaic.parallel.communication_volume import gradient_buckets
+from moesaic.parallel.gradient_sums import IN_FLIGHT
+from moesaic.parallel.parameter_inventory import ParameterShard, RankParameters
+from moesaic.parallel.partial_forward import BlockRange
+from moesaic.planner.block_chain import STACKS, BlockChain, ChainPlace
+from moesaic.planner.cost_entries import Phase
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.measured_step import Span
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes of a rank's weights, gradients and optimizer states, exact, in whichever tier.
+
+    ``experts`` are those of the weights of experts, by module.
+    """
+
+    weights: int
+    gradients: int
+    states: int
+    experts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.states
+
+
+def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateBytes:
+    """Return the bytes of the shards of a rank."""
+    precision = settings.precision
+    weight, gradient = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
+    master = precision.master_weights.bytes_per_value if weight < FLOAT32_BYTES else 0
+    values, experts = 0, dict[str, int]()
+    for shard in parameters.shards:
+        size = math.prod(shard.shape)
+        values += size
+        if shard.parameter.placement.num_experts is not None:
+            module = shard.parameter.fsdp_unit
+            experts[module] = experts.get(module, 0) + weight * size
+    rules = sum(_rule_bytes(shard, settings.optimizer) for shard in parameters.shards)
+    return StateBytes(weight * values, gradient * values, master * values + rules, experts)
+
+
+def _rule_bytes(shard: ParameterShard, optimizer: Optimizer) -> int:
+    parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
+    rule = optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
+    return sum(slot.nbytes for slot in rule.initial_state(parameter).values())
+
+
+def stage_spans(
+    spans: Sequence[Span],
+    *,
+    chain: BlockChain,
+    blocks: BlockRange,
+    corrections: Mapping[ChainPlace, int],
+) -> tuple[Span, ...]:
+    """Return the spans of a stage of these blocks, in the order of a micro-batch.
+
+    ``corrections`` are added to what the backward span of a block leaves.
+    """
+    by_place = {(span.phase, span.place): span for span in spans}
+    places: list[ChainPlace] = []
+    for stack, numbers in (("encoder", blocks.encoder), ("decoder", blocks.decoder)):
+        places += [ChainPlace(stack)] if 0 in numbers else []
+        places += [ChainPlace(stack, number) for number in numbers]
+    if blocks.decoder.stop == len(chain.representative["decoder"]):
+        places.append(ChainPlace("head"))
+    forward = [by_place[Phase.FORWARD, chain.run_for(place)] for place in places]
+    backward = [
+        by_place[Phase.BACKWARD, chain.run_for(place)].with_more(corrections.get(place, 0))
+        for place in reversed(places)
+    ]
+    return (*forward, *backward)
+
+
+def kept_bytes(spans: Iterable[Span]) -> int:
+    """Return what the forward spans leave for backward."""
+    return sum(span.change for span in spans if span.phase == Phase.FORWARD)
+
+
+def peak_bytes(spans: Iterable[Span]) -> int:
+    """Return the most that is there at once beside what was there before the first span."""
+    live = most = 0
+    for span in spans:
+        most = max(most, live + span.peak, live + span.change)
+        live += span.change
+    return most
+
+
+def gathered_bytes(parameters: RankParameters, *, itemsize: int) -> int:
+    """Return the bytes of the weights that ZeRO has gathered at once in a forward pass.
+
+    Stage 3 has those outside of blocks and one unit, stages 1 and 2 all of them.
+    """
+    units: dict[str, int] = {}
+    for shard in parameters.shards:
+        if shard.zero_axes:
+            unit = shard.parameter.fsdp_unit
+            units[unit] = units.get(unit, 0) + math.prod(shard.shape_before_zero)
+    root, rest = units.pop("", 0), list(units.values())
+    return itemsize * (root + (max(rest, default=0) if parameters.plan.zero == 3 else sum(rest)))
+
+
+def gradient_corrections(
+    parameters: RankParameters, measured: RankParameters, settings: CostSettings
+) -> Mapping[ChainPlace, int]:
+    """Return, for each place, by how much more bytes of gradients stay than where it was run.
+
+    There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device.
+    """
+    itemsize = settings.precision.gradient_dtype.itemsize
+    stays = settings.parallel.memory.gradients.is_device
+    small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.shards}
+    found: dict[ChainPlace, int] = {}
+    for shard in parameters.shards:
+        place = _place_of(shard.parameter.name, settings)
+        more = stays * math.prod(shard.shape) - small[shard.parameter.name]
+        found[place] = found.get(place, 0) + itemsize * more
+    return found
+
+
+def _place_of(name: str, settings: CostSettings) -> ChainPlace:
+    """Return where the gradient of a parameter is complete: outside of blocks, at the end."""
+    stack, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    if stack in STACKS and number.isdigit():
+        return ChainPlace(stack, int(number))
+    return ChainPlace("encoder" if settings.model.encoder.layers else "decoder")
+
+
+def bucket_copies(parameters: RankParameters, settings: CostSettings) -> Mapping[ChainPlace, int]:
+    """Return, for each place, by how much the copies of gradients that are summed grow there.
+
+    A bucket is copied when its last gradient is complete, after those before it; of more than
+    ``IN_FLIGHT`` the oldest is done then.
+    """
+    found: dict[ChainPlace, int] = {}
+    sizes: list[int] = []
+    last = ChainPlace("head")
+    for bucket in gradient_buckets(parameters, precision=settings.precision):
+        places = [last, *(_place_of(name, settings) for name in bucket.names)]
+        last = min(places, key=_order)
+        done = sizes[-IN_FLIGHT] if len(sizes) >= IN_FLIGHT else 0
+        sizes.append(bucket.bytes)
+        found[last] = found.get(last, 0) + bucket.bytes - done
+    return found
+
+
+def _order(place: ChainPlace) -> tuple[int, int]:
+    """Sort places as a forward pass has them."""
+    return (*STACKS, "head").index(place.stack), place.block
+
+
+def with_offloaded_activations(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Return spans whose kept activations leave at their end, and are fetched for backward."""
+    kept = {span.place: span.change for span in spans if span.phase == Phase.FORWARD}
+    return tuple(
+        replace(span, change=0)
+        if span.phase == Phase.FORWARD
+        else replace(
+            span,
+            change=span.change + kept[span.place],
+            peak=span.peak + kept[span.place],
+        )
+        for span in spans
+    )
