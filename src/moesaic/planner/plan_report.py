@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from moesaic.core.config import Config
@@ -223,10 +224,20 @@ def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable
     """Return a check of whether the model's layers and stages can be cut by some degrees."""
     option = Option(0, request.space.memory[0], request.space.checkpointing[0])
 
-    def legal(degrees: Degrees) -> bool:
-        plan = CompletePlan(degrees, option).plan
+    @cache  # a split into stages is searched over all blocks, for few numbers of stages
+    def can_be_staged(pipe: int) -> bool:
+        plan = request.parallel.plan.replace(pipe=pipe)
         try:
             request.parallel.replace(plan=plan).pipeline_stages(request.model)
+        except UserError:
+            return False
+        return True
+
+    def legal(degrees: Degrees) -> bool:
+        if not can_be_staged(degrees.pipe):
+            return False
+        plan = CompletePlan(degrees, option).plan
+        try:
             stage = request.parallel.replace(plan=plan.replace(pipe=1))
             inventory.on_rank(stage, world=plan.stage_size)
         except UserError:
