@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moesaic.planner.cost_entries import DEVICE
-from moesaic.planner.cost_settings import CostSettings
 from support import write_result
 
 from moesaic.data.batch import Batch
@@ -36,6 +34,8 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.planner.calibrate import calibrate
+from moesaic.planner.cost_entries import DEVICE
+from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
 from moesaic.planner.machine import Machine
 from moesaic.planner.step_cost import step_cost

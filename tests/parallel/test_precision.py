@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moesaic.parallel.memory_estimate import estimate_memory
 from torch.autograd.graph import saved_tensors_hooks
 
 from head_cases import HEADS, head_batch
@@ -27,6 +26,8 @@ from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, BFloat16Autocast, Float32, Precision
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.step_memory import state_bytes
 from moesaic.testing.tiny_models import random_batch, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.trainer import Trainer
@@ -127,8 +128,11 @@ def test_bytes_of_weights_gradients_and_states_are_the_closed_form(
     assert held == 4 * values + 4 * adamw + steps + master.bytes_per_value * values
     parameters = ParameterInventory(tiny_model_config()).on_rank(ParallelConfig(), world=1)
     sizes = BatchDims(rows=1, source=4, target=4)
-    estimate = estimate_memory(parameters, sizes=sizes, precision=precision, optimizer=optimizer)
-    assert (estimate.weights, estimate.gradients, estimate.optimizer) == (weights, grads, held)
+    settings = CostSettings(
+        model=tiny_model_config(), precision=precision, optimizer=optimizer, sizes=sizes
+    )
+    forecast = state_bytes(parameters, settings)
+    assert (forecast.weights, forecast.gradients, forecast.states) == (weights, grads, held)
 
 
 def test_gradients_add_up_in_the_stated_dtype():

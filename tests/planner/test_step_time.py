@@ -1,9 +1,9 @@
 import pytest
-from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
 from plan_cases import hand_made_step
 
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.parallel.communication_volume import CommunicationVolume
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
 from moesaic.planner.machine import find_machine
 from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_time import group_shape, sent_seconds, step_time, together

@@ -21,7 +21,7 @@ def generator(tmp_path_factory):
 
 
 def close(answers):
-    """Equal but for the last bits of sums of products, whose order depends on the number of rows."""
+    """Equal but for the last bits of sums, whose order depends on the number of rows."""
     return [replace(a, log_prob=pytest.approx(a.log_prob, rel=2e-5)) for a in answers]
 
 

@@ -37,7 +37,7 @@ from moesaic.planner.cost_settings import CostSettings
 DUMMY_TOKEN = 7  # any token but padding
 
 
-class RoundRobin(Select):
+class SimulatedTopK(Select):
     """Round-robin routing: token t takes the k experts after those of token t - 1.
 
     With ``busiest_share``, so much of all edges goes to expert 0, one of a token at most, and the
@@ -89,7 +89,7 @@ def with_round_robin_routing(
         if not isinstance(sparse, MoE):
             return sparse
         k = round(sparse.select.experts_per_token(sparse.num_router_outputs))
-        return sparse.replace(select=RoundRobin(k=k, busiest_share=busiest_share))
+        return sparse.replace(select=SimulatedTopK(k=k, busiest_share=busiest_share))
 
     stacks = {
         side: stack if stack.moe is None else stack.replace(moe=changed(stack.moe))

@@ -11,6 +11,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.moe.config import MoE, SparseLayer
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU
 from moesaic.optim.lr_schedule import Constant
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
 from moesaic.parallel.precision import Float32
@@ -39,7 +40,8 @@ def shrink_config(run: Run) -> ShrunkRun:
     a norm of 0.5, so that clipping occurs; its learning rate is constant. AdamW divides by
     ``sqrt(v) + eps``: with an eps far below the gradients its first steps are their signs, and a
     gradient of 1e-9 that another order of sums makes -1e-9 would change its weight the other way.
-    ``eps`` is therefore raised to 1e-3, in the reference too.
+    ``eps`` is therefore raised to 1e-3, in the reference too. For the same reason ReLU becomes its
+    square: the derivative of ReLU jumps at 0, where another order of sums changes signs.
     """
     model = _shrink_model(run.model)
     shrunk = run.replace(
@@ -75,10 +77,17 @@ def _narrow_model(config: ModelConfig, *, experts: int) -> ModelConfig:
         dim=dim,
         attention=heads,
         mixers={name: mixer.shrink(shape) for name, mixer in config.mixers.items()},
-        feed_forward=config.feed_forward.replace(hidden=min(hidden, HIDDEN)),
+        feed_forward=_shrink_feed_forward(config.feed_forward),
         moe=_shrink_moe(config.moe, experts=experts, dense=hidden),
         encoder=_shrink_stack(config, config.encoder, experts=experts),
         decoder=_shrink_stack(config, config.decoder, experts=experts),
+    )
+
+
+def _shrink_feed_forward(config: FeedForwardConfig) -> FeedForwardConfig:
+    narrow = config.replace(hidden=min(config.hidden, HIDDEN))
+    return (
+        narrow.replace(activation=SquaredReLU()) if isinstance(config.activation, ReLU) else narrow
     )
 
 
