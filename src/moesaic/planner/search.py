@@ -29,7 +29,7 @@ class NearestPlan:
     def __str__(self) -> str:
         missing = show_bytes(self.needed - self.allowed)
         return (
-            f"it needs {show_bytes(self.needed)} of {TIER_WORDS[self.tier]} memory per rank and has "
+            f"it needs {show_bytes(self.needed)} of {TIER_WORDS[self.tier]} memory per rank, has "
             f"{show_bytes(self.allowed)}: {missing} are missing"
         )
 
