@@ -65,13 +65,13 @@ class StepSize:
     micro_batches: int = 1
     words: int = 64
     languages: int = 3
-    zero: int = 0
+    plan: ParallelPlan = ParallelPlan()  # noqa: RUF009 - frozen
     memory: MemoryPlan = MemoryPlan()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What a step does; ``parameter_bytes`` are those of the whole model."""
+    """What a step does."""
 
     operations: int
     flops: int
@@ -79,14 +79,13 @@ class StepWork:
     sent_bytes: int
     messages: int
     tier_bytes: int
-    parameter_bytes: int
 
 
 def _trainer(size: StepSize) -> Trainer:
     moe = MoE(experts=size.experts, select=TopK(k=2), balance=(SwitchBalance(), RouterZLoss()))
     run = tiny_run(
         model=tiny_model_config(moe=moe).replace(vocab_size=size.words),
-        parallel=ParallelConfig(plan=ParallelPlan(zero=size.zero), memory=size.memory),
+        parallel=ParallelConfig(plan=size.plan, memory=size.memory),
         gradient_accumulation_steps=size.micro_batches,
         clip_norm=0.1,
     )
@@ -112,7 +111,6 @@ def step_work(size: StepSize) -> StepWork:
             sent.total_bytes(),
             sent.calls().total(),
             after - before,
-            sum(parameter.numel() for parameter in trainer.model.parameters()) * 4,
         )
 
 
@@ -120,7 +118,7 @@ WEIGHTS = 66496  # bytes of a model of 4 experts and 64 words: all weights,
 EXPERT, WORD = 12416, 64  # those of one more expert in each of two layers, and of one more word
 COUNTERS = 2 * 136  # bytes of the loads of both layers, summed once in a micro-batch
 PREDICTIONS = 30  # whose logits are one chunk
-ON_DISK = MemoryPlan(optimizer_states=DiskStorage())
+ZERO, ON_DISK = ParallelPlan(zero=3), MemoryPlan(optimizer_states=DiskStorage())
 ONE = StepSize()
 
 
@@ -160,7 +158,7 @@ def step_laws() -> dict[str, CostLaw]:
             "sent_bytes", "ranks", lambda n: 2 * (n - 1) / n * (WEIGHTS + COUNTERS)
         ),
         "bytes sent in a step at n ranks with ZeRO": row(
-            "sent_bytes", "ranks", lambda n: 3 * (n - 1) / n * WEIGHTS, zero=3
+            "sent_bytes", "ranks", lambda n: 3 * (n - 1) / n * WEIGHTS, plan=ZERO
         ),
         "bytes sent in a step at n experts": row(
             "sent_bytes", "experts", lambda n: WEIGHTS + EXPERT * (n - 4)
@@ -190,7 +188,7 @@ def step_laws() -> dict[str, CostLaw]:
         ),
         # two states, read and written; other tiers: test_tiered_training_equals_resident_training
         "bytes between tiers in a step at n ranks": row(
-            "tier_bytes", "ranks", lambda n: 4 * WEIGHTS / n, zero=3, memory=ON_DISK
+            "tier_bytes", "ranks", lambda n: 4 * WEIGHTS / n, plan=ZERO, memory=ON_DISK
         ),
     }
 
@@ -253,7 +251,7 @@ def files_hashed(ranks: int) -> int:
     hashed = patch.object(manifest, "sha256", wraps=manifest.sha256)
     with _checkpoint() as path, hashed as calls:
         for rank in range(ranks):
-            world = SimpleNamespace(rank=rank, size=ranks)
+            world: Any = SimpleNamespace(rank=rank, size=ranks)
             sharded_checkpoint._verify_files_of_rank(path, world=world)
         assert calls.call_count == len(manifest.read_manifest(path).files)
     return calls.call_count
