@@ -152,7 +152,7 @@ class ShapesOnlyGEMM:
 
 
 def report_products(tensors: list[Tensor], *, flops: int) -> None:
-    """Tell whoever watches operators of products that read and write ``tensors``; do nothing."""
+    """Make an operator of products that read and write ``tensors``, for modes that count them."""
     torch.ops.moesaic.grouped_products(tensors, flops)
 
 
