@@ -95,7 +95,7 @@ class SimulatedRank(TorchDispatchMode):
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among arguments or results of an operation, in order, those of lists too."""
+    """Return the tensors among arguments or results of an operation, in order, also of lists."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
