@@ -271,7 +271,8 @@ def _offload_to_memory(
     """Offloading is a memory plan: gradients and optimizer states on the host."""
     rest = {key: value for key, value in plan.items() if key != "offload"}
     host = {"gradients": {"kind": "HostMemory"}, "optimizer_states": {"kind": "HostMemory"}}
-    return {**parallel, "plan": rest} | ({"memory": host} if plan["offload"] else {})
+    memory: dict[str, object] = {"memory": host} if plan["offload"] else {}
+    return {**parallel, "plan": rest, **memory}
 
 
 def _attention_experts_to_mixers(model: dict[str, object]) -> dict[str, object]:
