@@ -1,13 +1,14 @@
-"""Memory and communication of plans for 64 to 8,192 ranks: estimates, and one simulated rank each.
+"""Memory and communication of plans for 64 to 8,192 ranks: forecasts, and one simulated rank each.
 
-Every plan is estimated at the tokens of a real step. Then rank 0 is simulated for a step with few
-tokens on fake tensors, in its own process, and compared with the estimate for those tokens. Last,
+Every plan is forecast at the tokens of a real step. Then rank 0 is simulated for a step with few
+tokens on fake tensors, in its own process, and compared with the forecast for those tokens. Last,
 the same arithmetic is applied to the model size that 2109.10465 claims.
 
     python benchmarks/scale.py
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import subprocess
@@ -17,27 +18,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic.parallel.memory_estimate import (
-    EstimateSettings,
-    LargestModel,
-    MemoryBudget,
-    estimate_memory,
-    largest_fitting_model,
-)
 from support import write_result
 
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import HostMemory
-from moesaic.model.parameter_flop_count import BatchDims, count_parameters
+from moesaic.model.config import ModelConfig
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.presets import preset
-from moesaic.ops.grouped_gemm import SequentialGEMM
-from moesaic.ops.moe_kernel import UnfusedMoEKernel
-from moesaic.parallel.communication_volume import communication_volume
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parameter_inventory import ParameterInventory
-from moesaic.parallel.precision import BFloat16
-from moesaic.planner.dry_run import simulate_step, with_round_robin_routing
+from moesaic.parallel.precision import BFloat16, Float32, Precision
+from moesaic.planner.capacity import LargestModel, MemoryBudget, largest_fitting_model
+from moesaic.planner.cost_entries import DEVICE, HOST, Purpose
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.dry_run import simulate_step
+from moesaic.planner.scale_report import scale_report
+from moesaic.planner.step_cost import step_cost
 
 OUT = Path(__file__).parent / "results" / "scale.json"
 PAIRS, TEXT = BatchDims(rows=16, source=128, target=128), BatchDims(rows=1, source=0, target=6144)
@@ -48,7 +44,7 @@ FEW_PAIRS, FEW_TEXT = (
 )
 
 
-RESIDENT = MemoryPlan()
+FLOAT32, RESIDENT = Float32(), MemoryPlan()
 OFFLOADED = MemoryPlan(
     parameters=HostMemory(), gradients=HostMemory(), optimizer_states=HostMemory()
 )
@@ -95,65 +91,58 @@ CASES = (
 )
 
 
+def settings_of(
+    config: ModelConfig, *, case: Case, sizes: BatchDims, precision: Precision = FLOAT32
+) -> CostSettings:
+    parallel = ParallelConfig(plan=case.plan, memory=case.memory)
+    return CostSettings(
+        model=config, parallel=parallel, precision=precision, sizes=sizes, world=case.world
+    )
+
+
 def estimated(case: Case) -> dict[str, Any]:
-    """Return the estimated memory and communication of rank 0."""
-    started = time.perf_counter()
-    config, parallel = (
-        preset(case.preset).config,
-        ParallelConfig(plan=case.plan, memory=case.memory),
-    )
-    parameters = ParameterInventory(config).on_rank(parallel, world=case.world)
-    sizes = case.sizes[0]
-    memory, lines = (
-        estimate_memory(parameters, sizes=sizes),
-        communication_volume(parameters, sizes=sizes),
-    )
+    """Return the forecast memory and communication of rank 0."""
+    cpu = time.process_time()
+    settings = settings_of(preset(case.preset).config, case=case, sizes=case.sizes[0])
+    report = scale_report(settings)
     return {
         "preset": case.preset,
-        "parameters": count_parameters(config).total,
+        "parameters": report["parameters"],
         "world": case.world,
         "words": case.words,
-        "plan": parameters.plan.to_dict(),
-        "sizes": asdict(sizes),
-        "bytes": asdict(memory) | {"device": memory.device},
-        "sent": [asdict(line) for line in lines],
-        "seconds": round(time.perf_counter() - started, 2),
+        "plan": case.plan.resolve(case.world).to_dict(),
+        "sizes": asdict(settings.sizes),
+        "bytes": report["bytes"],
+        "sent": report["sent"],
+        "cpu_seconds": round(time.process_time() - cpu, 1),
     }
 
 
 def simulated(case: Case) -> dict[str, Any]:
-    """Simulate a case in this process and compare it with its estimate."""
-    config, parallel, sizes = (
-        preset(case.preset).config,
-        ParallelConfig(plan=case.plan, memory=case.memory),
-        case.sizes[1],
-    )
+    """Simulate a whole step of rank 0 in this process and compare it with its forecast."""
+    resident = dataclasses.replace(case, memory=RESIDENT)
+    settings = settings_of(preset(case.preset).config, case=resident, sizes=case.sizes[1])
     cpu = time.process_time()
-    done = simulate_step(config, parallel=parallel, world_size=case.world, sizes=sizes)
+    done = simulate_step(settings)
     cpu = time.process_time() - cpu
-    parameters = ParameterInventory(with_round_robin_routing(config)).on_rank(
-        parallel, world=case.world
-    )
-    memory = estimate_memory(parameters, sizes=sizes, kernel=UnfusedMoEKernel(SequentialGEMM()))
-    lines = communication_volume(parameters, sizes=sizes)
-    kinds = sorted({line.kind for line in (*lines, *done.sent)})
+    cost = step_cost(settings)
+    kinds = sorted({line.kind for line in (*cost.sent, *done.sent)})
     sent = {
-        kind: [sum(line.bytes for line in of if line.kind == kind) for of in (done.sent, lines)]
+        kind: [sum(line.bytes for line in of if line.kind == kind) for of in (done.sent, cost.sent)]
         for kind in kinds
     }
     held = {
-        name: [asdict(done)[name], asdict(memory)[name]]
-        for name in ("weights", "gradients", "optimizer")
+        "weights": [done.weights, cost.held_bytes(purpose=Purpose.WEIGHTS)],
+        "gradients": [done.gradients, cost.held_bytes(purpose=Purpose.GRADIENTS)],
+        "states": [done.optimizer, cost.held_bytes(purpose=Purpose.STATES)],
     }
     return {
-        "sizes": asdict(sizes),
+        "sizes": asdict(settings.sizes),
         "held": held,
         "sent": sent,
         "equal": all(a == b for a, b in (*held.values(), *sent.values())),
-        "kept": done.saved_activations,
-        "peak": done.peak,
-        "forecast_peak": memory.weights + memory.gradients + memory.gathered + memory.activations,
-        "seconds": round(done.seconds, 1),
+        "peak": done.peak + done.optimizer,
+        "forecast_peak": cost.peak[DEVICE],
         "cpu_seconds": round(cpu, 1),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -185,10 +174,10 @@ def capacity() -> dict[str, Any]:
     found = {}
     for name, (base, degrees, host) in asked.items():
         memory = OFFLOADED if degrees is hosted else RESIDENT
-        parallel = ParallelConfig(plan=degrees, memory=memory)
-        setting = EstimateSettings(parallel, 512, PAIRS, BFloat16())
+        case = Case(TEN, 512, degrees, name, memory)
+        settings = settings_of(base, case=case, sizes=PAIRS, precision=BFloat16())
         found[name] = _shown(
-            largest_fitting_model(base, settings=setting, budget=MemoryBudget(40e9, host))
+            largest_fitting_model(settings, budget=MemoryBudget(device=40e9, host=host))
         )
     return found
 
@@ -199,8 +188,8 @@ def _shown(found: LargestModel | None) -> dict[str, Any] | None:
     return {
         "experts": found.experts,
         "parameters": found.parameters,
-        "device": found.memory.device,
-        "host": found.memory.host,
+        "device": found.peak[DEVICE],
+        "host": found.peak.get(HOST, 0),
     }
 
 

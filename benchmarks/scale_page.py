@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.units import show_bytes, show_count
+from moesaic.planner.cost_entries import Purpose
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "guide" / "scale.md"
@@ -16,10 +17,11 @@ HEAD = """# Memory and communication of a plan
 
 *Written by `benchmarks/scale_page.py` from `benchmarks/results/scale.json`.*
 
-`moesaic scale` estimates a plan before there are any ranks: the memory of rank 0 by purpose, and
-the bytes that it sends in a step, by collective and axis. With `--dry-run` it also simulates one
-step of rank 0: the real model is parallelized and trained on fake tensors in a fake process group,
-without allocating memory for them.
+`moesaic scale` forecasts a plan before there are any ranks: the memory of rank 0 by purpose, and
+the bytes that it sends in a step, by collective and axis. Each kind of block is run once on fake
+tensors, and the step is put together from them by arithmetic ([cost of a step](cost.md)). With
+`--dry-run` the whole model is also parallelized and trained for a step on fake tensors in a fake
+process group, without allocating memory for them.
 
 ```console
 $ moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64 --set parallel.plan.zero=2
@@ -31,19 +33,17 @@ moesaic scale trillion-384 --world-size 1024 --micro-batch 1x0+384 --set paralle
     --set parallel.plan.tensor=8 --set parallel.plan.zero=3 --dry-run
 ```
 
-In Python: `estimate_memory` (`parallel/memory_estimate.py`) and `communication_volume`
-(`parallel/communication_volume.py`) of `ParameterInventory(config).on_rank(parallel, world=64)`.
+In Python: `step_cost(CostSettings(...))` (`planner/step_cost.py`).
 
 Which numbers are exact:
 
 - Weights, gradients, optimizer state and the bytes of every collective equal those of real and of
   simulated ranks to the byte (`tests/laws/test_memory_and_communication_equal_their_estimates.py`).
-- Activations are an estimate in float32, without activation checkpointing; what ZeRO gathers is an
-  upper bound. The sum is above the measured peak in every simulation below. In models of a few
-  dozen channels, where communication buffers are as large as activations, the peak may be above it.
+- `activations`, `gathered` and `transient` are each the most at once; the peak (`device`) is less
+  than their sum. How exact it is stands [there](cost.md).
 - Routing is taken as even. A real router sends more tokens to some ranks.
-- There is one pipeline stage. Weights, gradients and AdamW's state are float32, 16 bytes per
-  parameter, as in training (`--set precision=BFloat16`: 2 + 2 + 12, also 16).
+- Weights, gradients and AdamW's state are float32, 16 bytes per parameter
+  (`--set precision=BFloat16`: 2 + 2 + 12, also 16).
 - The widths of `zcode-m3-64` and `zcode-200b`, and the attention of `trillion-384`, are our choice
   (`model/presets`); the papers do not have them.
 """
@@ -68,11 +68,11 @@ def _name(case: dict[str, Any]) -> str:
 
 
 def _memory(cases: list[dict[str, Any]]) -> str:
-    kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "device", "host")
+    kinds = [*map(str, Purpose), "device", "host"]
     lines = [
         "## Memory of rank 0",
         "",
-        "`device` is the sum at the peak of a step, `host` the offloaded part. Ranks that share",
+        "`device` is the peak of a step, `host` the part on the host. Ranks that share",
         "rows (context x tensor) have 16 rows of 128 + 128 tokens, those of trillion-384 one row",
         "of 6,144.",
         "",
@@ -108,11 +108,11 @@ def _simulated(cases: list[dict[str, Any]]) -> str:
         "## Simulated",
         "",
         "One step of rank 0 with few tokens on fake tensors: whether its weights, gradients,",
-        "optimizer state and the bytes of each collective equal the estimate for those tokens; CPU",
-        "time and memory of the simulation. `peak` is the most memory in use before the update,",
-        "`bound` its estimate.",
+        "optimizer state and the bytes of each collective equal the forecast for those tokens; CPU",
+        "time and memory of the simulation. `peak` is the most memory in use, optimizer state",
+        "included.",
         "",
-        "| model | ranks | | plan | equal | peak | bound | CPU s | memory |",
+        "| model | ranks | | plan | equal | peak | forecast | CPU s | memory |",
         "|---|---:|---|---|---|---:|---:|---:|---:|",
     ]
     for case in cases:
@@ -134,7 +134,7 @@ def _capacity(found: dict[str, Any]) -> str:
         "",
         "2109.10465 is quoted with more than 3.5T parameters on 512 A100 of 40 GB with",
         "E+Z-Offload+M, against about 400B for systems that use GPU memory only: a factor of 8 or",
-        "more (from secondary texts, not from the paper's table). These are our closed forms at",
+        "more (from secondary texts, not from the paper's table). These are forecasts at",
         "2 + 2 + 12 bytes per parameter, with experts added to a base model until a GPU or its",
         "share of the host is full (without fragmentation and buffers of a communication library):",
         "",
