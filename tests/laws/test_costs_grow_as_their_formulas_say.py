@@ -44,7 +44,7 @@ from moesaic.moe.expert_capacity import Capacity
 from moesaic.nn import recurrence_backend
 from moesaic.nn.packing import Packing, TokenPartition, TokenSpan
 from moesaic.nn.recurrence_backend import ContextRecurrence, ConvolutionWeights
-from moesaic.ops import cross_entropy as cross_entropy_module
+from moesaic.ops.chunk_sizes import CPU_CHUNKS, use_chunk_sizes
 from moesaic.ops.cross_entropy import cross_entropy
 from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
@@ -109,14 +109,14 @@ def _loss_of(tokens: int, words: int) -> Callable[[], None]:
 
 def _table_passes(tokens: int, words: int) -> int:
     """How often the gradient of the table is read and written."""
-    with patch.dict(cross_entropy_module.LOGIT_BYTES, cpu=1 << 12), OperationCounter() as counter:
+    with use_chunk_sizes(replace(CPU_CHUNKS, logits=1 << 12)), OperationCounter() as counter:
         _loss_of(tokens, words)()
     return counter.names["addmm_"]
 
 
 def _loss_bytes(words: int) -> int:
     """The bytes that a loss holds at once."""
-    with patch.dict(cross_entropy_module.LOGIT_BYTES, cpu=1 << 12):
+    with use_chunk_sizes(replace(CPU_CHUNKS, logits=1 << 12)):
         return peak_bytes(_loss_of(64, words))
 
 
