@@ -50,6 +50,7 @@ from moesaic.planner.step_memory import (
     gradient_corrections,
     kept_bytes,
     peak_bytes,
+    stage_gradients,
     stage_spans,
     state_bytes,
     with_offloaded_activations,
@@ -130,6 +131,7 @@ class _Composition:
             settings.optimizer,
             settings.precision,
             settings.busiest_share,
+            is_pipelined=parameters.stages is not None,
         )
         measured_parameters = inventory.on_rank(parallel, world=small.world_size)
         return _Composition(settings, parameters, blocks, part, measured_parameters)
@@ -224,7 +226,8 @@ class _Composition:
         )
         if ends and step is self.measured:
             more = gradient_corrections(self.parameters, self.measured_parameters, self.settings)
-        if micro_batch == len(step.micro_batches) - 1 and step is self.measured:
+        overlaps = self.parameters.stages is None
+        if overlaps and micro_batch == len(step.micro_batches) - 1 and step is self.measured:
             copies = bucket_copies(self.parameters, self.settings)
             more = {place: more.get(place, 0) + copies.get(place, 0) for place in {*more, *copies}}
         spans = step.micro_batches[micro_batch]
@@ -241,21 +244,40 @@ class _Composition:
         state, memory = self._state, self._memory
         fixed = resident_weights(state, memory)
         fixed += state.states * memory.optimizer_states.is_device + self._pipeline.buffers()
-        live, peak, most_kept = fixed, 0, 0
-        for number in range(len(self.measured.micro_batches)):
-            stages = self._spans(self.measured, micro_batch=number)
-            kept = [kept_bytes(spans) for spans in stages]
-            in_flight = self._pipeline.in_flight(gradients=number > 0)
-            waiting = sum(n * each for n, each in zip(in_flight, kept, strict=True))
-            for spans, each in zip(stages, kept, strict=True):
-                peak = max(peak, live + waiting - each + peak_bytes(spans))
-            live += sum(span.change for spans in stages for span in spans)
-            most_kept = max(most_kept, waiting)
+        passes = self._passes_peak if self.parameters.stages is None else self._pipeline_peak
+        peak, most_kept = passes()
         buckets = gradient_buckets(self.parameters, precision=self.settings.precision)
         summed = sum(bucket.bytes for bucket in buckets[-IN_FLIGHT:])
         update_peak = max(self._update_peak(), summed)
         gradients = state.gradients * memory.gradients.is_device
-        return max(peak, fixed + gradients + update_peak), most_kept
+        return fixed + max(peak, gradients + update_peak), most_kept
+
+    def _passes_peak(self) -> tuple[int, int]:
+        """Return the most bytes of forward and backward beside what is there for good, and kept."""
+        live = peak = most_kept = 0
+        for number in range(len(self.measured.micro_batches)):
+            (spans,) = self._spans(self.measured, micro_batch=number)
+            peak = max(peak, live + peak_bytes(spans))
+            live += sum(span.change for span in spans)
+            most_kept = max(most_kept, kept_bytes(spans))
+        return peak, most_kept
+
+    def _pipeline_peak(self) -> tuple[int, int]:
+        """Return what ``_passes_peak`` does, of a pipeline's schedule."""
+        pipeline, kinds = self._pipeline, []
+        for number in range(len(self.measured.micro_batches)):
+            stages = self._spans(self.measured, micro_batch=number)
+            left = [sum(span.change for span in spans) for spans in stages]
+            if not self.parameters.plan.zero:
+                every = stage_gradients(self.parameters, pipeline.block_ranges, self.settings)
+                left = [size * (number == 0) for size in every]
+            kinds.append(
+                [
+                    pipeline.stage_memory(index, spans, gradients=size)
+                    for index, (spans, size) in enumerate(zip(stages, left, strict=True))
+                ]
+            )
+        return pipeline.peak(kinds)
 
     def _update_peak(self) -> int:
         """Return the most bytes that the update has update_peak weights, gradients and states."""

@@ -135,6 +135,26 @@ def gradient_corrections(
     return found
 
 
+def stage_gradients(
+    parameters: RankParameters, stages: Sequence[BlockRange], settings: CostSettings
+) -> list[int]:
+    """Return the bytes of gradients that the first micro-batch leaves on each of a rank's stages.
+
+    Those outside of blocks are with the first stage of the rank.
+    """
+    itemsize = settings.precision.gradient_dtype.itemsize
+    sizes = [0] * len(stages)
+    for shard in parameters.shards if settings.parallel.memory.gradients.is_device else ():
+        stack, _, rest = shard.parameter.name.partition(".")
+        number = rest.partition(".")[0]
+        index = 0
+        if stack in STACKS and number.isdigit():
+            blocks = [each.encoder if stack == "encoder" else each.decoder for each in stages]
+            index = next(i for i, numbers in enumerate(blocks) if int(number) in numbers)
+        sizes[index] += itemsize * math.prod(shard.shape)
+    return sizes
+
+
 def _place_of(name: str, settings: CostSettings) -> ChainPlace:
     """Return where the gradient of a parameter is complete: outside of blocks, at the end."""
     stack, _, rest = name.partition(".")
