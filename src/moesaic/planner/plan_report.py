@@ -205,7 +205,7 @@ def _measure_exchanges(
     found: dict[str, tuple[CommunicationVolume, ...]] = {}
     for axis in EXCHANGES if request.space.ranks > 1 else ():
         dense = axis in ("tensor", "context")
-        plan = ParallelPlan(**{axis: 2}, data=1 if dense else 2)
+        plan = ParallelPlan().replace(**{axis: 2}, data=1 if dense else 2)
         if dense and not halves:
             continue
         parallel = request.parallel.replace(plan=plan)
