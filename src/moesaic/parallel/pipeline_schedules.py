@@ -165,11 +165,11 @@ class DualPipeV(PipelineSchedule):
 def _v_shaped(ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
     """Return passes that keep the micro-batches between a rank's stage down the V and that up."""
     down, up = min(micro_batches, 2 * ranks - rank), min(micro_batches, rank + 1)
-    found = [StagePass(0, False)] * down + [StagePass(1, False)] * up
+    found = [StagePass(0, is_backward=False)] * down + [StagePass(1, is_backward=False)] * up
     for number in range(micro_batches):
-        found += [StagePass(1, True), StagePass(0, True)]
-        found += [StagePass(0, False)] * (down + number < micro_batches)
-        found += [StagePass(1, False)] * (up + number < micro_batches)
+        found += [StagePass(1, is_backward=True), StagePass(0, is_backward=True)]
+        found += [StagePass(0, is_backward=False)] * (down + number < micro_batches)
+        found += [StagePass(1, is_backward=False)] * (up + number < micro_batches)
     return tuple(found)
 
 
@@ -189,9 +189,9 @@ def _rounds(
     backward passes come after all others.
     """
     found, total = list[StagePass](), stages * micro_batches
-    backward = [StagePass(stages - 1 - i // each % stages, True) for i in range(total)]
+    backward = [StagePass(stages - 1 - i // each % stages, is_backward=True) for i in range(total)]
     for number in range(total):
-        found.append(StagePass(number // each % stages, False))
+        found.append(StagePass(number // each % stages, is_backward=False))
         if ahead is not None and number >= ahead:
             found.append(backward[number - ahead])
     done = sum(each.is_backward for each in found)

@@ -19,6 +19,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from moesaic.core.shapes import Tensor
 
+_IN_PLACE = {  # the counter of FLOPs has no entries of these
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+}
+
 
 class OperationKind(StrEnum):
     """What bounds an operation: products by their shapes, all others by memory."""
@@ -79,8 +84,9 @@ def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind
         return OperationKind.GROUPED_PRODUCT, 2 * prod(rows.shape) * weight.shape[-1]
     if name.startswith("_scaled_dot_product_"):
         return OperationKind.ATTENTION, _attention_flops(name, args)
-    if packet in flop_registry:
-        return OperationKind.DENSE_PRODUCT, int(flop_registry[packet](*args, out_val=out))
+    counted = flop_registry.get(_IN_PLACE.get(packet, packet))
+    if counted is not None:
+        return OperationKind.DENSE_PRODUCT, int(counted(*args, out_val=out))
     return OperationKind.MEMORY, 0
 
 

@@ -301,19 +301,25 @@ class _Composition:
         )
 
     def _update_operations(self) -> Iterator[tuple[Operation, int]]:
-        """Yield the optimizer's products, for all parameters, and its one pass over the states."""
-        state = self._state
-        read, written = state.total, state.weights + state.states
-        yield Operation(OperationKind.MEMORY, "float32", 0, read, written), 1
-        measured = sum(
+        """Yield the optimizer's products, for all parameters, and its passes over the states.
+
+        All passes together read and write the states once, in as many calls as were measured.
+        """
+        state, calls = self._state, 0
+        run = [
             math.prod(shard.shape)
             for shard in self.measured_parameters.shards
             if self.blocks.has_run(shard.parameter.name)
-        )
-        values = sum(math.prod(shard.shape) for shard in self.parameters.shards)
+        ]
+        shapes = [math.prod(shard.shape) for shard in self.parameters.shards]
         for operation, times in self.measured.update.operations.items():
-            if operation.kind is not OperationKind.MEMORY:
-                yield operation, round(times * values / measured)
+            if operation.kind is OperationKind.MEMORY:
+                calls += times
+            else:
+                yield operation, round(times * sum(shapes) / sum(run))
+        calls = max(1, round(calls * len(shapes) / len(run)))
+        read, written = state.total, state.weights + state.states
+        yield Operation(OperationKind.MEMORY, "float32", 0, read // calls, written // calls), calls
 
     def _sent(self) -> tuple[CommunicationVolume, ...]:
         """Return what is sent for activations, measured, and for gradients, by arithmetic."""
