@@ -81,6 +81,16 @@ def test_a_step_is_the_same_bit_for_bit(name: str, by: ActivationCheckpointing) 
         torch.testing.assert_close(grad, expected_grad, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("by", MEMBERS.values(), ids=MEMBERS)
+def test_a_backward_pass_in_two_parts_recomputes_the_same(by: ActivationCheckpointing) -> None:
+    model = _model(MIXTURES["top1-rts-jitter"], by, dropout=0.1)
+    total, weights = model.loss(model(random_batch(3, seed=0))).total, list(model.parameters())
+    first = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
+    again = torch.autograd.grad(total, weights, allow_unused=True)
+    for grad, same in zip(first, again, strict=True):
+        torch.testing.assert_close(grad, same, atol=0, rtol=0)
+
+
 def _kept(model: Transformer) -> int:
     """Bytes kept of one forward pass, by autograd or as inputs of blocks; each tensor once."""
     found: dict[int, int] = {}

@@ -6,7 +6,7 @@ only (Chen et al. 2016, 1604.06174). Losses are those of the first forward pass 
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -257,27 +257,22 @@ def _run_checkpointed(
         return forward(*inputs, **parts)
 
     def of_both_passes() -> _Contexts:
-        restored = _RestoredRouterState([layer.router for layer in moe_layers(module)])
         first, second = contexts()
-        return first, _within(restored, second)
+        return first, _RecomputedPass([layer.router for layer in moe_layers(module)], second)
 
     # stopping early would skip the collectives after the last tensor that backward needs
     with set_checkpoint_early_stop(False):
         return checkpoint(forward, *inputs, use_reentrant=False, context_fn=of_both_passes, **parts)
 
 
-@contextmanager
-def _within(
-    outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
-) -> Iterator[None]:
-    with outer, inner:
-        yield
+class _RecomputedPass:
+    """Within it, and ``inner``, routers have the statistics that they had when it was made.
 
+    Schedules that split the backward pass recompute twice, so it can be entered again.
+    """
 
-class _RestoredRouterState:
-    """Within it, routers have the statistics that they had when it was made. Entered only once."""
-
-    def __init__(self, routers: Sequence[Router]) -> None:
+    def __init__(self, routers: Sequence[Router], inner: AbstractContextManager[Any]) -> None:
+        self._inner = inner
         self._saved = [(router, router.stats_sum.clone()) for router in routers]
         self._current: list[Tensor] = []
 
@@ -285,8 +280,10 @@ class _RestoredRouterState:
         self._current = [router.stats_sum.clone() for router, _ in self._saved]
         for router, saved in self._saved:
             router.stats_sum.copy_(saved)
+        self._inner.__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
         for (router, _), current in zip(self._saved, self._current, strict=True):
             router.stats_sum.copy_(current)
         self._current = []

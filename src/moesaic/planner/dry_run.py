@@ -28,6 +28,7 @@ from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.expert_selection import Select
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
+from moesaic.ops.chunk_sizes import use_chunk_sizes
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.sharding_plan import EXPERT_STAGE_AXES
@@ -110,6 +111,7 @@ def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
         fake_process_group(world, rank=rank),
         SimulatedRank() as simulation,
         simulation.ledger.watch_resizes(),
+        use_chunk_sizes(settings.chunks),
     ):
         model = Transformer.without_values(with_round_robin_routing(config))
         mesh = Mesh(

@@ -130,6 +130,7 @@ class _Composition:
             settings.sizes,
             settings.optimizer,
             settings.precision,
+            settings.chunks,
             settings.busiest_share,
             is_pipelined=parameters.stages is not None,
         )
