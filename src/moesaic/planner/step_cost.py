@@ -8,7 +8,7 @@ pipeline stages, micro-batches and ranks.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -18,6 +18,7 @@ from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
 from moesaic.parallel.communication_volume import (
     CommunicationVolume,
+    GradientBucket,
     gradient_buckets,
     gradient_communication,
 )
@@ -183,7 +184,8 @@ class _Composition:
             streamed = sum(state.experts.values())
             yield HeldBytes(tier_name(memory.parameters), Purpose.WEIGHTS, streamed)
         yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
-        yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.states)
+        yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.stored)
+        yield HeldBytes(DEVICE, Purpose.STATES, state.counters)
 
     @property
     def _memory(self) -> MemoryPlan:
@@ -198,7 +200,12 @@ class _Composition:
             operations=self._operations(),
             sent=self._sent(),
             moved=tuple(
-                moved_bytes(self._state, self._memory, micro_batches=self.settings.micro_batches)
+                moved_bytes(
+                    self._state,
+                    self._memory,
+                    micro_batches=self.settings.micro_batches,
+                    summed=sum(bucket.bytes for bucket in self._buckets),
+                )
             ),
             bubble=self._pipeline.bubble(),
         )
@@ -206,6 +213,10 @@ class _Composition:
     @cached_property
     def _state(self) -> StateBytes:
         return state_bytes(self.parameters, self.settings)
+
+    @cached_property
+    def _buckets(self) -> Sequence[GradientBucket]:
+        return gradient_buckets(self.parameters, precision=self.settings.precision)
 
     @cached_property
     def _pipeline(self) -> PipelineCost:
@@ -244,11 +255,11 @@ class _Composition:
         """Return the most bytes of the device at once, and of activations in any tier."""
         state, memory = self._state, self._memory
         fixed = resident_weights(state, memory)
-        fixed += state.states * memory.optimizer_states.is_device + self._pipeline.buffers()
+        fixed += state.counters + state.stored * memory.optimizer_states.is_device
+        fixed += self._pipeline.buffers()
         passes = self._passes_peak if self.parameters.stages is None else self._pipeline_peak
         peak, most_kept = passes()
-        buckets = gradient_buckets(self.parameters, precision=self.settings.precision)
-        summed = sum(bucket.bytes for bucket in buckets[-IN_FLIGHT:])
+        summed = sum(bucket.bytes for bucket in self._buckets[-IN_FLIGHT:])
         update_peak = max(self._update_peak(), summed)
         gradients = state.gradients * memory.gradients.is_device
         return fixed + max(peak, gradients + update_peak), most_kept
@@ -286,7 +297,7 @@ class _Composition:
         if states.is_device:
             return self.measured.update.peak
         on_disk = tier_name(states) == DISK
-        return on_disk * min(self._memory.in_flight_bytes, self._state.states)
+        return on_disk * min(self._memory.in_flight_bytes, self._state.stored)
 
     def _operations(self) -> tuple[OperationCost, ...]:
         found: Counter[tuple[Phase, Operation]] = Counter()
