@@ -47,7 +47,6 @@ from moesaic.planner.step_time import (
 )
 
 EXCHANGES = ("tensor", "context", "expert", "expert_tensor")  # axes between layers
-UPDATE_BYTES = 28  # AdamW in float32, per value: reads weight, gradient, moments; writes three
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +281,7 @@ class PlanModel:
         return total
 
     def _update(self, degrees: Degrees, option: Option, state: ShardBytes) -> float:
-        size = UPDATE_BYTES * state.values * self._share(degrees)
+        size = self._share(degrees) * state.read_and_written
         if tier_names(option.memory)["optimizer_states"] == DEVICE:
             return self.settings.machine.memory.seconds(size)
         return size / self.settings.machine.update.value

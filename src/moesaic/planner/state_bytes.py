@@ -64,6 +64,11 @@ class ShardBytes:
     gathered: int
     synced: tuple[tuple[str, str, float, float], ...]
 
+    @property
+    def read_and_written(self) -> int:
+        """The bytes of an update: reads all, writes weights and states."""
+        return 2 * self.weights + self.gradients + 2 * self.states
+
 
 class ShardedState:
     """The parameters of a model by class."""
