@@ -193,7 +193,7 @@ def step_call(watch: Stopwatch) -> Measurement:
         torch.stack([model.loss(output).total, *terms]).sum().backward()
         model.zero_grad()
 
-    cost = step_cost(CostSettings(model=config, sizes=sizes))
+    cost = step_cost(CostSettings(model=config, sizes=sizes, device=watch.device.type))
     passes = [each for each in cost.operations if each.phase is not Phase.UPDATE]
     calls = sum(each.count for each in passes)
     moved = sum(each.count * (each.bytes_read + each.bytes_written) for each in passes)
