@@ -71,13 +71,15 @@ def calibrate(
     quick: bool = False,
     folder: Path | None = None,
     like: Machine | None = None,
+    name: str | None = None,
     notify: Callable[[str], object] = lambda _: None,
 ) -> Calibration:
     """Measure this machine: its first CUDA device, or its processor.
 
     ``quick`` takes a few seconds instead of under a minute. ``folder`` is where the disk is
     measured. What this machine cannot measure (links between nodes; collectives of one GPU) is
-    taken from ``like``, or set equal to what is nearest, and its source is that.
+    taken from ``like``, or set equal to what is nearest, and its source is that. ``name`` is that
+    of the machine; None: of its device.
     """
     started = time.perf_counter()
     cuda = torch.cuda.device_count() > 0
@@ -88,6 +90,7 @@ def calibrate(
     run.keep("collectives of two ranks", *sent)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         machine = _measure_machine(run, sent=sent, scratch=Path(scratch), like=like)
+    machine = machine.replace(name=name or machine.name)
     return Calibration(machine, tuple(run.kept), time.perf_counter() - started)
 
 
