@@ -39,6 +39,8 @@ def moved_bytes(
         yield MovedBytes(tier, DEVICE, Purpose.WEIGHTS, micro_batches * (2 * streamed - last))
     if not memory.gradients.is_device:
         yield from _moved_gradients(state.gradients, memory, micro_batches, summed=summed)
+    elif not memory.optimizer_states.is_device:
+        yield MovedBytes(DEVICE, HOST, Purpose.GRADIENTS, state.gradients)
     if not memory.optimizer_states.is_device:
         yield MovedBytes(DEVICE, HOST, Purpose.WEIGHTS, state.weights - streamed)
         yield MovedBytes(HOST, DEVICE, Purpose.WEIGHTS, state.weights - streamed)
