@@ -54,8 +54,8 @@ def known_plans(found: dict[str, Any]) -> str:
     return f"""## Plans that others have measured
 
 Asked for the order, not for the figures: Mixtral 8x22B on 128 H100 with folded and unfolded expert
-parallelism (2504.14960 is quoted with 49.3 % and 46.3 % MFU), and a model of Mixtral 8x7B's shape on
-32 GH200 with all on the device and with weights, gradients and states on the host
+parallelism (2504.14960 is quoted with 49.3 % and 46.3 % MFU), and a model of Mixtral 8x7B's shape
+on 32 GH200 with all on the device and with weights, gradients and states on the host
 (NVIDIA/Megatron-LM issue 6491: 8,700 tokens/s per GPU with small expert parallelism and offload,
 7,000 with large and without; its model is not published).
 

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as distributed
+from plan_cases import small_model, small_space
 
 from cost_counters import (
     CostLaw,
@@ -56,7 +57,6 @@ from moesaic.planner.machine import find_machine
 from moesaic.planner.measured_step import MeasuredPart
 from moesaic.planner.plan_report import PlanRequest, plan_model
 from moesaic.testing.tiny_models import tiny_model_config
-from plan_cases import small_model, small_space
 from step_costs import VALUES_AT_ONCE, WEIGHTS, files_hashed, read_bytes, start_bytes, step_laws
 
 SLACK = 0.1
