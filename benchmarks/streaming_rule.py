@@ -147,9 +147,9 @@ def contended(
     targets = [torch.empty(store.specs[part.name].shape) for part in parts[0]]
     passes, fetches = [], []
     for turn in range(rounds + 1):
-        beside = [store.fetch(each, access=Access.READ) for each in PASSES * parts]
+        under_way = [store.fetch(each, access=Access.READ) for each in PASSES * parts]
         timed = run(model, tokens)
-        for each in beside:
+        for each in under_way:
             each.wait()
             each.release()
         x, arrivals = tokens[::2], []
