@@ -33,13 +33,19 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_selection import TopK
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.pipeline import LossSettings
-from moesaic.parallel.pipeline_schedules import GPipe, Interleaved
+from moesaic.parallel.pipeline_schedules import (
+    BreadthFirst,
+    GPipe,
+    Interleaved,
+    OneForwardOneBackward,
+)
 from moesaic.parallel.precision import BFloat16, BFloat16Autocast
 from moesaic.parallel.weight_start import draw_shards
 from moesaic.planner.cost_entries import DEVICE
@@ -79,6 +85,24 @@ def settings(model: ModelConfig, sizes: BatchDims, *, world: int = 1, **more: An
 
 
 RECOMPUTE = {"activation_checkpointing": CheckpointBlocks()}
+ONE_F = OneForwardOneBackward()
+OWN_TABLE = TEXT.replace(embedding=EmbeddingConfig(tied=False))
+PIPELINES = (
+    ("1F1B", TEXT, ROWS, 2, 4, ONE_F, {}),
+    ("GPipe", TEXT, ROWS, 2, 4, GPipe(), {}),
+    ("interleaved", TEXT, ROWS, 2, 4, Interleaved(), {}),
+    ("1F1B, 2 micro-batches", TEXT, ROWS, 2, 2, ONE_F, {}),
+    ("1F1B, 7 micro-batches", TEXT, ROWS, 2, 7, ONE_F, {}),
+    ("GPipe, 3 micro-batches", TEXT, ROWS, 2, 3, GPipe(), {}),
+    ("interleaved, 6 micro-batches", TEXT, ROWS, 2, 6, Interleaved(), {}),
+    ("interleaved of 3", TEXT, ROWS, 2, 4, Interleaved(stages=3), {}),
+    ("breadth first", TEXT, ROWS, 2, 4, BreadthFirst(), {}),
+    ("1F1B, own output table", OWN_TABLE, ROWS, 2, 4, ONE_F, {}),
+    ("1F1B, encoder and decoder", MODEL, PAIRS, 2, 4, ONE_F, {}),
+    ("1F1B, dense", DENSE, PAIRS, 2, 4, ONE_F, {}),
+    ("1F1B, recomputed", TEXT, ROWS, 2, 4, ONE_F, RECOMPUTE),
+    ("1F1B", TEXT, ROWS, 3, 5, ONE_F, {}),
+)
 CASES = {
     "dense": settings(DENSE, PAIRS),
     "MoE": settings(MODEL, PAIRS),
@@ -111,23 +135,17 @@ CASES = {
     "E+Z3 of 4": settings(TEXT, ROWS, world=4, plan={"expert": 2, "zero": 3}),
     "Z3 of 2, 3 micro-batches": settings(TEXT, ROWS, world=2, plan={"zero": 3}, micro_batches=3),
     "Z3 of 2, recomputed": settings(TEXT, ROWS, world=2, plan={"zero": 3}, parallel=RECOMPUTE),
-    "P of 2, 1F1B": settings(TEXT, ROWS, world=2, plan={"pipe": 2}, micro_batches=4),
-    "P of 2, GPipe": settings(
-        TEXT,
-        ROWS,
-        world=2,
-        plan={"pipe": 2},
-        micro_batches=4,
-        parallel={"pipeline_schedule": GPipe()},
-    ),
-    "P of 2, interleaved": settings(
-        TEXT,
-        ROWS,
-        world=2,
-        plan={"pipe": 2},
-        micro_batches=4,
-        parallel={"pipeline_schedule": Interleaved()},
-    ),
+    **{
+        f"P of {ranks}, {name}": settings(
+            model,
+            sizes,
+            world=ranks,
+            plan={"pipe": ranks},
+            micro_batches=number,
+            parallel={"pipeline_schedule": schedule} | more,
+        )
+        for name, model, sizes, ranks, number, schedule, more in PIPELINES
+    },
 }
 
 
