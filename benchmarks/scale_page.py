@@ -39,11 +39,11 @@ Which numbers are exact:
 
 - Weights, gradients, optimizer state and the bytes of every collective equal those of real and of
   simulated ranks to the byte (`tests/laws/test_memory_and_communication_equal_their_estimates.py`).
-- `activations`, `gathered` and `transient` are each the most at once; the peak (`device`) is less
-  than their sum. How exact it is stands [there](cost.md).
+- Activations and what ZeRO gathers are measured on fake tensors, each kind of block once, and
+  summed: [how, and how exact](cost.md).
 - Routing is taken as even. A real router sends more tokens to some ranks.
-- Weights, gradients and AdamW's state are float32, 16 bytes per parameter
-  (`--set precision=BFloat16`: 2 + 2 + 12, also 16).
+- The table has one pipeline stage and float32: 16 bytes per parameter with AdamW's states. In
+  bfloat16 with float32 masters it is 2 + 2 + 12, also 16 ([precision](precision.md)).
 - The widths of `zcode-m3-64` and `zcode-200b`, and the attention of `trillion-384`, are our choice
   (`model/presets`); the papers do not have them.
 """
