@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,16 @@ def serialize_lazily(
 
     ``tensors`` give shapes and dtypes (they may be on ``meta``), ``read`` the values.
     """
+    return serialize_chunks(tensors, read=lambda name: (read(name),), metadata=metadata)
+
+
+def serialize_chunks(
+    tensors: Mapping[str, Tensor],
+    *,
+    read: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Buffer]:
+    """Like ``serialize_lazily``, for tensors whose values are read some at a time, in order."""
     names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     header: dict[str, object] = {
         "__metadata__": {"format": "pt", FORMAT_KEY: str(MANIFEST_FORMAT)} | dict(metadata or {})
@@ -93,9 +103,10 @@ def serialize_lazily(
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        flat = read(name).detach().cpu().contiguous().flatten()
-        if flat.numel():
-            yield flat.view(torch.uint8).numpy().data
+        for chunk in read(name):
+            flat = chunk.detach().cpu().contiguous().flatten()
+            if flat.numel():
+                yield flat.view(torch.uint8).numpy().data
 
 
 def write_tensors(
