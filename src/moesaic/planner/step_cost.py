@@ -6,7 +6,6 @@ results are kept for the next plan that splits a block alike. The rest is arithm
 pipeline stages, micro-batches and ranks.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -42,6 +41,7 @@ from moesaic.planner.measured_step import (
     smallest_plan,
 )
 from moesaic.planner.operation_recorder import Operation, OperationKind
+from moesaic.planner.owner_update import owner_communication, owner_operations
 from moesaic.planner.pipeline_cost import PipelineCost
 from moesaic.planner.step_memory import (
     StateBytes,
@@ -280,22 +280,14 @@ class _Composition:
         )
 
     def _update_operations(self) -> Iterator[tuple[Operation, int]]:
-        """Yield the optimizer's products, for all parameters, and its one pass over the states."""
+        """Yield the one pass over the states, and the products of the rank's share of matrices."""
         state = self._state
         read, written = state.total, state.weights + state.states
         yield Operation(OperationKind.MEMORY, "float32", 0, read, written), 1
-        measured = sum(
-            math.prod(shard.shape)
-            for shard in self.measured_parameters.shards
-            if self.blocks.has_run(shard.parameter.name)
-        )
-        values = sum(math.prod(shard.shape) for shard in self.parameters.shards)
-        for operation, times in self.measured.update.operations.items():
-            if operation.kind is not OperationKind.MEMORY:
-                yield operation, round(times * values / measured)
+        yield from owner_operations(self.parameters, self.settings.optimizer)
 
     def _sent(self) -> tuple[CommunicationVolume, ...]:
-        """Return what is sent for activations, measured, and for gradients, by arithmetic."""
+        """Return what is sent for activations, measured; for gradients and updates, by arithmetic."""
         plan, calls = self.parameters.plan, Counter[SentCall]()
         data = plan.data or 1
         ranks = {"stage": plan.stage_size, "data": data, "data+context": data * plan.context}
@@ -312,7 +304,8 @@ class _Composition:
             precision=self.settings.precision,
             micro_batches=self.settings.micro_batches,
         )
-        for each in (*volumes(calls), *gradients):
+        updates = owner_communication(self.parameters, self.settings.optimizer)
+        for each in (*volumes(calls), *gradients, *updates):
             key = (each.kind, each.axis)
             known = found.get(key, CommunicationVolume(*key, 0))
             found[key] = replace(
