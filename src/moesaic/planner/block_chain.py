@@ -54,6 +54,12 @@ class BlockChain:
             return place
         return ChainPlace(place.stack, self.representative[place.stack][place.block])
 
+    def has_run(self, parameter: str) -> bool:
+        """Whether the module of a parameter of this name was run: all outside of blocks are."""
+        stack, _, rest = parameter.partition(".")
+        number = rest.partition(".")[0]
+        return not (stack in STACKS and number.isdigit()) or int(number) in self.run[stack]
+
 
 def _kinds(config: ModelConfig, *, side: str, by: ActivationCheckpointing) -> list[str]:
     """Return a text for each block of a stack, equal where the blocks are."""

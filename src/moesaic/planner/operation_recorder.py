@@ -13,10 +13,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.simulation import tensors_in
+
+_IN_PLACE = {  # the counter of FLOPs has no entries of these
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+}
 
 
 class OperationKind(StrEnum):
@@ -53,7 +58,7 @@ class OperationRecorder:
     ) -> None:
         if not _is_view(func):
             kind, flops = _products(func, args, out)
-            given, result = _tensors((args, kwargs)), _tensors(out)
+            given, result = tensors_in((*args, *kwargs.values())), tensors_in((out,))
             dtype = str((*result, *given)[0].dtype).removeprefix("torch.") if given else ""
             self.counts[Operation(kind, dtype, flops, _bytes(given), _bytes(result))] += 1
 
@@ -73,8 +78,9 @@ def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind
         return OperationKind.GROUPED_PRODUCT, args[1]
     if name.startswith("_scaled_dot_product_"):
         return OperationKind.ATTENTION, _attention_flops(name, args)
-    if packet in flop_registry:
-        return OperationKind.DENSE_PRODUCT, int(flop_registry[packet](*args, out_val=out))
+    counted = flop_registry.get(_IN_PLACE.get(packet, packet))
+    if counted is not None:
+        return OperationKind.DENSE_PRODUCT, int(counted(*args, out_val=out))
     return OperationKind.MEMORY, 0
 
 
@@ -85,10 +91,6 @@ def _attention_flops(name: str, args: tuple[Any, ...]) -> int:
     query, key = tensors[backward][-2], tensors[backward + 1][-2]
     causal = query == key and any(isinstance(a, bool) and a for a in args[3 + backward :])
     return flops // 2 if causal else flops
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
 def _bytes(tensors: list[Tensor]) -> int:
