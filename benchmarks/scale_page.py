@@ -165,8 +165,7 @@ def _verdict(found: dict[str, Any]) -> str:
         f"is {verdict}: {factors}. Against the quoted 400B the same models are "
         f"{', '.join(f'{size / 4e11:.1f}' for size in hosted.values())} times as large. Host "
         "memory is the limit: with offloading it has 16 bytes of every parameter, while a GPU has "
-        "a few blocks at a time (ZeRO stage 3; the paper has stage 2). Experts are offloaded only "
-        "where several ranks hold a copy (expert 256 of 512)."
+        "a few blocks at a time (ZeRO stage 3; the paper has stage 2)."
     )
 
 
