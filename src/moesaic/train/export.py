@@ -17,6 +17,7 @@ from moesaic.train.trainer import Trainer
 def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
     """Write ``model.safetensors`` and the model card. Rank 0 only."""
     if trainer.parallel_model.is_replicated:
+        trainer.optimizer.settle()
         weights = export_weights(trainer.model)
     else:  # no rank has all weights: read them from the checkpoint that the run has just saved
         weights = load_checkpoint(run_dir.checkpoints, only=("model",)).files["model"]
