@@ -3,11 +3,13 @@
     python benchmarks/cpu_optimizer.py --out benchmarks/results/cpu_optimizer.json
 
 Each optimizer has its own copy of the parameters and the same gradients, and takes one step per
-turn (``bench/paired_timing.py``). DeepSpeed is measured where it is installed.
+turn (``bench/paired_timing.py``). DeepSpeed is measured where it is installed. ``COPY`` is the
+memory's own time: a copy that reads and writes as many bytes as an update in float32.
 """
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from moesaic.ops.cpu.cpu_adamw import AdamWStatus, load_adamw
 from moesaic.optim.optimizer import AdamW
 
 SHAPES: Mapping[str, list[tuple[int, ...]]] = {
-    "4 large": [(8, 256, 256)] * 4,
+    "4 large": [(8, 512, 512)] * 4,
     "100 small": [(64, 96), (96,)] * 50,
 }
 SETTINGS = AdamWSettings(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01)
 BASELINE = "torch, one tensor at a time"
+COPY = "a copy of as many bytes"
+UPDATE_BYTES = 28  # parameter and two means read and written, gradient read
 
 
 def parameters(shapes: list[tuple[int, ...]], *, dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -83,7 +87,10 @@ def implementations(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], obj
     compiled = load_adamw().kernel
     if compiled is None:
         raise SystemExit(load_adamw().reason)
+    half = UPDATE_BYTES // 2 * sum(map(math.prod, shapes))
+    source, target = torch.ones(half, dtype=torch.uint8), torch.zeros(half, dtype=torch.uint8)
     found = {
+        COPY: lambda: target.copy_(source),
         BASELINE: torch_step(shapes, foreach=False),
         "torch foreach": torch_step(shapes, foreach=True),
         "torch fused": torch_step(shapes, fused=True),
@@ -125,6 +132,7 @@ def measure(shapes: list[tuple[int, ...]], *, rounds: int) -> dict[str, Any]:
             "best_ms": round(1e3 * min(times[name].seconds.values()), 3),
             "ratio": round(found.median, 3),
             "quartiles": [round(q, 3) for q in found.quartiles],
+            "best_ratio": round(found.best_over_best, 3),
         }
         for name, found in summary.items()
     }

@@ -8,10 +8,10 @@ Forward and backward in float32, taking turns; ratios to all logits at once (``F
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from support import write_result
 
 from moesaic.bench.paired_timing import measure_in_turns, ratio_to_baseline
 from moesaic.core.shapes import Tensor
-from moesaic.ops import cross_entropy as module
+from moesaic.ops.chunk_sizes import CPU_CHUNKS, use_chunk_sizes
 from moesaic.ops.cross_entropy import cross_entropy, tokens_per_chunk
 
 SHAPES = ((1024, 8000, 256), (512, 32_000, 256), (64, 163_840, 256))
@@ -32,7 +32,7 @@ def all_at_once(hidden: Tensor, weight: Tensor, label: Tensor) -> None:
 
 
 def in_chunks(hidden: Tensor, weight: Tensor, label: Tensor, *, budget: int) -> None:
-    with patch.dict(module.LOGIT_BYTES, cpu=budget):
+    with use_chunk_sizes(replace(CPU_CHUNKS, logits=budget)):
         cross_entropy(hidden, weight=weight, label=label).total.backward()
 
 
@@ -43,7 +43,7 @@ def measured(tokens: int, words: int, dim: int, *, rounds: int) -> dict[str, Any
     runs: dict[str, Callable[[], None]] = {
         "all logits": partial(all_at_once, *inputs),
         "2**21 logits": partial(in_chunks, *inputs, budget=EARLIER_BYTES),
-        "64 MiB": partial(in_chunks, *inputs, budget=module.LOGIT_BYTES["cpu"]),
+        "64 MiB": partial(in_chunks, *inputs, budget=CPU_CHUNKS.logits),
     }
     for run in runs.values():
         run()

@@ -20,7 +20,12 @@ import torch
 from random_cases import RandomCase, random_cases
 from support import write_result
 
-from moesaic.verify.compare_plans import PlanResult, compare_plans, make_setup
+from moesaic.verify.compare_plans import (
+    PlanResult,
+    compare_plans,
+    make_setup,
+    run_reference,
+)
 from moesaic.verify.trace_differences import TraceDifferences
 
 PARTS = (
@@ -38,7 +43,7 @@ PARTS = (
 
 def run_case(case: RandomCase) -> PlanResult:
     setup = replace(make_setup(case.run, steps=2, timeout_s=90.0), shape=case.shape)
-    [result] = compare_plans(setup, plans=[case.parallel])
+    [result] = compare_plans(setup, plans=[case.parallel], reference=run_reference(setup))
     return result
 
 

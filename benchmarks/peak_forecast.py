@@ -66,6 +66,7 @@ def settings(model: ModelConfig, sizes: BatchDims, *, world: int = 1, **more: An
     return CostSettings(
         model=model,
         sizes=sizes,
+        device="cpu",
         world=world,
         parallel=ParallelConfig(plan=plan, **parallel),
         **more,

@@ -42,13 +42,13 @@ def started(config: Any, *, world: int, rank: int) -> dict[str, Any]:
         with SharedChunks():
             parallelize_on_mesh(model, parallel=PARALLEL, mesh=mesh)
         buffers = sum(buffer.nbytes for buffer in model.buffers())
-        weights = simulated.allocated_bytes() - buffers
+        weights = simulated.ledger.live_bytes - buffers
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        gradients = simulated.allocated_bytes() - buffers - weights
+        gradients = simulated.ledger.live_bytes - buffers - weights
         optimizer = AdamW().build(model.named_parameters(), kinds=model.parameter_kinds())
         optimizer.step()
-        states = simulated.allocated_bytes() - buffers - weights - gradients
+        states = simulated.ledger.live_bytes - buffers - weights - gradients
         peak = simulated.peak_bytes
     return {
         "world": world,

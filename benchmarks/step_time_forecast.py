@@ -119,6 +119,7 @@ class Case:
             micro_batches=micro_batches,
             world=self.world,
             busiest_share=share,
+            device="cpu",
         )
 
 

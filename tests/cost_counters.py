@@ -8,6 +8,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,18 @@ from torch.utils._pytree import tree_leaves
 
 LEFT_FACTOR = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument of a product
 WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique")
+
+
+@dataclass(frozen=True)
+class CostLaw:
+    """``count(n)`` is counted work, and ``formula(n)`` the most that it may be (less 10 %).
+
+    A formula of more than twice the count is refused as well: it would see no fault.
+    """
+
+    count: Callable[[int], float]
+    formula: Callable[[int], float]
+    size: int
 
 
 class OperationCounter(TorchDispatchMode):
@@ -74,7 +87,7 @@ class HeldBytes(TorchDispatchMode):
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self._known:
+            if key not in given and key not in self._known and not tensor.is_meta:
                 self._known.add(key)
                 self.live += size
                 weakref.finalize(storage, self._free, key, size)

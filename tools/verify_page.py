@@ -89,8 +89,10 @@ def sections() -> Iterator[tuple[str, list[PlanResult]]]:
     """Yield the text of each section and its results."""
     for section in SECTIONS:
         setup, plans = make_setup(section.run), section.plans
-        dropped, routed = count_dropped(run_reference(setup))
-        results = list(_progress(compare_plans(setup, plans=plans.valid), count=len(plans.valid)))
+        reference = run_reference(setup)
+        dropped, routed = count_dropped(reference)
+        found = compare_plans(setup, plans=plans.valid, reference=reference)
+        results = list(_progress(found, count=len(plans.valid)))
         parts = [
             f"### {section.title}",
             f"```sh\n{section.command}\n```",

@@ -1,6 +1,6 @@
 import pytest
 
-from moesaic.core.config_text import flat_lines, parse_call, set_by_path, write_yaml
+from moesaic.core.config_text import flat_lines, parse_call, quoted_call, set_by_path, write_yaml
 from moesaic.core.errors import ConfigError
 from moesaic.core.yaml_reader import read_yaml
 
@@ -17,6 +17,20 @@ def test_a_call_holds_words_numbers_lists_and_calls() -> None:
         "kind": "A", "x": 1e-3, "y": [1, "two"], "z": {"kind": "B", "w": None},
         "on": True, "t": "a b", "n": -1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ("A(folder=/scratch)", 'A(folder="/scratch")'),
+        ("A(x=B(folder=~/x-y.z), k=1e-3)", 'A(x=B(folder="~/x-y.z"), k=1e-3)'),
+        ("A(k=2)", None),
+        ("A(k=2", None),
+        ("A(folder=/a b)", None),
+    ],
+)
+def test_a_text_without_quotes_is_shown_with_them(text: str, quoted: str | None) -> None:
+    assert quoted_call(text) == quoted
 
 
 def test_a_call_runs_nothing() -> None:

@@ -32,7 +32,8 @@ def test_flops_have_their_unit(count: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0s"), (9.5, "9.5s"), (59.4, "59s"), (59.9, "1m00s"), (75, "1m15s"),
+    [(0, "0.0s"), (3e-7, "0.30us"), (4.2e-5, "42.0us"), (0.00421, "4.21ms"), (0.04, "40.0ms"),
+     (0.6, "600ms"), (0.9996, "1.0s"), (9.5, "9.5s"), (59.4, "59s"), (59.9, "1m00s"), (75, "1m15s"),
      (3600, "1h00m"), (3661, "1h01m"), (90_000, "25h00m")],
 )  # fmt: skip
 def test_seconds_are_shown_with_readable_units(seconds: float, text: str) -> None:

@@ -39,15 +39,15 @@ def test_collectives_return_copies_of_what_this_rank_sends() -> None:
     assert not distributed.is_initialized()
 
 
-def test_allocated_bytes_are_those_of_live_tensors() -> None:
+def test_live_bytes_are_those_of_live_tensors() -> None:
     with SimulatedRank() as simulated:
         one = torch.zeros(100)
         view = one[10:]
-        assert simulated.allocated_bytes() == 400
+        assert simulated.ledger.live_bytes == 400
         other = view + 1
-        assert simulated.allocated_bytes() == 400 + 360
+        assert simulated.ledger.live_bytes == 400 + 360
         del one, other
-        assert simulated.allocated_bytes() == 400, "a view keeps all of its storage"
+        assert simulated.ledger.live_bytes == 400, "a view keeps all of its storage"
 
 
 def test_shared_chunks_equal_those_of_torch() -> None:

@@ -7,7 +7,7 @@ Both are compared at a size and at twice that size. Nothing here measures second
 import random
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,14 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from cost_counters import CountingStore, OperationCounter, count_flops, open_files, peak_bytes
+from cost_counters import (
+    CostLaw,
+    CountingStore,
+    OperationCounter,
+    count_flops,
+    open_files,
+    peak_bytes,
+)
 from moesaic.corpus.append_files import OPEN_FILES
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.spill import PairSpill
@@ -30,37 +37,23 @@ from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.simulation import fake_process_group
 from moesaic.distributed.watchdog import Watchdog
-from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
+from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.model.transformer import Transformer
 from moesaic.moe.edge_queues import QueuedEdges, keep_first_over_ranks
 from moesaic.moe.expert_capacity import Capacity
 from moesaic.nn import recurrence_backend
 from moesaic.nn.packing import Packing, TokenPartition, TokenSpan
 from moesaic.nn.recurrence_backend import ContextRecurrence, ConvolutionWeights
-from moesaic.ops import cross_entropy as cross_entropy_module
+from moesaic.ops.chunk_sizes import CPU_CHUNKS, use_chunk_sizes
 from moesaic.ops.cross_entropy import cross_entropy
 from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
-from moesaic.parallel.precision import Float32
-from moesaic.testing.tiny_models import LABELS, random_batch, tiny_model_config
-from moesaic.train.running_metrics import LossCategories
-from moesaic.train.step import Objective
+from moesaic.testing.tiny_models import tiny_model_config
+from step_costs import VALUES_AT_ONCE, WEIGHTS, files_hashed, read_bytes, start_bytes, step_laws
 
 SLACK = 0.1
-
-
-@dataclass(frozen=True)
-class CostLaw:
-    """``count(n)`` is counted work, and ``formula(n)`` the most that it may be (less 10 %).
-
-    A formula of more than twice the count is refused as well: it would see no fault.
-    """
-
-    count: Callable[[int], float]
-    formula: Callable[[int], float]
-    size: int
 
 
 def _stalled_ranks(ranks: int) -> CountingStore:
@@ -116,18 +109,18 @@ def _loss_of(tokens: int, words: int) -> Callable[[], None]:
 
 def _table_passes(tokens: int, words: int) -> int:
     """How often the gradient of the table is read and written."""
-    with patch.dict(cross_entropy_module.LOGIT_BYTES, cpu=1 << 12), OperationCounter() as counter:
+    with use_chunk_sizes(replace(CPU_CHUNKS, logits=1 << 12)), OperationCounter() as counter:
         _loss_of(tokens, words)()
     return counter.names["addmm_"]
 
 
 def _loss_bytes(words: int) -> int:
     """The bytes that a loss holds at once."""
-    with patch.dict(cross_entropy_module.LOGIT_BYTES, cpu=1 << 12):
+    with use_chunk_sizes(replace(CPU_CHUNKS, logits=1 << 12)):
         return peak_bytes(_loss_of(64, words))
 
 
-def _capacity_bytes(ranks: int, *, edges: int = 64) -> int:
+def _capacity(ranks: int, *, edges: int = 64) -> CommunicationCounter:
     """A rank of so many with so many edges decides which are over the capacity of 8 experts."""
     keys = torch.arange(edges)[:, None] << 56  # the first digits differ
     expert = torch.arange(edges) % 8
@@ -135,7 +128,7 @@ def _capacity_bytes(ranks: int, *, edges: int = 64) -> int:
     capacity = partial(Capacity().expert_capacity, num_experts=8, factor=0.5)
     with fake_process_group(ranks), CommunicationCounter() as counter:
         keep_first_over_ranks(queues, capacity=capacity, world=ProcessGroupWorld())
-    return counter.total_bytes()
+    return counter
 
 
 def _exchange_plans(layers: int) -> int:
@@ -184,17 +177,6 @@ CAPACITY_DIGITS = 1  # of the keys of these edges that are compared
 MATRIX_BYTES, MUON_FLOPS = 61440, 4055040  # of the tiny model: all matrices, one rank
 
 
-def _step_bytes(micro_batches: int) -> int:
-    """The bytes that the forward and backward passes of a step hold at once."""
-    torch.manual_seed(0)
-    model = Transformer(tiny_model_config())
-    parallel_model = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
-    batches = [random_batch(8, seed=0)] * micro_batches
-    objective = Objective(LossCategories(LABELS), precision=Float32())
-    objective.forward_backward(parallel_model, batches=batches)  # makes gradients
-    return peak_bytes(lambda: objective.forward_backward(parallel_model, batches=batches))
-
-
 def _texts_compared(texts: int) -> int:
     """Every held-out text has one near-duplicate in train, and 3-grams of its own."""
     draw = random.Random(0)
@@ -219,9 +201,6 @@ def _files_of_directions(directions: int) -> int:
 
 
 LAWS: dict[str, CostLaw] = {
-    "bytes held in a step of n micro-batches": CostLaw(
-        _step_bytes, lambda _: _step_bytes(1), size=2
-    ),
     "passes over the table's gradient in a loss of n tokens": CostLaw(
         lambda n: _table_passes(n, 64), lambda n: n / 16, size=64
     ),
@@ -259,12 +238,18 @@ LAWS: dict[str, CostLaw] = {
         lambda n: _muon_step(n, zero=0).sent_bytes, lambda n: MATRIX_BYTES * (n - 1) / n, size=2
     ),
     "bytes that a rank of n sends to limit capacity": CostLaw(
-        _capacity_bytes, lambda n: 2 * (1 + CAPACITY_DIGITS * 256) * 9 * 8 * (n - 1) / n, size=8
+        lambda n: _capacity(n).total_bytes(),
+        lambda n: 2 * (1 + CAPACITY_DIGITS * 256) * 9 * 8 * (n - 1) / n,
+        size=8,
     ),
     "bytes that a rank sends to limit capacity of n edges": CostLaw(
-        lambda n: _capacity_bytes(8, edges=n),
+        lambda n: _capacity(8, edges=n).total_bytes(),
         lambda _: 2 * (1 + CAPACITY_DIGITS * 256) * 9 * 8 * 7 / 8,
         size=64,
+    ),
+    # lengths of the queues, a digit, and those that are equal to the end
+    "messages of a rank of n to limit capacity": CostLaw(
+        lambda n: _capacity(n).calls().total(), lambda _: 2 + CAPACITY_DIGITS, size=8
     ),
     "comparisons of a search for near-duplicates of n texts": CostLaw(
         _texts_compared, lambda n: n, size=100
@@ -276,6 +261,16 @@ LAWS: dict[str, CostLaw] = {
         _exchange_plans, lambda _: 1, size=2
     ),
     "process groups that a rank of n makes": CostLaw(_groups_made, lambda _: 6, size=16),
+    "bytes that a rank of n holds while it draws its weights": CostLaw(
+        start_bytes, lambda n: WEIGHTS / n + 6 * 8 * VALUES_AT_ONCE, size=2
+    ),
+    "bytes that a rank of n reads of a checkpoint": CostLaw(
+        read_bytes, lambda n: WEIGHTS / n, size=2
+    ),
+    "files that n ranks hash before they read a checkpoint": CostLaw(
+        files_hashed, lambda _: 2, size=2
+    ),
+    **step_laws(),
 }
 
 

@@ -203,13 +203,14 @@ def test_a_rank_of_1024_allocates_the_bytes_that_are_forecast_for_a_large_model(
     with fake_process_group(1024, rank=777), SimulatedRank() as device, SharedChunks():
         model = cut(config, parallel_config, rank=777).model
         buffers = sum(buffer.nbytes for buffer in model.buffers())
-        held = [device.allocated_bytes() - buffers]
+        buffers += 4 * (128 + 8)  # the ranks of both axes in their device meshes, int32
+        held = [device.ledger.live_bytes - buffers]
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        held.append(device.allocated_bytes() - sum(held) - buffers)
+        held.append(device.ledger.live_bytes - sum(held) - buffers)
         optimizer = AdamW().build(model.named_parameters(), kinds=model.parameter_kinds())
         optimizer.step()
-        held.append(device.allocated_bytes() - sum(held) - buffers)
+        held.append(device.ledger.live_bytes - sum(held) - buffers)
     shards = ParameterInventory(config).on_rank(parallel_config, world=1024, rank=777).shards
     values = sum(torch.Size(shard.shape).numel() for shard in shards)
     assert held == [4 * values, 4 * values, 8 * values + 4 * len(shards)]

@@ -7,14 +7,17 @@ import torch
 
 from model.samples import BASE, batch_for, padded
 from moe.variants import DIM, EXPERTS, layer
+from moesaic.distributed.forked_ranks import run_cases_on_ranks
+from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.model.transformer import Transformer
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
-from moesaic.moe.batch_group import GatheredRows, SingleRankBatch
+from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity, PositionPriority, RandomPriority, WeightPriority
 from moesaic.moe.expert_selection import Top2, TopK
 from moesaic.moe.expert_selection_dynamic import TopP
 from moesaic.moe.router_context import RouterContext, RouterState, TokenContext
+from moesaic.parallel.batch_ranks import BatchRanks
 
 X = torch.randn(40, DIM)
 
@@ -42,45 +45,31 @@ def test_random_token_selection_and_the_gumbel_second_choice_are_off_in_evaluati
     assert torch.equal(_drawn(moe, 1), _drawn(moe, 2))
 
 
-class Shared(SingleRankBatch):
-    """One of two ranks; ``other`` are the rows that the other one would send."""
-
-    def __init__(self, other, *, first):
-        self.other, self.first = other, first
-
-    def gather(self, rows):
-        both = [rows, self.other] if self.first else [self.other, rows]
-        return GatheredRows(torch.cat(both), 0 if self.first else len(self.other))
-
-
-@pytest.mark.parametrize(
-    "priority", [PositionPriority(), WeightPriority(), RandomPriority()], ids=repr
-)
-def test_capacity_counts_the_tokens_of_all_ranks(priority):
-    limit = Capacity(factor=0.7, minimum=0, priority=priority)
+def _kept(priority, part, batch_group):
+    """Which experts the edges of a part of the batch keep."""
+    torch.manual_seed(0)
     logits = torch.randn(40, EXPERTS) + torch.linspace(2, 0, 40)[:, None] * torch.eye(EXPERTS)[0]
-    gate = RouterContext.from_logits(logits, training=True)
-    whole = limit(TopK(k=2)(gate), gate, SingleRankBatch())
-    kept = []
-    parts = [slice(0, 31), slice(31, 40)]  # very unequal: local counts would drop others
-    gates = [
-        RouterContext(logits[part], _some(gate.context, part), training=True) for part in parts
-    ]
-    sent = []
-    for each in gates:
-        routing = TopK(k=2)(each)
-        key = priority.key(routing, router=each)
-        sent.append(torch.cat([routing.expert[:, None], key], 1))
-    for number, each in enumerate(gates):
-        ranks = Shared(sent[1 - number], first=number == 0)
-        kept.append(limit(TopK(k=2)(each), each, ranks).expert)
-    assert torch.equal(torch.cat(kept), whole.expert)
-    assert 0 < whole.dropped.sum() < 80
-
-
-def _some(context, part):
+    whole = RouterContext.from_logits(logits, training=True)
     names = ("row", "position", "token", "tag", "row_key")
-    return replace(context, **{name: getattr(context, name)[part] for name in names})
+    local = {name: getattr(whole.context, name)[part] for name in names}
+    gate = RouterContext(logits[part], replace(whole.context, **local), training=True)
+    limit = Capacity(factor=0.7, minimum=0, priority=priority)
+    return limit(TopK(k=2)(gate), gate, batch_group)
+
+
+def _kept_of_rank(priority):
+    world = ProcessGroupWorld()
+    unequal = slice(0, 31), slice(31, 40)  # capacity of a rank's own tokens would drop others
+    return _kept(priority, unequal[world.rank], BatchRanks(world)).expert
+
+
+def test_capacity_counts_the_tokens_of_all_ranks():
+    priorities = [PositionPriority(), WeightPriority(), RandomPriority()]
+    results = run_cases_on_ranks(2, _kept_of_rank, priorities)
+    for priority, kept in zip(priorities, results, strict=True):
+        whole = _kept(priority, slice(0, 40), SingleRankBatch())
+        assert torch.equal(torch.cat(kept), whole.expert), priority
+        assert 0 < whole.dropped.sum() < 80
 
 
 def test_top_p_takes_one_expert_of_a_certain_token_and_never_all_by_an_empty_mask():

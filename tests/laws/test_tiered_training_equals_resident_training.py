@@ -1,4 +1,4 @@
-"""Law: training with tensors of any purpose on a memory tier equals training on the device, bitwise.
+"""Law: training with tensors on any memory tier equals training on the device, bit for bit.
 
 Loss, gradient norm, parameters and optimizer states, with clipping, accumulation of two
 micro-batches, on one and two ranks; and so does a run that is resumed into another tier.

@@ -14,14 +14,14 @@ RATES = st.floats(1e-6, 0.999999)
 
 @given(width=st.integers(1, 9), rate=RATES)
 def test_four_channels_of_a_hash_are_those_of_the_definition(width: int, rate: float) -> None:
-    fast = dropout_mask(KEYS, width=width, rate=rate)
+    fast = dropout_mask(torch.empty(len(KEYS), width), key=KEYS, rate=rate)
     assert torch.equal(fast, reference_dropout_mask(KEYS, width=width, rate=rate))
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
 def test_channels_are_dropped_at_the_rate_and_independently(rate: float) -> None:
     keys = torch.arange(20000)
-    lost = dropout_mask(keys, width=8, rate=rate).double()
+    lost = dropout_mask(torch.empty(len(keys), 8), key=keys, rate=rate).double()
     spread = (rate * (1 - rate) / len(keys)) ** 0.5
     assert (lost.mean(0) - rate).abs().max() < 5 * spread
     both = lost.T @ lost / len(keys)

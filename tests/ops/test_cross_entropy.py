@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moesaic.ops import cross_entropy as module
-from moesaic.ops.cross_entropy import cross_entropy
+from moesaic.ops.chunk_sizes import ChunkSizes, use_chunk_sizes
+from moesaic.ops.cross_entropy import cross_entropy, tokens_per_chunk
 from ops.references import reference_cross_entropy
 
 N, V, D = 37, 50, 8
@@ -13,15 +13,15 @@ N, V, D = 37, 50, 8
 @pytest.mark.parametrize("tokens", [1, 7, 1000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z", [0.0, 0.01])
-def test_the_chunked_loss_equals_its_definition(monkeypatch, tokens, smoothing, z):
-    monkeypatch.setitem(module.LOGIT_BYTES, "cpu", 4 * V * tokens)
-    monkeypatch.setitem(module.SLICE_BYTES, "cpu", 4 * V * 3)
+def test_the_chunked_loss_equals_its_definition(tokens, smoothing, z):
+    sizes = ChunkSizes(logits=4 * V * tokens, float32=4 * V * 3, activations=1)
     hidden = torch.randn(N, D, requires_grad=True)
     weight = torch.randn(V, D, requires_grad=True)
     label = torch.randint(0, V, (N,))
     results = []
     for function in (cross_entropy, reference_cross_entropy):
-        loss = function(hidden, weight=weight, label=label, label_smoothing=smoothing, z_loss=z)
+        with use_chunk_sizes(sizes):
+            loss = function(hidden, weight=weight, label=label, label_smoothing=smoothing, z_loss=z)
         grads = torch.autograd.grad(loss.total * 0.37, (hidden, weight))
         results.append([loss.total, loss.nll, *grads])
     for got, want in zip(*results, strict=True):
@@ -64,8 +64,8 @@ def test_bfloat16_gradients_are_near_those_of_float32():
 
 def test_large_vocabularies_take_few_chunks_of_the_stated_bytes():
     table = torch.empty(163_840, 7168, device="meta")  # that of trillion-384
-    assert module.tokens_per_chunk(table, dtype=torch.bfloat16) == 819  # 8 chunks of 6,144 tokens
-    assert module.tokens_per_chunk(torch.empty(163_840, 1), dtype=torch.float32) == 102
+    assert tokens_per_chunk(table, dtype=torch.bfloat16) == 819  # 8 chunks of 6,144 tokens
+    assert tokens_per_chunk(torch.empty(163_840, 1), dtype=torch.float32) == 102
 
 
 def test_frozen_tables_get_no_gradient():

@@ -1,5 +1,9 @@
 """Streamed expert weights train to the same bits and are fetched as often as stated."""
 
+from collections import defaultdict
+from functools import partial
+from itertools import chain
+
 import pytest
 import torch
 
@@ -9,14 +13,20 @@ from moesaic.moe.layer import moe_layers
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks, NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
+from moesaic.testing.tiny_models import BALANCED_TOP1, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.trainer import Trainer
 
 STEPS = 3
 TIERS = {"host": HostMemory(), "disk": DiskStorage()}
 RUN = tiny_run(model=tiny_model_config(layers=2), clip_norm=0.1)
+# of many experts some have no token
+FEW_ROWS = tiny_model_config(moe=BALANCED_TOP1.replace(experts=64), layers=2)
 RUNS = {
     "adamw": RUN.replace(optimizer=AdamW(lr=0.01)),
+    "few rows": RUN.replace(model=FEW_ROWS),
+    "few rows, checkpointed": RUN.replace(
+        model=FEW_ROWS, parallel=ParallelConfig(activation_checkpointing=CheckpointBlocks())
+    ),
     "muon, accumulated": RUN.replace(optimizer=Muon(lr=0.01), gradient_accumulation_steps=2),
     "checkpointed": RUN.replace(
         parallel=ParallelConfig(activation_checkpointing=CheckpointBlocks())
@@ -24,8 +34,11 @@ RUNS = {
 }
 
 
-def trained(run, *, memory):
+def trained(run, *, memory, note=None):
     trainer = tiny_trainer(run.replace(parallel=run.parallel.replace(memory=memory)))
+    for number, layer in enumerate(moe_layers(trainer.model)):
+        if note is not None:
+            layer.register_forward_hook(partial(note, number))
     losses = [trainer.train_step().result.sums.losses for _ in range(STEPS)]
     return trainer, losses
 
@@ -35,19 +48,28 @@ def expert_bytes(trainer: Trainer) -> list[int]:
     return [sum(p.nbytes for p in layer.experts.parameters()) for layer in layers]
 
 
-def streamed_bytes_per_step(layer_bytes, *, micro_batches: int) -> int:
-    """Return the bytes that a step fetches, given those of each layer's experts in order.
+def streamed_bytes(layer_bytes, shares) -> int:
+    """Return the bytes that a run fetches, given those of each layer's experts in order.
 
-    Each layer is fetched for forward and for backward; the last one stays between both.
+    ``shares`` are those of the experts with rows in each forward pass of each layer. Forward
+    fetches all experts; backward those with rows, but for the last layer, which stays.
     """
-    return micro_batches * (2 * sum(layer_bytes) - layer_bytes[-1])
+    passes = len(shares[len(layer_bytes) - 1])
+    backward = sum(size * sum(shares[n]) for n, size in enumerate(layer_bytes[:-1]))
+    return round(passes * sum(layer_bytes) + backward)
 
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("name", RUNS)
 def test_streamed_training_equals_resident_training_bit_for_bit(name, tier):
-    run = RUNS[name]
-    resident, losses = trained(run, memory=MemoryPlan())
+    run, shares = RUNS[name], defaultdict(list)
+
+    def note(number, layer, _inputs, output):
+        used = output.record.routing.expert.unique()
+        experts = layer.router.config.experts
+        shares[number].append(int((used < experts).sum()) / experts)
+
+    resident, losses = trained(run, memory=MemoryPlan(), note=note)
     streamed, others = trained(run, memory=MemoryPlan(parameters=TIERS[tier]))
     for a, b in zip(losses, others, strict=True):
         assert torch.equal(a, b)
@@ -57,10 +79,8 @@ def test_streamed_training_equals_resident_training_bit_for_bit(name, tier):
     stream = streamed.parallel_model.parameter_stream
     assert stream is not None
     if isinstance(run.parallel.activation_checkpointing, NoActivationCheckpointing):
-        per_step = streamed_bytes_per_step(
-            expert_bytes(streamed), micro_batches=run.gradient_accumulation_steps
-        )
-        assert stream.store.moved.fetched == STEPS * per_step
+        assert stream.store.moved.fetched == streamed_bytes(expert_bytes(streamed), shares)
+        assert any(share < 1 for share in chain(*shares.values())) == (name == "few rows")
 
 
 def test_between_steps_no_streamed_weight_is_on_the_device():

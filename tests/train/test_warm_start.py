@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from moesaic.checkpoint import manifest
+from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.checkpoint.safetensors_io import read_header, read_tensors, write_tensors
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.corpus.corpus_recipes import CorpusRecipe
@@ -20,6 +21,7 @@ from moesaic.moe.shared_experts import SharedExperts
 from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.precision import BFloat16
 from moesaic.recipes.lookup import warm_start
 from moesaic.serve.translator import Translator
 from moesaic.testing.tiny_models import change_text, synthetic_run, text_of, tiny_model_config
@@ -94,6 +96,21 @@ def test_sharded_ranks_start_from_the_same_weights(init, tmp_path):
     one, two = (read_tensors(RunDir(tmp_path / name).model) for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_export_the_weights_of_their_checkpoint_also_into_another_directory(init, tmp_path):
+    plan, precision = ParallelConfig(plan=ParallelPlan(pipe=2, expert=2, zero=2)), BFloat16()
+    run = started(init, steps=1, parallel=plan, precision=precision, gradient_accumulation_steps=2)
+    run_on_ranks(4, lambda: train(run, tmp_path / "one", progress=no_progress))
+    resume, other = ResumeFrom(path=str(tmp_path / "one")), tmp_path / "two"
+    run_on_ranks(4, lambda: train(run, other, resume=resume, progress=no_progress))
+    path = RunDir(tmp_path / "one").model
+    stored = load_checkpoint(tmp_path / "one" / "checkpoints").files["model"]
+    rounded = {n: t.bfloat16() for n, t in stored.items()}
+    write_tensors(tmp_path / "whole", tensors=rounded, metadata=read_header(path).metadata)
+    assert (
+        path.read_bytes() == (tmp_path / "whole").read_bytes() == RunDir(other).model.read_bytes()
+    )
 
 
 def test_resuming_hashes_each_file_of_a_checkpoint_once_on_one_rank(init, tmp_path, monkeypatch):

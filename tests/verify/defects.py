@@ -13,7 +13,7 @@ from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.moe import layer as moe_layer
-from moesaic.moe.batch_group import GatheredRows
+from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import RoutingRecord
 from moesaic.optim.gradient_clipping import GradNorm
@@ -73,7 +73,7 @@ def axis_not_summed(patch: Patch) -> None:
 
 
 def capacity_of_local_tokens(patch: Patch) -> None:
-    patch.setattr(BatchRanks, "gather", lambda _, rows: GatheredRows(rows, 0))
+    patch.setattr(BatchRanks, "keep_first", SingleRankBatch.keep_first)
 
 
 def norm_counts_copies(patch: Patch) -> None:

@@ -45,6 +45,19 @@ class Disk:
             stream.flush()
             os.fsync(stream.fileno())
 
+    def resize(self, path: Path, size: int) -> None:
+        """Give a file ``size`` bytes: the new ones are zero."""
+        os.truncate(path, size)
+
+    def write_at(self, path: Path, *, chunks: Iterable[tuple[int, Buffer]]) -> None:
+        """Write chunks at their bytes of an existing file, and sync it."""
+        with path.open("r+b") as stream:
+            for start, chunk in chunks:
+                stream.seek(start)
+                stream.write(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
+
     def rename(self, old: Path, *, new: Path) -> None:
         """Rename atomically; replaces an existing file, not a directory with content."""
         old.rename(new)

@@ -76,26 +76,50 @@ def serialize_lazily(
 
     ``tensors`` give shapes and dtypes (they may be on ``meta``), ``read`` the values.
     """
-    names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-    header: dict[str, object] = {
-        "__metadata__": {"format": "pt", FORMAT_KEY: str(MANIFEST_FORMAT)} | dict(metadata or {})
-    }
-    end = 0
-    for name in names:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
+    layout = TensorFileLayout.of(tensors, metadata=metadata)
+    yield layout.header
+    for name in layout.starts:
+        if tensors[name].numel():
+            yield tensor_bytes(read(name))
+
+
+def tensor_bytes(tensor: Tensor) -> Buffer:
+    """Return the bytes of a tensor on any device, in row-major order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFileLayout:
+    """The bytes of a file before its data, where each tensor ``starts`` in it, and its ``size``."""
+
+    header: bytes
+    starts: Mapping[str, int]
+    size: int
+
+    @staticmethod
+    def of(
+        tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None
+    ) -> "TensorFileLayout":
+        """Return the layout of ``tensors``, which may be on ``meta``, in the order of the data."""
+        header: dict[str, object] = {
+            "__metadata__": {"format": "pt", FORMAT_KEY: str(MANIFEST_FORMAT)}
+            | dict(metadata or {})
         }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for name in names:
-        flat = read(name).detach().cpu().contiguous().flatten()
-        if flat.numel():
-            yield flat.view(torch.uint8).numpy().data
+        starts, end = {}, 0
+        for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
+            tensor = tensors[name]
+            starts[name], end = end, end + tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [starts[name], end],
+            }
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        text = struct.pack("<Q", len(text)) + text
+        return TensorFileLayout(
+            text, {name: len(text) + start for name, start in starts.items()}, len(text) + end
+        )
 
 
 def write_tensors(

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -78,7 +78,7 @@ def _point(path: Path) -> RunPoint:
     return RunPoint(path.name, active, last["train/tokens"], last["valid/loss"])
 
 
-def _show(found: FittedLaw, value: dict[str, object], console: Console) -> None:
+def _show(found: FittedLaw, value: dict[str, Any], console: Console) -> None:
     law = found.to_dict()["law"]
     rows = [
         (name.replace("_", " "), f"{law[name]:.4g}", f"{low:.4g} to {high:.4g}")

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import typer
@@ -25,11 +26,12 @@ from moesaic.cli.user_files import import_user_files
 with deferred():
     from moesaic.core.errors import UserError
     from moesaic.core.files import os_errors_named
-    from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
+    from moesaic.core.units import counted, parse_bytes, show_bytes, show_count, show_seconds
     from moesaic.model.parameter_flop_count import count_parameters
     from moesaic.model.presets import PRESETS, preset
     from moesaic.monitor.chrome_trace import write_chrome_trace
     from moesaic.planner.budget_proposal import BudgetProposal, propose_for_budget
+    from moesaic.planner.cost_entries import TIER_WORDS
     from moesaic.planner.largest_model import largest_models
     from moesaic.planner.machine import find_machine
     from moesaic.planner.plan_report import (
@@ -42,6 +44,8 @@ with deferred():
     from moesaic.planner.plan_space import PlanSpace
     from moesaic.planner.timeline import predicted_spans
     from moesaic.recipes.lookup import RECIPES, find_recipe
+
+PLAN_WIDTH = 58  # of the column of plans: the table has about 100 columns
 
 app = command_app()
 BudgetOption = Annotated[
@@ -189,33 +193,37 @@ def _show(report: PlanReport, result: dict[str, Any], console: Console) -> None:
     first = result["plans"][0]
     console.print(
         styled(
-            "[bold]{name}[/]: {parameters} parameters on {ranks:,} devices of {machine}\n",
+            "[bold]{name}[/]: {parameters} parameters, {devices} of {machine}\n",
             name=result["name"],
             parameters=show_count(result["parameters"]),
-            ranks=report.request.space.ranks,
+            devices=counted(report.request.space.ranks, "device"),
             machine=result["machine"],
         )
     )
+    tiers = [tier for tier in TIER_WORDS if any(tier in found.by_tier for found in report.best)]
     rows = [
         (
-            plan_words(found.choice),
-            row["combination"],
             show_seconds(row["seconds"]["step"]),
             show_count(row["tokens_per_second"]),
             f"{row['mfu_active']:.1%}",
-            " ".join(f"{tier[:4].lower()} {show_bytes(b)}" for tier, b in found.by_tier.items()),
-            row.get("slower", "the fastest"),
+            *(show_bytes(found.by_tier.get(tier, 0)) for tier in tiers),
+            styled(
+                "{plan}\n[dim]{why}[/]",
+                plan=fill(plan_words(found.choice), PLAN_WIDTH),
+                why=row.get("slower", "the fastest"),
+            ),
         )
         for found, row in zip(report.best, result["plans"], strict=True)
     ]
-    columns = ("plan", "", "step", "tokens/s", "MFU", "bytes of a rank", "")
-    print_table(console, columns, rows, align="llrrrll")
+    columns = ("step", "tokens/s", "MFU", *(TIER_WORDS[tier] for tier in tiers), "plan")
+    print_table(console, columns, rows, align="r" * (len(columns) - 1) + "l")
     _show_seconds(first["seconds"], console)
     if first["streaming"]:
         rule = first["streaming"]
         console.print(
-            f"\nweights stream free from the host at M >= {rule['needed']:,.0f} tokens per expert "
-            f"and micro-batch; this plan has {rule['tokens_per_expert']:,.0f}"
+            f"\nexpert weights would stream from the host for free from M* = {rule['needed']:,.0f} "
+            f"tokens per expert and micro-batch on;\nthe fastest plan has M = "
+            f"{rule['tokens_per_expert']:,.0f}"
         )
     if "budget" in first:
         budget = first["budget"]
@@ -224,11 +232,11 @@ def _show(report: PlanReport, result: dict[str, Any], console: Console) -> None:
             f"\n{show_count(budget['tokens'])} tokens: {budget['hours']:,.1f} hours, "
             f"{budget['device_hours']:,.0f} device hours{money}"
         )
-    certificate = report.certificate
+    found = report.certificate
     console.print(
-        f"\nof {certificate.plans:,} plans none is faster under this forecast: "
-        f"{certificate.opened:,} of {certificate.degrees:,} degrees were opened, no other has a "
-        "bound below the plans above"
+        f"\nnone of the {found.plans:,} plans is forecast to be faster: "
+        f"{found.opened:,} of {counted(found.degrees, 'set')} of degrees were searched,\n"
+        "the others cannot be as fast as the plans above"
     )
 
 
@@ -240,7 +248,7 @@ def _show_seconds(seconds: dict[str, Any], console: Console) -> None:
         for name, value in sorted(parts.items(), key=lambda part: -part[1])
         if value
     ]
-    print_table(console, ("the step waits for", "", ""), rows, title="\nthe fastest plan")
+    print_table(console, ("waits for", "", ""), rows, title="\na step of the fastest plan")
 
 
 def _show_largest(table: dict[str, Any], console: Console) -> None:

@@ -30,6 +30,7 @@ from moesaic.core.config_text import (
     JsonValue,
     flat_lines,
     parse_call,
+    quoted_call,
     set_by_path,
     write_yaml,
 )
@@ -208,6 +209,9 @@ class Choice(Config):
         fields = parse_call(value) if isinstance(value, str) else value
         if not isinstance(fields, Mapping) or "kind" not in fields:
             known = list(cls.members)
+            if isinstance(value, str) and (quoted := quoted_call(value)):
+                hint = f"found {show_value(value)}: a text needs quotes, as in '{quoted}'"
+                raise PydanticCustomError("inside", "{inner}", {"inner": [("", hint)]})
             about = {"known": ", ".join(known), "first": f"{{kind: {known[0]}}}" if known else ""}
             raise PydanticCustomError("choice", "one of {known}, e.g. {first}", about)
         if (kind := str(fields["kind"])) not in cls.members:

@@ -34,6 +34,20 @@ def parse_call(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and "kind" in value else None
 
 
+def quoted_call(text: str) -> str | None:
+    """Return ``DiskStorage(folder=/scratch)`` with quotes around its texts, or None if none lacks.
+
+    The result is read by ``parse_call``; ``text`` is not.
+    """
+    quoted = re.sub(r"(\w+=)([^\s'\"()\[\]{},=]+)", _quote, text)
+    return quoted if quoted != text and parse_call(quoted) else None
+
+
+def _quote(found: re.Match[str]) -> str:
+    bare = found[2]
+    return found[0] if parse_call(f"X(x={bare})") else f'{found[1]}"{bare}"'
+
+
 def _parse_call_value(node: ast.expr) -> Any:
     match node:
         case ast.Call(func=ast.Name(id=kind), args=[]):

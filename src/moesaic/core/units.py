@@ -18,13 +18,22 @@ def show_count(count: float) -> str:
     return _scaled(count, 1000, ("", "k", "M", "B", "T", "Q")).replace(" ", "")
 
 
+def counted(count: int, name: str) -> str:
+    """``counted(1200, "row") -> '1,200 rows'``."""
+    ending = "" if count == 1 else "es" if name.endswith("ch") else "s"
+    return f"{count:,} {name}{ending}"
+
+
 def show_flops(count: float) -> str:
     """``2.5e13 -> '25.0 TFLOP'``."""
     return _scaled(count, 1000, _DECIMAL) + "FLOP"
 
 
 def show_seconds(seconds: float) -> str:
-    """``75 -> '1m15s'``."""
+    """``75 -> '1m15s'``, ``0.0042 -> '4.20ms'``."""
+    if 0 < seconds < 0.9995:
+        size, unit = (seconds * 1e3, "ms") if seconds >= 0.9995e-3 else (seconds * 1e6, "us")
+        return f"{size:.{2 if size < 9.995 else 1 if size < 99.95 else 0}f}{unit}"
     if seconds < 59.5:
         return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)

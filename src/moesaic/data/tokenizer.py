@@ -196,11 +196,12 @@ class Tokenizer:
     def _spell(self, marker: int) -> list[int]:
         """Return the ids of a marker's characters, or of their bytes, or unknown."""
         unknown = [self._vocabulary.unk] if self._vocabulary.unk is not None else []
-        found = []
+        found, find = [], self._hf_tokenizer.token_to_id
         for character in self.id_to_token(marker):
             names = [[character], [f"<0x{byte:02X}>" for byte in character.encode()]]
-            spelled = ([self._hf_tokenizer.token_to_id(n) for n in each] for each in names)
-            whole = next((self._to_model(i) for i in spelled if None not in i), unknown)
+            spelled = ([i for i in map(find, each) if i is not None] for each in names)
+            complete = (i for i, each in zip(spelled, names, strict=True) if len(i) == len(each))
+            whole = next(map(self._to_model, complete), unknown)
             found += whole if self._markers.isdisjoint(whole) else unknown
         return found
 

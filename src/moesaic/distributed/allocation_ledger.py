@@ -27,7 +27,9 @@ class AllocationLedger:
         self.peak_bytes = self.live_bytes
 
     def add(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor, if it is not counted yet."""
+        """Count the storage of a tensor, if it is not counted yet and not on the meta device."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._entries.get(key)

@@ -74,12 +74,16 @@ def dropout(x: Float[Tensor, "T D"], *, key: Int[Tensor, "T"], rate: float) -> F
     Backward saves one byte per channel, which is cheaper to read than to hash again.
     """
     scale = _HASH_VALUES / (_HASH_VALUES - _drop_threshold(rate))
-    return (x * scale).masked_fill(dropout_mask(key, width=x.shape[-1], rate=rate), 0.0)
+    return (x * scale).masked_fill(dropout_mask(x, key=key, rate=rate), 0.0)
 
 
-def dropout_mask(key: Int[Tensor, "T"], *, width: int, rate: float) -> Bool[Tensor, "T D"]:
-    """Return True for the channels that are set to zero."""
-    column = torch.arange(-(-width // _CHANNELS_PER_HASH), device=key.device)
+def dropout_mask(
+    x: Float[Tensor, "T D"], *, key: Int[Tensor, "T"], rate: float
+) -> Bool[Tensor, "T D"]:
+    """Return True for the channels of ``x`` that are set to zero."""
+    width = x.shape[-1]
+    column = x.new_empty(-(-width // _CHANNELS_PER_HASH), dtype=torch.long)  # fake if x is
+    torch.arange(len(column), out=column)
     values = hash_combine(key[:, None], column).view(torch.int16)
     return values[:, :width] < _drop_threshold(rate) - _HASH_VALUES // 2
 

@@ -2,7 +2,7 @@
 
 Gradients are computed in the forward pass, chunk by chunk, in the memory of the logits: these are
 neither saved nor recomputed. Each chunk reads and writes the gradient of the whole table once, so
-chunks are as large as a number of bytes allows (``LOGIT_BYTES``). Of a table that is sharded by
+chunks are as large as a number of bytes allows (``chunk_sizes.py``). Of a table that is sharded by
 rows over ranks, ``VocabularyShard`` adds up what the ranks have.
 
 Letters: N predicted tokens, V vocabulary, v its rows on this rank, M tokens of a chunk, D model
@@ -19,15 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.autocast import as_autocast
-
-# A chunk of M tokens takes 6 M v D FLOPs, and moves 8 v D bytes of the float32 gradient of the
-# table: 0.75 M FLOPs per byte. A CPU does 5 to 10 in the time of a byte, a GPU 200 to 300; bytes
-# allow 100 tokens of 163,840 words on a CPU (float32), and 820 on a GPU (bfloat16).
-LOGIT_BYTES = {"cpu": 1 << 26}
-ACCELERATOR_LOGIT_BYTES = 1 << 28
-# float32 values computed at a time: they stay in a CPU's cache, and are few beside bfloat16 logits
-SLICE_BYTES = {"cpu": 1 << 21}
-ACCELERATOR_SLICE_BYTES = 1 << 25
+from moesaic.ops.chunk_sizes import chunk_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +78,7 @@ def cross_entropy(
 
 def tokens_per_chunk(weight: Float[Tensor, "v D"], *, dtype: torch.dtype) -> int:
     """Return how many tokens' logits of ``dtype`` exist at a time."""
-    budget = LOGIT_BYTES.get(weight.device.type, ACCELERATOR_LOGIT_BYTES)
+    budget = chunk_sizes(weight.device).logits
     return max(1, budget // max(1, weight.shape[0] * dtype.itemsize))
 
 
@@ -165,8 +157,7 @@ def _score(
 
 
 def _slices(logits: Float[Tensor, "M v"]) -> Iterator[slice]:
-    size = SLICE_BYTES.get(logits.device.type, ACCELERATOR_SLICE_BYTES)
-    step = max(1, size // (4 * max(1, logits.shape[1])))
+    step = max(1, chunk_sizes(logits.device).float32 // (4 * max(1, logits.shape[1])))
     return (slice(start, start + step) for start in range(0, max(1, len(logits)), step))
 
 

@@ -16,12 +16,16 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.ops.chunk_sizes import chunk_sizes
 from moesaic.ops.permute import RowGroups
 
-ACTIVATION_CHUNK_ELEMENTS = 1 << 18  # pre-activations activated at a time: 1 MiB in float32
 GATED_ACTIVATIONS = (
     "swiglu",
 )  # kernel names of activations whose input is twice as wide as their output
+
+_OPERATORS = torch.library.Library("moesaic", "FRAGMENT")
+_OPERATORS.define("grouped_products(Tensor[] tensors, int flops) -> ()")
+_OPERATORS.impl("grouped_products", lambda *_: None, "CompositeExplicitAutograd")
 
 
 @runtime_checkable
@@ -125,6 +129,33 @@ class GroupedMM:
         return F.grouped_mm(left.contiguous().t(), right.contiguous(), offs=groups.offsets)
 
 
+class ShapesOnlyGEMM:
+    """Stands in for ``GroupedMM`` on fake tensors, on any machine: it computes nothing."""
+
+    name = "shapes only"
+
+    def matmul(
+        self, rows: Float[Tensor, "R D"], weight: Float[Tensor, "E D F"], *, groups: RowGroups
+    ) -> Float[Tensor, "R F"]:
+        out = rows.new_empty(rows.shape[0], weight.shape[-1])
+        values = weight.shape[-2] * weight.shape[-1]
+        report_products([rows, weight, out], flops=2 * int(groups.offsets[-1]) * values)
+        return out
+
+    def weight_gradient(
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: RowGroups
+    ) -> Float[Tensor, "E D F"]:
+        out = left.new_empty(groups.offsets.numel(), left.shape[-1], right.shape[-1])
+        values = left.shape[-1] * right.shape[-1]
+        report_products([left, right, out], flops=2 * int(groups.offsets[-1]) * values)
+        return out
+
+
+def report_products(tensors: list[Tensor], *, flops: int) -> None:
+    """Make an operator of products that read and write ``tensors``, for modes that count them."""
+    torch.ops.moesaic.grouped_products(tensors, flops)
+
+
 def grouped_feed_forward(
     rows: Float[Tensor, "R D"],
     *,
@@ -182,9 +213,8 @@ class _GroupedFeedForward(torch.autograd.Function):
 
 
 def _activation_chunks(hidden: Tensor) -> Iterator[slice]:
-    """Yield chunks of rows to activate: on a CPU, chunks whose intermediates fit in the cache."""
     rows, width = hidden.shape
-    step = max(1, ACTIVATION_CHUNK_ELEMENTS // width if hidden.device.type == "cpu" else rows)
+    step = max(1, chunk_sizes(hidden.device).activations // width)
     for start in range(0, max(1, rows), step):  # one chunk even without rows
         yield slice(start, start + step)
 

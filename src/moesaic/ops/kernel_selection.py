@@ -20,7 +20,13 @@ from moesaic.ops.cpu.cpu_moe_kernel import (
     CPUMoEKernel,
     ShapesOnlyLibrary,
 )
-from moesaic.ops.grouped_gemm import ActivationFunction, GroupedGEMM, GroupedMM, SequentialGEMM
+from moesaic.ops.grouped_gemm import (
+    ActivationFunction,
+    GroupedGEMM,
+    GroupedMM,
+    SequentialGEMM,
+    ShapesOnlyGEMM,
+)
 from moesaic.ops.moe_kernel import MoEKernel, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
 
@@ -40,21 +46,25 @@ class SelectedKernel:
 
 def select_grouped_gemm(rows: Tensor) -> GroupedGEMM:
     """Return the grouped GEMM for the device and dtype of ``rows``."""
+    if _is_simulated(rows):
+        return ShapesOnlyGEMM()
     return GROUPED_GEMMS[_select_gemm(rows.device.type, rows.dtype).implementation]
 
 
 def select_moe_kernel(x: Tensor, *, activation: ActivationFunction) -> MoEKernel:
     """Return the MoE kernel for the device and dtype of ``x``."""
     unfused = UnfusedMoEKernel(select_grouped_gemm(x))
-    if type(x) not in REAL_TENSOR_TYPES:  # without memory that a kernel could read
-        return unfused if torch.compiler.is_compiling() else _simulated_kernel(unfused)
+    if _is_simulated(x):  # the memory of the fused kernels on any machine: it compiles nothing
+        return CPUMoEKernel(ShapesOnlyLibrary(), unfused)
+    if type(x) not in REAL_TENSOR_TYPES:
+        return unfused
     name = activation.kernel_name
     return _fused_kernel(x.device.type, x.dtype, name, fallback=unfused)[0] or unfused
 
 
-def _simulated_kernel(unfused: MoEKernel) -> MoEKernel:
-    """Return what has the memory of the fused kernels on any machine: it compiles nothing."""
-    return CPUMoEKernel(ShapesOnlyLibrary(), unfused)
+def _is_simulated(x: Tensor) -> bool:
+    """Whether a tensor has no memory that a kernel could read, and is not one of a compiler."""
+    return type(x) not in REAL_TENSOR_TYPES and not torch.compiler.is_compiling()
 
 
 def select_adamw() -> AdamWKernel:

@@ -65,7 +65,7 @@ def communication_volume(
     precision: Precision | None = None,
     micro_batches: int = 1,
 ) -> tuple[CommunicationVolume, ...]:
-    """Return what a rank sends in a step of ``micro_batches`` of these sizes, in closed form, sorted.
+    """Return what a rank sends in a step of ``micro_batches`` of these sizes, in closed form.
 
     Activations are those of Ulysses and of the plain all-to-all, with even routing; what is sent
     under any other choice is measured (``planner/step_cost.py``), which takes longer.

@@ -1,15 +1,17 @@
 """Parameter streaming: expert weights on a memory tier, fetched for each MoE layer that computes.
 
 A layer's weights are on the device from its forward to the end of it, and again in its backward;
-those of the layer that computes next are fetched meanwhile. Dense parameters stay: ZeRO-3 shards
-them and gathers slices from peers, the other dimension of SE-MoE's prefetch (2205.10034).
+those of the layer that computes next are fetched meanwhile. Forward fetches all experts of a layer,
+since it begins before the tokens are routed; backward those alone that had rows. Dense parameters
+stay: ZeRO-3 shards them and gathers slices from peers, the other dimension of SE-MoE's prefetch
+(2205.10034).
 
 Between uses a parameter is a view of the tier's memory, so optimizers and checkpoints read and
 write it there. In use it is a buffer on the device whose memory is released afterwards; views that
 autograd saved of it are valid again once it is refilled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +21,11 @@ from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 
 from moesaic.core.errors import ConfigError
-from moesaic.core.shapes import Tensor
-from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore
+from moesaic.core.shapes import Int, Tensor
+from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
+from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, MoEOutput
+from moesaic.ops.moe_kernel import Edges
 
 
 @dataclass(eq=False, slots=True)
@@ -29,6 +33,8 @@ class StreamedLayer:
     """The expert weights of a layer: ``resting`` in the tier, ``buffers`` on the device in use.
 
     ``missing_gradients`` counts the parameters whose gradient the present backward has not added.
+    ``present`` are the parts in the buffers, all else there is zero. ``noted`` are the experts used
+    by the forward pass that runs, None for all; ``waiting`` those of passes before their backward.
     """
 
     module: MoELayer
@@ -37,6 +43,9 @@ class StreamedLayer:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     in_use: bool = False
     missing_gradients: int = 0
+    present: list[Part] = field(default_factory=list)
+    noted: "list[UsedExperts] | None" = None
+    waiting: "list[list[UsedExperts] | None]" = field(default_factory=list)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -48,6 +57,38 @@ class StreamedLayer:
     def num_bytes(self) -> int:
         """The bytes of all parameters."""
         return sum(parameter.nbytes for parameter in self.parameters.values())
+
+    def parts(self, *, backward: bool) -> list[Part]:
+        """Return what a pass needs: in backward, where it is known which forward pass it is of."""
+        used = self.waiting[0] if backward and len(self.waiting) == 1 else None
+        if used is None:
+            return [Part(name) for name in self.parameters]
+        counts = [each.counts() for each in used]
+        runs = _runs([sum(rows) for rows in zip(*counts, strict=True)])
+        return [Part(name, start, stop) for name in self.parameters for start, stop in runs]
+
+
+class UsedExperts:
+    """How many rows each expert of a layer had in a call, copied to the host without a wait."""
+
+    def __init__(self, rows_per_expert: Int[Tensor, "E"]) -> None:
+        on_gpu = rows_per_expert.is_cuda
+        host = torch.empty(rows_per_expert.shape, dtype=rows_per_expert.dtype, pin_memory=on_gpu)
+        self._host = host.copy_(rows_per_expert, non_blocking=True)
+        self._arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def counts(self) -> list[int]:
+        """Return the rows of each expert."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the runs of experts with rows, as pairs of the first and the one after the last."""
+    used = [0, *(int(count > 0) for count in rows), 0]
+    changes = [number for number in range(len(rows) + 1) if used[number] != used[number + 1]]
+    return list(zip(changes[::2], changes[1::2], strict=True))
 
 
 class ParameterStream:
@@ -65,7 +106,7 @@ class ParameterStream:
             if isinstance(module, MoELayer)
         ]
         self.device_bytes, self.peak_device_bytes = 0, 0
-        self._coming: tuple[StreamedLayer, FetchedTensors] | None = None
+        self._coming: tuple[StreamedLayer, list[Part], FetchedTensors] | None = None
         self._hooked: set[nn.Parameter] = set()
         self._side = torch.cuda.Stream(store.device) if store.device.type == "cuda" else None
         for number, layer in enumerate(self._layers):
@@ -119,23 +160,28 @@ class ParameterStream:
         last = number == len(self._layers) - 1
 
         def before(*_: Any) -> None:
+            layer.noted = None
             self._use(number, then=number - 1 if _in_backward() else number + 1)
 
         def after(_module: nn.Module, _inputs: Any, output: MoEOutput) -> None:
             if _in_backward():  # recomputed: the backward of the layer comes next
                 return
             if output.out.requires_grad:
+                layer.waiting.append(layer.noted)
                 output.out.register_hook(lambda _: self._start_backward(number))
             if not (last and torch.is_grad_enabled()):  # backward begins with the last one
                 self._release(layer)
 
         layer.module.register_forward_pre_hook(before)
         layer.module.register_forward_hook(after)
+        if type(experts := layer.module.experts) is GroupedExperts:
+            setattr(experts, "forward_edges", _noting(layer, experts.forward_edges))  # noqa: B010
 
     def _start_backward(self, number: int) -> None:
         layer = self._layers[number]
         layer.missing_gradients = sum(p.requires_grad for p in layer.parameters.values())
         self._use(number, then=number - 1)
+        layer.waiting = layer.waiting[1:]
         Variable._execution_engine.queue_callback(self._end_backward)
 
     def _count_gradient(self, layer: StreamedLayer) -> None:
@@ -153,40 +199,45 @@ class ParameterStream:
     def _use(self, number: int, *, then: int) -> None:
         """Have a layer's weights on the device, and fetch those of layer number ``then``."""
         layer = self._layers[number]
+        parts = layer.parts(backward=_in_backward())
+        if layer.present != parts and layer.present != layer.parts(backward=False):
+            self._release(layer)  # what an interrupted backward has left
         if not layer.in_use:
             for name, parameter in layer.parameters.items():
                 self._move(layer, name, parameter)
-            self._fill(layer)
+            self._fill(layer, parts)
         if 0 <= then < len(self._layers) and not self._layers[then].in_use:
-            self._prefetch(self._layers[then])
+            following = self._layers[then]
+            self._prefetch(following, following.parts(backward=_in_backward()))
 
-    def _fill(self, layer: StreamedLayer) -> None:
-        self._prefetch(layer)
+    def _fill(self, layer: StreamedLayer, parts: list[Part]) -> None:
+        self._prefetch(layer, parts)
         assert self._coming is not None
-        _, coming = self._coming
+        _, _, coming = self._coming
         self._coming = None
-        for tensor, (name, parameter) in zip(coming.wait(), layer.parameters.items(), strict=True):
+        for name, parameter in layer.parameters.items():
+            buffer = layer.buffers[name]
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+            parameter.data = buffer if Part(name) in parts else buffer.zero_()
+        for tensor, part in zip(coming.wait(), parts, strict=True):
             if self._side is not None:
                 torch.cuda.current_stream().wait_stream(self._side)
                 tensor.record_stream(torch.cuda.current_stream())
-            buffer = layer.buffers[name]
-            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
-            parameter.data = buffer.copy_(tensor)
+            rows_of(layer.buffers[part.name], part).copy_(tensor)
         coming.release()
-        layer.in_use = True
+        layer.in_use, layer.present = True, parts
 
-    def _prefetch(self, layer: StreamedLayer) -> None:
-        if self._coming is not None and self._coming[0] is not layer:
+    def _prefetch(self, layer: StreamedLayer, parts: list[Part]) -> None:
+        if self._coming is not None and self._coming[:2] != (layer, parts):
             self._discard()
         if self._coming is None and layer.resting:
-            parts = [Part(name) for name in layer.parameters]
             with torch.cuda.stream(self._side):
-                self._coming = layer, self.store.fetch(parts, access=Access.READ)
+                self._coming = layer, parts, self.store.fetch(parts, access=Access.READ)
             self._count_bytes(layer.num_bytes)
 
     def _discard(self) -> None:
         if self._coming is not None:
-            layer, coming = self._coming
+            layer, _, coming = self._coming
             coming.release()
             self._coming = None
             self._count_bytes(-layer.num_bytes)
@@ -201,8 +252,19 @@ class ParameterStream:
         for name, parameter in layer.parameters.items():
             parameter.data = layer.resting[name]
             layer.buffers[name].untyped_storage().resize_(0)
-        layer.in_use = False
+        layer.in_use, layer.present = False, []
         self._count_bytes(-layer.num_bytes)
+
+
+def _noting(layer: StreamedLayer, forward_edges: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a method that notes the experts of its edges; they are not known of other methods."""
+
+    def run(x: Tensor, *, edges: Edges) -> Tensor:
+        if not _in_backward():
+            layer.noted = [*(layer.noted or []), UsedExperts(edges.groups.rows_per_expert)]
+        return forward_edges(x, edges=edges)
+
+    return run
 
 
 def _in_backward() -> bool:

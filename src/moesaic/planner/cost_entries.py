@@ -6,6 +6,7 @@ from enum import StrEnum
 from moesaic.planner.operation_recorder import OperationKind
 
 DEVICE, HOST, DISK = "DeviceMemory", "HostMemory", "DiskStorage"  # members of the family of tiers
+TIER_WORDS = {DEVICE: "device", HOST: "host", DISK: "disk"}
 
 
 class Purpose(StrEnum):

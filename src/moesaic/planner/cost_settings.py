@@ -1,10 +1,12 @@
 """Cost settings: what the cost of a training step depends on."""
 
+import torch
 from pydantic import Field
 
 from moesaic.core.config import Config
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims
+from moesaic.ops.chunk_sizes import ChunkSizes, chunk_sizes
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.precision import Float32, Precision
@@ -15,7 +17,7 @@ class CostSettings(Config):
 
     ``sizes`` are those of one micro-batch of a data-parallel rank, ``world`` the number of ranks.
     ``busiest_share`` is the share of a layer's edges that expert 0 has, which rank 0 holds; None is
-    even.
+    even. Kernels divide large results as on a ``device`` of this type.
     """
 
     model: ModelConfig
@@ -26,3 +28,9 @@ class CostSettings(Config):
     micro_batches: int = Field(default=1, ge=1)
     world: int = Field(default=1, ge=1)
     busiest_share: float | None = Field(default=None, gt=0, le=1)
+    device: str = "cuda"
+
+    @property
+    def chunks(self) -> ChunkSizes:
+        """The sizes of those parts."""
+        return chunk_sizes(torch.device(self.device))

@@ -28,8 +28,8 @@ from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.expert_selection import Select
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
+from moesaic.ops.chunk_sizes import use_chunk_sizes
 from moesaic.parallel.communication_volume import CommunicationVolume
-from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.sharding_plan import EXPERT_STAGE_AXES
 from moesaic.planner.cost_settings import CostSettings
@@ -111,6 +111,7 @@ def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
         fake_process_group(world, rank=rank),
         SimulatedRank() as simulation,
         simulation.ledger.watch_resizes(),
+        use_chunk_sizes(settings.chunks),
     ):
         model = Transformer.without_values(with_round_robin_routing(config))
         mesh = Mesh(
@@ -127,9 +128,14 @@ def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
         simulation.ledger.reset_peak()
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
             parallel_model.before_backward(last=True)
-            loss = _loss(parallel_model, batch=dummy_batch(config, settings.sizes))
+            batch = dummy_batch(config, settings.sizes)
+            # as in train/step.py, the output and its losses are there until the end of backward
+            with parallel_model.precision.autocast(batch.device):
+                output = model(batch)
+                loss = model.loss(output)
             saved = simulation.ledger.live_bytes - before
-            loss.backward()
+            terms = [value for record in output.records for value in record.losses.values()]
+            torch.stack([loss.total, *terms]).sum().backward()
             parallel_model.sum_gradients()
         peak = simulation.ledger.peak_bytes
         kinds = model.parameter_kinds()
@@ -197,14 +203,6 @@ def volumes(calls: Counter[SentCall]) -> tuple[CommunicationVolume, ...]:
     return tuple(
         CommunicationVolume(*key, size, messages[key]) for key, size in sorted(sums.items()) if size
     )
-
-
-def _loss(parallel_model: ParallelModel, *, batch: Batch) -> Tensor:
-    with parallel_model.precision.autocast(batch.device):
-        output = parallel_model.model(batch)
-        loss = parallel_model.model.loss(output)
-    terms = [value for record in output.records for value in record.losses.values()]
-    return torch.stack([loss.total, *terms]).sum()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import distributed
 
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.collectives import all_gather_rows
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.dispatcher import LocalDispatcher
 from moesaic.moe.experts import ExpertShape, GroupedExperts
@@ -337,7 +338,7 @@ def _collective_call(
         x = torch.zeros(values, device=device)
         return lambda: distributed.all_reduce(x, group=group)
     if kind == "all-gather":
-        part, whole = torch.zeros(values, device=device), torch.zeros(2 * values, device=device)
-        return lambda: distributed.all_gather_into_tensor(whole, part, group=group)
+        part = torch.zeros(values, device=device)
+        return lambda: all_gather_rows(part, group=group, sizes=(values, values))
     x, out = torch.zeros(2 * values, device=device), torch.zeros(2 * values, device=device)
     return lambda: distributed.all_to_all_single(out, x, group=group)

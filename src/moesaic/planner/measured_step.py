@@ -27,6 +27,7 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.transformer import RunBlock, Transformer
 from moesaic.moe.layer import accumulate_routing_stats
+from moesaic.ops.chunk_sizes import ChunkSizes, use_chunk_sizes
 from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.activation_checkpointing import NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
@@ -74,6 +75,7 @@ class MeasuredPart:
     sizes: BatchDims
     optimizer: Optimizer
     precision: Precision
+    chunks: ChunkSizes
     busiest_share: float | None = None
 
     def measure(self, *, last: Sequence[bool]) -> MeasuredStep:
@@ -84,6 +86,7 @@ class MeasuredPart:
             fake_process_group(plan.world_size, rank=0),
             SimulatedRank(recorder) as simulation,
             simulation.ledger.watch_resizes(),
+            use_chunk_sizes(self.chunks),
         ):
             config = with_round_robin_routing(self.config, busiest_share=self.busiest_share)
             model = Transformer.without_values(config, layers=self.chain.run)

@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -70,13 +69,8 @@ def _is_view(func: Any) -> bool:
 
 def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind, int]:
     name, packet = func._opname, func.overloadpacket
-    if name == "expert_products":
-        _, up, down, rows, passes = args
-        values = up.shape[-2] * up.shape[-1] + down.shape[-2] * down.shape[-1]
-        return OperationKind.GROUPED_PRODUCT, 2 * passes * rows * values
-    if name == "_grouped_mm":
-        rows, weight = args[:2]
-        return OperationKind.GROUPED_PRODUCT, 2 * prod(rows.shape) * weight.shape[-1]
+    if name == "grouped_products":
+        return OperationKind.GROUPED_PRODUCT, args[1]
     if name.startswith("_scaled_dot_product_"):
         return OperationKind.ATTENTION, _attention_flops(name, args)
     if packet in flop_registry:

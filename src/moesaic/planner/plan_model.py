@@ -265,7 +265,7 @@ class PlanModel:
         return self._is_legal(*dense.items()) and self._is_legal(*routed.items())
 
     def _check(self, *degrees: tuple[str, int]) -> bool:
-        plan = ParallelPlan(**dict(degrees))
+        plan = ParallelPlan().replace(**dict(degrees))
         try:
             parallel = self.settings.base.replace(plan=plan)
             self.settings.inventory.on_rank(parallel, world=plan.world_size)

@@ -7,7 +7,7 @@ from typing import Any
 
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, UserError
-from moesaic.core.units import show_seconds
+from moesaic.core.units import counted, show_seconds
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.memory.streaming_rule import (
     StreamingRates,
@@ -22,7 +22,7 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, Precision
-from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
 from moesaic.planner.machine import Machine
 from moesaic.planner.plan_model import (
     EXCHANGES,
@@ -205,7 +205,7 @@ def _measure_exchanges(
     found: dict[str, tuple[CommunicationVolume, ...]] = {}
     for axis in EXCHANGES if request.space.ranks > 1 else ():
         dense = axis in ("tensor", "context")
-        plan = ParallelPlan(**{axis: 2}, data=1 if dense else 2)
+        plan = ParallelPlan().replace(**{axis: 2}, data=1 if dense else 2)
         if dense and not halves:
             continue
         parallel = request.parallel.replace(plan=plan)
@@ -289,12 +289,13 @@ def plan_words(choice: CompletePlan) -> str:
     words = [f"{n} {v}" for n, v in zip(degrees._fields[:6], degrees[:6], strict=True) if v > 1]
     words += [f"zero {option.zero}"] if option.zero else []
     words += [
-        f"{name.replace('_', ' ')} on {tier.removesuffix('Memory').removesuffix('Storage').lower()}"
+        f"{name.replace('_', ' ')} on {TIER_WORDS[tier]}"
         for name, tier in tier_names(option.memory).items()
         if tier != DEVICE
     ]
     words += ["checkpointing"] if option.recomputes else []
-    return ", ".join([*words, f"{degrees.micro_batches} micro-batches of {degrees.rows}"])
+    batches = counted(degrees.micro_batches, "micro-batch")
+    return ", ".join([*words, f"{batches} of {counted(degrees.rows, 'row')}"])
 
 
 def why_slower(found: PlanForecast, best: PlanForecast) -> str:

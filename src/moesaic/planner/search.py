@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moesaic.core.units import show_bytes
+from moesaic.planner.cost_entries import TIER_WORDS
 from moesaic.planner.plan_model import Limits, PlanForecast, PlanModel, tier_sums
 from moesaic.planner.plan_space import CompletePlan, Degrees, Option
 
@@ -28,7 +29,7 @@ class NearestPlan:
     def __str__(self) -> str:
         missing = show_bytes(self.needed - self.allowed)
         return (
-            f"it needs {show_bytes(self.needed)} of {self.tier} per rank and has "
+            f"it needs {show_bytes(self.needed)} of {TIER_WORDS[self.tier]} memory per rank, has "
             f"{show_bytes(self.allowed)}: {missing} are missing"
         )
 

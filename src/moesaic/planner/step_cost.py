@@ -129,6 +129,7 @@ class _Composition:
             settings.sizes,
             settings.optimizer,
             settings.precision,
+            settings.chunks,
             settings.busiest_share,
         )
         measured_parameters = inventory.on_rank(parallel, world=small.world_size)

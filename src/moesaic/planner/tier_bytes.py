@@ -29,13 +29,15 @@ def moved_bytes(
     """Yield what moves between tiers in a step.
 
     Gradients leave after each micro-batch, and updated weights come back, unless they are streamed:
-    those are fetched for each forward and each backward pass. States are updated on the host, so
-    they move only from and to the disk.
+    those are fetched for each forward pass and, but for the last layer's, for each backward pass:
+    at most, since experts without rows are left out there. States are updated on the host, so they
+    move only from and to the disk.
     """
     streamed = 0 if memory.parameters.is_device else sum(state.experts.values())
     if streamed:
         tier = tier_name(memory.parameters)
-        yield MovedBytes(tier, DEVICE, Purpose.WEIGHTS, 2 * micro_batches * streamed)
+        last = list(state.experts.values())[-1]
+        yield MovedBytes(tier, DEVICE, Purpose.WEIGHTS, micro_batches * (2 * streamed - last))
     if not memory.gradients.is_device:
         tier = tier_name(memory.gradients)
         yield MovedBytes(DEVICE, tier, Purpose.GRADIENTS, micro_batches * state.gradients)

@@ -1,38 +1,45 @@
 """Model export: final weights (``model.safetensors``) and the model card of a run."""
 
-from moesaic.checkpoint.full_checkpoint import load_checkpoint
+from moesaic.checkpoint.checkpoint_directory import CheckpointPaths
 from moesaic.checkpoint.model_card import ModelCard
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import read_run_record, weights_metadata, write_run_record
 from moesaic.checkpoint.safetensors_io import write_tensors
+from moesaic.checkpoint.streamed_export import export_checkpoint_weights
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import TARGET_LANGUAGE
+from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.weights import export_weights
 from moesaic.train.trainer import Trainer
 
 
 def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
-    """Write ``model.safetensors`` and the model card. Rank 0 only."""
-    if trainer.parallel_model.is_replicated:
-        trainer.optimizer.settle()
-        weights = export_weights(trainer.model)
-    else:  # no rank has all weights: read them from the checkpoint that the run has just saved
-        weights = load_checkpoint(run_dir.checkpoints, only=("model",)).files["model"]
-        dtype, parameters = (
-            trainer.run.precision.parameter_dtype,
-            trainer.parallel_model.sharding_plan,
+    """Write ``model.safetensors`` and the model card. Collective."""
+    run, world, parallel_model = trainer.run, trainer.world, trainer.parallel_model
+    metadata = run_on_rank0(world, lambda: weights_metadata(run_dir, model=run.model.to_dict()))
+    if not parallel_model.is_replicated:  # the weights of the checkpoint that was just saved
+        export_checkpoint_weights(
+            run_dir.model,
+            source=CheckpointPaths(run_dir.checkpoints, trainer.step, 0).final,
+            dtypes=dict.fromkeys(parallel_model.sharding_plan, run.precision.parameter_dtype),
+            metadata=metadata,
+            world=world,
         )
-        weights = {**weights, **{name: weights[name].to(dtype) for name in parameters}}
-    run = trainer.run
-    metadata = weights_metadata(run_dir, model=run.model.to_dict())
-    write_tensors(run_dir.model, tensors=weights, metadata=metadata)
-    before = read_run_record(run_dir)  # has the plug-ins as they were when they were loaded
-    plugins = () if before is None else before.plugins
-    write_run_record(run_dir, config=run.to_dict(), plugins=plugins)
-    atomic_write(run_dir.card, model_card(trainer, run_dir=run_dir, tokens=tokens).text())
+
+    def write() -> None:
+        if parallel_model.is_replicated:
+            trainer.optimizer.settle()
+            weights = export_weights(trainer.model)
+            write_tensors(run_dir.model, tensors=weights, metadata=metadata)
+        before = read_run_record(run_dir)  # has the plug-ins as they were when they were loaded
+        plugins = () if before is None else before.plugins
+        write_run_record(run_dir, config=run.to_dict(), plugins=plugins)
+        atomic_write(run_dir.card, model_card(trainer, run_dir=run_dir, tokens=tokens).text())
+
+    run_on_rank0(world, write)
 
 
 def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard:

@@ -109,7 +109,7 @@ def train(
                 stop_reason = training_loop(trainer, hooks=hooks, until=last)
                 tokens = trainer.metrics.total_tokens(world)
                 mark_phase("export")
-                run_on_rank0(world, lambda: export_model(trainer, run_dir=run_dir, tokens=tokens))
+                export_model(trainer, run_dir=run_dir, tokens=tokens)
             except (NonFiniteError, DiskFullError) as error:
                 saved = f"The last good state is saved. {_resume_hint(run_dir)}"
                 raise type(error)(f"{error}. {saved}") from None

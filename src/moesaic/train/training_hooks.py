@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
+from moesaic.checkpoint.checkpoint_directory import CheckpointPaths, RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import save_checkpoint
 from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver
 from moesaic.checkpoint.snapshot import RankSnapshot
@@ -121,7 +121,10 @@ class CheckpointHook(Hook):
         self._saver: CheckpointSaver | None = None
 
     def before_run(self, trainer: Trainer) -> None:
-        self._saved_step = trainer.step  # a resumed step is on disk, step 0 needs no checkpoint
+        # A resumed step is on disk. Step 0 needs no checkpoint, except for the export of shards.
+        final = CheckpointPaths(self.root, trainer.step, 0).final
+        is_saved = trainer.parallel_model.is_replicated or run_on_rank0(trainer.world, final.is_dir)
+        self._saved_step = trainer.step if is_saved else None
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if self._saver is not None:

@@ -56,7 +56,7 @@ def _supports(t: AdamWTensor) -> bool:
     given = (t.param, t.exp_avg, t.exp_avg_sq)
     others = (t.grad,) if t.rounded is None else (t.grad, t.rounded)
     return (
-        all(x.is_contiguous() and x.device.type == "cpu" for x in (*given, *others))
+        all(x.is_cpu and x.is_contiguous() for x in (*given, *others))
         and all(x.dtype == torch.float32 for x in given)
         and t.grad.dtype in DTYPE_CODES
         and (t.rounded is None or t.rounded.dtype == torch.bfloat16)

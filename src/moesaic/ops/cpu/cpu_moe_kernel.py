@@ -16,7 +16,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.ops.grouped_gemm import GATED_ACTIVATIONS, ActivationFunction, FeedForwardWeights
+from moesaic.ops.grouped_gemm import (
+    GATED_ACTIVATIONS,
+    ActivationFunction,
+    FeedForwardWeights,
+    report_products,
+)
 from moesaic.ops.moe_kernel import Edges, MoEKernel
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -73,17 +78,11 @@ class CPULibrary:
         _check_status(self._backward(_pack_arguments(sizes, tensors)))
 
 
-_OPERATORS = torch.library.Library("moesaic", "FRAGMENT")
-_OPERATORS.define("expert_products(Tensor x, Tensor up, Tensor down, int rows, int passes) -> ()")
-_OPERATORS.impl("expert_products", lambda *_: None, "CompositeExplicitAutograd")
-
-
 class ShapesOnlyLibrary:
     """Stands in for the library on fake tensors: names its products, and computes nothing.
 
-    The operator ``moesaic::expert_products`` says which products of ``rows`` rows there would be:
-    one ``passes`` in forward, two in backward. So a simulated step (``distributed/simulation.py``)
-    has the memory and the FLOPs of the fused kernels, and compiles nothing.
+    So a simulated step (``distributed/simulation.py``) has the memory and the FLOPs of the fused
+    kernels, and compiles nothing. A backward pass has twice the products of a forward pass.
     """
 
     def forward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
@@ -96,9 +95,13 @@ class ShapesOnlyLibrary:
 
     def _report(self, tensors: Mapping[str, Tensor | None], *, passes: int) -> None:
         x, up, down = tensors["x"], tensors["up"], tensors["down"]
-        assert tensors["edge_of_row"] is not None
-        rows = len(tensors["edge_of_row"])
-        torch.ops.moesaic.expert_products(x, up, down, rows, passes)
+        edges = tensors["edge_of_row"]
+        assert x is not None
+        assert up is not None
+        assert down is not None
+        assert edges is not None
+        values = up.shape[1:].numel() + down.shape[1:].numel()
+        report_products([x, up, down], flops=2 * passes * len(edges) * values)
 
 
 def _pack_arguments(sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> MoEArguments:
