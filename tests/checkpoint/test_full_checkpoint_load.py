@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from moesaic.checkpoint.full_checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from moesaic.checkpoint.manifest import MANIFEST_FILE
+from moesaic.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from moesaic.checkpoint.reshard import ShardedForm, reshard
-from moesaic.checkpoint.safetensors_io import write_tensors
+from moesaic.checkpoint.safetensors_io import FORMAT_KEY, write_tensors
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import CheckpointError
 
@@ -162,6 +163,23 @@ def test_a_checkpoint_of_format_1_is_read_with_the_names_of_now(tmp_path, form):
         assert set(found.files["optimizer"]) == {f"m/{name}" for name in names}
         assert found.expert_parameters == {"encoder.0.dispatch_projection.experts": 4}
         assert found.state["config"] == {"schedule": {"shape": {"kind": "LinearDecay"}}}
+
+
+@pytest.mark.parametrize("form", [None, ShardedForm(2)], ids=["full", "sharded"])
+def test_heads_of_format_2_are_read_with_the_names_of_now(tmp_path, form):
+    heads = {"head.classes.linear.weight": torch.ones(2), "head.classes.linear.bias": torch.ones(1)}
+    files = {"model": heads, "optimizer": {f"m/{name}": tensor for name, tensor in heads.items()}}
+    path = save_checkpoint(tmp_path / "full", Snapshot(3, files))
+    if form is not None:
+        path = reshard(path, root=tmp_path / "sharded", form=form)
+    assert set(read_weights(path)) == set(heads)  # of a plug-in, in the present format
+    (path / MANIFEST_FILE).write_text(replace(read_manifest(path), format=2).to_json())
+    names = {"head.projection.linear.weight", "head.projection.linear.bias"}
+    found = load_checkpoint(path).files
+    assert found["model"].keys() == names
+    assert found["optimizer"].keys() == {f"m/{name}" for name in names}
+    save_file({"head.patch.linear.bias": torch.ones(1)}, tmp_path / "x", {FORMAT_KEY: "2"})
+    assert set(read_weights(tmp_path / "x")) == {"head.projection.linear.bias"}
 
 
 def test_weights_of_an_older_export_are_read_with_the_names_of_now(tmp_path):

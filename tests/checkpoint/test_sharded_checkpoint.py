@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_samples import save_sharded
+from checkpoint_samples import FORMS, save_sharded, snapshot, written
 from test_full_checkpoint_save import QuickDisk
 
 from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint, load_checkpoint
-from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded
+from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, load_verified
 from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock
+from moesaic.checkpoint.tensor_reader import TensorReader
 from moesaic.core.errors import CheckpointError
 from moesaic.distributed.forked_ranks import RankError, run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
@@ -347,3 +348,24 @@ def test_a_block_outside_of_its_tensor_is_an_error():
         Shard((4,), torch.float32, (ShardBlock((3,), torch.zeros(2)),))
     with pytest.raises(ValueError, match="bfloat16"):
         Shard((4,), torch.float32, (ShardBlock((0,), torch.zeros(2).bfloat16()),))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loading_reads_the_bytes_of_the_shards_only(tmp_path, form, monkeypatch):
+    whole, read, slice_of = snapshot().files["model"], [], TensorReader.read_slice
+    path = written(tmp_path, form)
+    half = {name: tensor[1:].clone() for name, tensor in whole.items() if len(tensor)}
+    shards = {
+        name: Shard.from_block(part.zero_(), offset=(1,) + (0,) * (part.dim() - 1), shape=shape)
+        for name, part in half.items()
+        for shape in [tuple(whole[name].shape)]
+    } | {"none": whole["none"]}
+
+    def counting(self, stored, *, block, start, shape):
+        read.append(torch.Size(shape).numel() * stored.dtype.itemsize)
+        return slice_of(self, stored, block=block, start=start, shape=shape)
+
+    monkeypatch.setattr(TensorReader, "read_slice", counting)
+    load_verified(path, into={"model": shards}, world=SingleProcess())
+    assert sum(read) == sum(part.nbytes for part in half.values())
+    assert all(torch.equal(part, whole[name][1:]) for name, part in half.items())

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from moesaic.core.config import Choice, Config
+from moesaic.core.config_text import iter_leaves
 from moesaic.core.config_upgrade import (
     MOVED_KEYS,
     RENAMED_KEYS,
@@ -80,6 +81,26 @@ def test_offloading_is_a_memory_plan_with_host_tiers() -> None:
     host = MemoryPlan(gradients=HostMemory(), optimizer_states=HostMemory())
     assert ParallelConfig.from_dict(upgraded(True)).memory == host
     assert ParallelConfig.from_dict(upgraded(False)) == ParallelConfig(plan=ParallelPlan(zero=2))
+
+
+def test_products_in_bfloat16_keep_their_meaning_where_the_name_has_another() -> None:
+    earlier = {"precision": {"kind": "BFloat16"}, "parallel": {"plan": {"offload": False}}}
+    upgraded, renamed = upgrade_config(earlier)
+    assert renamed["precision=BFloat16"] == "BFloat16Autocast"
+    assert upgraded == {"precision": {"kind": "BFloat16Autocast"}, "parallel": {"plan": {}}}
+    assert upgrade_config({"precision": "BFloat16()"}) == ({"precision": "BFloat16()"}, {})
+
+
+def test_what_is_upgraded_agrees_with_its_full_form() -> None:
+    """A run's record is compared with its config, of which one may be in the full form."""
+    earlier = RECIPES("tiny").to_dict()
+    del earlier["parallel"]["memory"]
+    earlier["parallel"]["plan"]["offload"] = True
+    upgraded, _ = upgrade_config(earlier)
+    full = dict(iter_leaves(Run.from_dict(upgraded).to_dict(), ""))
+    assert {path: full.get(path) for path, _ in iter_leaves(upgraded, "")} == dict(
+        iter_leaves(upgraded, "")
+    )
 
 
 def test_every_new_name_exists() -> None:

@@ -107,6 +107,9 @@ def test_every_plan_gives_the_same_loss_with_every_mixer_that_it_allows(name: st
     base, plans = language_model().model.replace(dropout=0.1), MIXER_PLANS[name]
     model = hybrid(base, names_allowed_by(base, plans[0].plan))
     run = shrink_config(tiny_run(model=model, optimizer=AdamW(lr=0.004))).run
+    # With seed 1, step 2 is ill-conditioned: initial weights that differ by 1e-7 of their value
+    # move its norm by up to 6e-6 in one process, and ring attention by 3e-6. Of the seeds 0 to 7
+    # it is alone: ring attention moves the others by at most 4e-7.
     setup = make_setup(run.replace(gradient_accumulation_steps=2, seed=2), steps=STEPS)
     results = list(compare_plans(setup, plans=plans, reference=run_reference(setup)))
     assert {result.plan: result.problems for result in results if not result.equal} == {}

@@ -165,10 +165,11 @@ def read_index(directory: Path, *, manifest: Manifest) -> BlockIndex:
         index = _parse_sharded(directory, manifest=manifest)
     else:
         index = _read_full(directory, manifest=manifest)
-    if manifest.format > 1:
-        return index
     return BlockIndex(
-        {file: {current_name(n): t for n, t in held.items()} for file, held in index.files.items()}
+        {
+            file: {current_name(n, file_format=manifest.format): t for n, t in held.items()}
+            for file, held in index.files.items()
+        }
     )
 
 
@@ -229,7 +230,7 @@ def _read_full(directory: Path, *, manifest: Manifest) -> BlockIndex:
         for name, entry in read_header(directory / file).tensors.items():
             block = StoredBlock(file, name, (0,) * len(entry.shape), entry.shape)
             experts = num_experts_of(
-                current_name(name) if manifest.format == 1 else name,
+                current_name(name, file_format=manifest.format),
                 shape=entry.shape,
                 expert_parameters=manifest.expert_parameters,
             )

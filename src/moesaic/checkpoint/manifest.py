@@ -31,7 +31,7 @@ from moesaic.core.file_reader import (
 from moesaic.core.files import sha256
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_FORMAT = 2  # format 1 has other parameter names, see ``current_name``
+MANIFEST_FORMAT = 3  # formats 1 and 2 have other parameter names, see ``current_name``
 MANIFEST_KIND = FileKind(name="manifest of a checkpoint", max_bytes=64 * MIB, error=CheckpointError)
 MAX_EXPERTS = 1 << 20  # of one layer
 HASH_THREADS = 8  # faster on a network file system
@@ -86,7 +86,7 @@ def read_manifest(directory: Path) -> Manifest:
     digest, version = body.pop("digest", None), body.get("format")
     if digest != _digest(body):
         raise CheckpointError(f"{path}: altered, its content does not match its digest")
-    if version not in (1, MANIFEST_FORMAT):
+    if version not in range(1, MANIFEST_FORMAT + 1):
         raise CheckpointError(
             f"{path}: format {show_value(version)}, expected at most {MANIFEST_FORMAT}: it is of "
             "a newer version of moesaic; load it with that version"
@@ -94,7 +94,7 @@ def read_manifest(directory: Path) -> Manifest:
     shape = parse_shape(data, _ManifestShape, kind=MANIFEST_KIND, where=path)
     experts = shape.expert_parameters
     if version == 1:
-        experts = {current_name(name): n for name, n in shape.banks.items()}
+        experts = {current_name(name, file_format=1): n for name, n in shape.banks.items()}
     for name, count in experts.items():
         if not 0 < count <= MAX_EXPERTS:
             expected = f"expected 1 to {MAX_EXPERTS:,} experts"

@@ -49,7 +49,7 @@ TENSOR_FILE = FileKind(
 )
 MAX_HEADER_BYTES = 100 * MIB - 8  # as the safetensors library
 MAX_DIMS = 16
-FORMAT_KEY = "moesaic_format"  # missing in files of format 1, see ``current_name``
+FORMAT_KEY = "moesaic_format"  # missing in files of format 1
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 # a zip archive (torch.save), a tar (older torch.save), or the PROTO opcode of pickle 2 to 5
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -195,6 +195,12 @@ class TensorHeader:
 
     metadata: dict[str, str]
     tensors: dict[str, HeaderEntry]
+
+    @property
+    def file_format(self) -> int:
+        """The format that decides the names of parameters, see ``current_name``."""
+        text = self.metadata.get(FORMAT_KEY, "1")
+        return int(text) if text.isdecimal() else MANIFEST_FORMAT
 
     @property
     def numel(self) -> int:

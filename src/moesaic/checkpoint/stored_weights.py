@@ -20,7 +20,7 @@ from moesaic.checkpoint.block_index import (
     read_index,
 )
 from moesaic.checkpoint.manifest import read_manifest
-from moesaic.checkpoint.safetensors_io import FORMAT_KEY, read_header, reject_pickle
+from moesaic.checkpoint.safetensors_io import read_header, reject_pickle
 from moesaic.checkpoint.snapshot import Shard, ShardBlock, as_shard
 from moesaic.checkpoint.tensor_reader import TensorReader, open_reader
 from moesaic.core.config_upgrade import current_name
@@ -120,9 +120,11 @@ def open_weights(path: Path) -> Iterator[StoredWeights]:
         tensors = read_index(path, manifest=read_manifest(path)).files.get("model", {})
         directory = path
     else:
-        tensors, directory = index_of_file(path), path.parent
-        if FORMAT_KEY not in read_header(path).metadata:
-            tensors = {current_name(name): stored for name, stored in tensors.items()}
+        directory, written_by = path.parent, read_header(path).file_format
+        tensors = {
+            current_name(name, file_format=written_by): stored
+            for name, stored in index_of_file(path).items()
+        }
     with open_reader(directory) as reader:
         yield StoredWeights(tensors, reader)
 

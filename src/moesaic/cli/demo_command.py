@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.rule import Rule
 from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
@@ -56,7 +57,8 @@ class PhaseTimer:
         self._started = time.monotonic()
 
     def start(self, title: str) -> None:
-        stderr.rule(Text(title, style="bold"), align="left")
+        rule = Rule(Text(title, style="bold"), align="left")
+        stderr.print(rule, width=min(stderr.width, 100))
         self._started = time.monotonic()
 
     def end(self, name: str) -> None:

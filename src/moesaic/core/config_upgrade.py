@@ -159,6 +159,8 @@ MOVED_KEYS = {
 }
 KINDS_OF_MOVED_KEYS = {"data": "TextData", "model.head": "LanguageModelHead"}
 
+EARLIER_BFLOAT16 = ({"kind": "BFloat16"}, "BFloat16", "BFloat16()")
+
 MAX_SHOWN_RENAMES = 3
 
 # parts of parameter names in checkpoints of format 1, and their present names
@@ -174,6 +176,7 @@ RENAMED_PARAMETER_PARTS = {
     "heard": "stats_sum",
     "into": "input_projection",
 }
+RENAMED_HEADS = re.compile(r"(?<![^/])head\.(classes|patch)\.")  # in formats 1 and 2
 
 
 def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[str, str]]:
@@ -189,6 +192,10 @@ def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[
             if old in upgraded:
                 renamed[old] = ".".join(path)
                 upgraded = _move(upgraded, old, path)
+        # Until parameters could be in bfloat16, BFloat16 had products in it, and no field.
+        if "parallel.plan.offload" in renamed and upgraded.get("precision") in EARLIER_BFLOAT16:
+            renamed["precision=BFloat16"] = "BFloat16Autocast"
+            upgraded["precision"] = {"kind": "BFloat16Autocast"}
     return upgraded, renamed
 
 
@@ -263,8 +270,9 @@ def _offload_to_memory(
 ) -> dict[str, object]:
     """Offloading is a memory plan: gradients and optimizer states on the host."""
     rest = {key: value for key, value in plan.items() if key != "offload"}
-    host = {"gradients": "HostMemory()", "optimizer_states": "HostMemory()"}
-    return {**parallel, "plan": rest, "memory": host if plan["offload"] else {}}
+    host = {"gradients": {"kind": "HostMemory"}, "optimizer_states": {"kind": "HostMemory"}}
+    memory: dict[str, object] = {"memory": host} if plan["offload"] else {}
+    return {**parallel, "plan": rest, **memory}
 
 
 def _attention_experts_to_mixers(model: dict[str, object]) -> dict[str, object]:
@@ -289,6 +297,8 @@ def _upgrade_kind(text: str, *, path: str, renamed: dict[str, str]) -> str:
     return new + (found[2] or "")
 
 
-def current_name(name: str) -> str:
-    """Return the name of a parameter, or of its optimizer state, from that in format 1."""
-    return re.sub(r"[^./]+", lambda part: RENAMED_PARAMETER_PARTS.get(part[0], part[0]), name)
+def current_name(name: str, *, file_format: int) -> str:
+    """Return the present name of a parameter, or of its optimizer state, in a file of a format."""
+    if file_format < 2:
+        name = re.sub(r"[^./]+", lambda p: RENAMED_PARAMETER_PARTS.get(p[0], p[0]), name)
+    return RENAMED_HEADS.sub("head.projection.", name) if file_format < 3 else name

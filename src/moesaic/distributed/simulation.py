@@ -8,7 +8,7 @@ exact if all ranks have the same number of tokens and experts are chosen evenly.
 Use with ``fake_process_group``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.allocation_ledger import AllocationLedger
 from moesaic.distributed.communication_counter import CommunicationCounter
 
+_DEVICE_OF = torch.ops.prim.device.default  # half of all operations
 _FACTORY_OPS = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn")
 
 
@@ -71,12 +71,12 @@ class SimulatedRank(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local tensors arrive here one by one
         named = kwargs or {}
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device
-        tensors = [x for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor)]
+        tensors = tensors_in((*args, *named.values()))
         fake = any(isinstance(x, FakeTensor) for x in tensors)
         if self.counter is not None:
             self.counter.count(func, args, named)
@@ -87,12 +87,22 @@ class SimulatedRank(TorchDispatchMode):
         else:
             with self._fake_mode:
                 out = func(*args, **named)
-        for tensor in out if isinstance(out, list | tuple) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.ledger.add(tensor)
+        for tensor in tensors_in((out,)):
+            self.ledger.add(tensor)
         if self.observer is not None:
             self.observer(func, args, named, out)
         return out
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among arguments or results of an operation, in order, also of lists."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(value)
+    return found
 
 
 class SharedChunks(TorchFunctionMode):

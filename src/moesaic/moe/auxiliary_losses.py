@@ -126,11 +126,13 @@ class SequenceBalance(LoadBalancingLoss, Balance):
         count, row = _global_rows(inputs)
         experts = probabilities.shape[1]
         edge = row[routing.token] * (experts + 1) + routing.expert  # dropped edges come last
-        chosen = torch.bincount(edge, minlength=count * (experts + 1)).view(count, experts + 1)
-        tokens = torch.bincount(row, minlength=count)
-        chosen, tokens = inputs.batch_group.sum(
-            torch.cat([chosen[:, :experts], tokens[:, None]], 1).double()
-        ).split([experts, 1], 1)
+        # not bincount, which waits for a GPU; its last column counts the tokens instead
+        chosen = probabilities.new_zeros(count * (experts + 1), dtype=torch.float64)
+        chosen = chosen.index_add_(0, edge, torch.ones_like(edge).double())
+        chosen = chosen.view(count, experts + 1)
+        chosen[:, experts] = 0
+        chosen[:, experts].index_add_(0, row, torch.ones_like(row).double())
+        chosen, tokens = inputs.batch_group.sum(chosen).split([experts, 1], 1)
         fraction = (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).float()
         mean = probabilities.new_zeros(count, experts).index_add(0, row, probabilities) / tokens
         return self.weight * experts * (fraction * mean.float()).sum() / max(count, 1)

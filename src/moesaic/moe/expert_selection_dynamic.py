@@ -94,8 +94,9 @@ class ExpertChoice(Select):
     def __call__(self, router: RouterContext) -> Routing:
         scores, row = router.logits.softmax(-1), router.context.row
         place = _rank_within_row(router.biased_scores(scores), row=row)
-        length = torch.bincount(row)[row].float()
-        capacity = (length * (self.capacity_factor / scores.shape[-1])).ceil().long()
+        ordered = row.sort().values  # not bincount, whose size the host waits for
+        length = torch.searchsorted(ordered, row, right=True) - torch.searchsorted(ordered, row)
+        capacity = (length.float() * (self.capacity_factor / scores.shape[-1])).ceil().long()
         return Routing.from_mask(scores, chosen=place < capacity[:, None])
 
     def experts_per_token(self, num_experts: int) -> float:

@@ -147,7 +147,7 @@ class TieredGradients(Gradients):
         store.reserve([Part(name) for name in self._names.values()])  # a full disk ends the start
 
     def has(self, parameter: Tensor) -> bool:
-        return self._names[parameter] in self._norms
+        return self._names.get(parameter, "") in self._norms  # a frozen one is in neither
 
     def touched(self, parameter: Tensor) -> list[int]:
         return [block.start for block in self._norms[self._names[parameter]]]

@@ -239,10 +239,11 @@ class Pipeline:
         return buffers
 
     def shared_parameters(self) -> list[Tensor]:
-        """Return this rank's parameters that other pipeline ranks have too."""
+        """Return this rank's trained parameters that other pipeline ranks have too."""
         ranks_of, shared = self.stages.ranks_of_parameter, self.stages.shared_rank_sets
         own = [ranks for ranks in shared if self.rank in ranks]
-        return [p for name, p in self.model.named_parameters() if ranks_of[name] in own]
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        return [p for name, p in trained if ranks_of[name] in own]
 
     def sum_shared_gradients(self, *, dtype: torch.dtype) -> None:
         """Sum, in ``dtype``, the gradients that several pipeline ranks have. Collective.

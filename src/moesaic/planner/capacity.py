@@ -38,9 +38,10 @@ class LargestModel:
 def largest_fitting_model(settings: CostSettings, *, budget: MemoryBudget) -> LargestModel | None:
     """Return the model with the most experts per layer that fits, or None if none does.
 
-    Memory grows almost linearly with the number of experts, so the search is by regula falsi: a few
-    steps, each of which measures a layer. Raises UserError for a model without experts or with
-    another number of them in some layers.
+    Each step of the search measures a few layers, so it takes few: a peak is the largest of several
+    linear functions of the number of experts, so it lies above the line through two smaller ones,
+    and what is over the budget on that line is not measured. Raises UserError for a model without
+    experts or with another number of them in some layers.
     """
     config, ranks = settings.model, settings.parallel.plan.expert
     peaks: dict[int, Mapping[str, int]] = {}
@@ -54,24 +55,20 @@ def largest_fitting_model(settings: CostSettings, *, budget: MemoryBudget) -> La
     under = excess(low)
     if under > 0:
         return None
-    high, over = 2 * low, excess(2 * low)
-    while over <= 0 and high < MAX_EXPERTS_PER_RANK:
-        slope = (over - under) / (high - low)
-        jump = high - over / slope if slope > 0 else MAX_EXPERTS_PER_RANK
-        low, under = high, over
-        high = max(low + 1, min(round(jump * 1.02) + 1, MAX_EXPERTS_PER_RANK))
-        over = excess(high)
-    while high - low > 1 and over > 0:
-        guess = low + round((high - low) * under / (under - over))
-        middle = min(max(guess, low + 1), high - 1)
-        found = excess(middle)
-        if found <= 0:
-            low, under = middle, found
+    high, probe = MAX_EXPERTS_PER_RANK + 1, 2 * low
+    while high - low > 1:
+        found = excess(probe)
+        slope = (found - under) / (probe - low)
+        if found > 0:
+            high = probe
         else:
-            high, over = middle, found
-    best = high if over <= 0 else low
-    largest = with_experts(config, ranks * best)
-    return LargestModel(ranks * best, count_parameters(largest).total, peaks[best])
+            low, under = probe, found
+            if under + slope > 0:
+                break
+        room = int(-under / slope) if slope > 0 else high
+        probe = min(low + max(room, 1), high - 1)
+    largest = with_experts(config, ranks * low)
+    return LargestModel(ranks * low, count_parameters(largest).total, peaks[low])
 
 
 def with_experts(config: ModelConfig, experts: int) -> ModelConfig:

@@ -12,11 +12,10 @@ from enum import StrEnum
 from functools import cache
 from typing import Any
 
-import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.simulation import tensors_in
 
 
 class OperationKind(StrEnum):
@@ -53,7 +52,7 @@ class OperationRecorder:
     ) -> None:
         if not _is_view(func):
             kind, flops = _products(func, args, out)
-            given, result = _tensors((args, kwargs)), _tensors(out)
+            given, result = tensors_in((*args, *kwargs.values())), tensors_in((out,))
             dtype = str((*result, *given)[0].dtype).removeprefix("torch.") if given else ""
             self.counts[Operation(kind, dtype, flops, _bytes(given), _bytes(result))] += 1
 
@@ -85,10 +84,6 @@ def _attention_flops(name: str, args: tuple[Any, ...]) -> int:
     query, key = tensors[backward][-2], tensors[backward + 1][-2]
     causal = query == key and any(isinstance(a, bool) and a for a in args[3 + backward :])
     return flops // 2 if causal else flops
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -19,6 +19,7 @@ from moesaic.parallel.precision import Float32, Precision
 from moesaic.train import row_data as row_data  # registers its member of TrainingData
 from moesaic.train import text_data as text_data  # registers its member of TrainingData
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
+from moesaic.train.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.train.training_data import TrainingData
 from moesaic.train.warm_start import InitialWeights, RandomWeights
 
@@ -98,7 +99,8 @@ class Run(Config):
     batches). A step takes ``gradient_accumulation_steps`` micro-batches of the data, each over all
     ranks together. After ``max_bad_steps`` consecutive non-finite steps the run stops with a
     checkpoint; ``spikes`` decides about finite loss spikes.
-    ``initial_weights`` may be those of another run (a warm start).
+    ``initial_weights`` may be those of another run (a warm start), of which ``trainable`` are
+    changed.
     ``parallel`` distributes the run over its ranks and changes nothing else. If a collective does
     not finish within ``collective_timeout_s``, the run ends with an error.
     """
@@ -108,6 +110,7 @@ class Run(Config):
     data: TrainingData
     model: ModelConfig
     initial_weights: InitialWeights = RandomWeights()
+    trainable: TrainableParameters = AllParameters()
     optimizer: Optimizer = AdamW()
     schedule: LRSchedule = WSD()
     steps: Positive

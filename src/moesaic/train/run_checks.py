@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 
 from moesaic.core.errors import ConfigError
 from moesaic.model.mixer_pattern import parse_pattern
+from moesaic.model.transformer import Transformer
 from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, warmup_steps
 from moesaic.train.run import Run
+from moesaic.train.trainable_parameters import AllParameters
 
 RunRule = Callable[[Run], Iterator[str]]
 
@@ -38,6 +40,13 @@ def every_mixer_is_in_a_block(run: Run) -> Iterator[str]:
                 f"{' and '.join(map(repr, patterns))}): name it in model.decoder.pattern or "
                 "model.encoder.pattern, or leave it out"
             )
+
+
+def trainable_parameters_exist(run: Run) -> Iterator[str]:
+    """Every pattern of what is trained matches a parameter of the model."""
+    if run.trainable != AllParameters():
+        model = Transformer.without_values(run.model)
+        yield from run.trainable.problems(name for name, _ in model.named_parameters())
 
 
 def schedule_fits_the_steps(run: Run) -> Iterator[str]:
@@ -78,6 +87,7 @@ def pipeline_has_enough_micro_batches(run: Run) -> Iterator[str]:
 RUN_RULES: tuple[RunRule, ...] = (
     data_fits_the_model,
     every_mixer_is_in_a_block,
+    trainable_parameters_exist,
     schedule_fits_the_steps,
     pipeline_has_enough_micro_batches,
 )

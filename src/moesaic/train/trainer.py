@@ -37,6 +37,7 @@ from moesaic.train.run import Run
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
 from moesaic.train.sharded_state import local_shards, restore_shards
 from moesaic.train.step import ForwardBackwardResult, Objective, first_non_finite
+from moesaic.train.trainable_parameters import freeze_others
 from moesaic.train.training_data import BatchLoader
 
 FillShards = Callable[[ParallelModel], None]
@@ -99,6 +100,7 @@ class Trainer:
         )
         if fill is not None:
             fill(self.parallel_model)
+        freeze_others(self.parallel_model, trainable=run.trainable, world=world)
         self.optimizer = run.optimizer.build(
             model.named_parameters(),
             kinds=model.parameter_kinds(),

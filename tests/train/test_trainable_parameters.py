@@ -1,0 +1,99 @@
+"""Parts of a model are trained under every plan; the others keep their values and have no state."""
+
+import pytest
+import torch
+import torch.distributed as distributed
+
+from moesaic.core.errors import ConfigError
+from moesaic.distributed.forked_ranks import run_cases_on_ranks
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import HostMemory
+from moesaic.parallel.config import ParallelConfig
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run
+from moesaic.train.loop import training_loop
+from moesaic.train.run_checks import check_run
+from moesaic.train.run_training import seeded_trainer
+from moesaic.train.trainable_parameters import MatchingParameters
+from moesaic.verify.compare_plans import make_setup
+from moesaic.verify.record_run import gather_full_tensors
+from moesaic.verify.shrink_config import shrink_config
+from moesaic.verify.synthetic_batches import UnevenBatches
+
+EXPERTS = MatchingParameters(patterns=("*.experts.*",))
+AWAY = MemoryPlan(parameters=HostMemory(), gradients=HostMemory(), optimizer_states=HostMemory())
+PLANS = (
+    ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=3)),
+    ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
+    ParallelConfig(plan=ParallelPlan(data=2, zero=1)),
+    ParallelConfig(plan=ParallelPlan(data=2, expert=2), memory=AWAY),
+    ParallelConfig(plan=ParallelPlan(pipe=2, data=1)),
+)
+
+
+def setup():
+    model = tiny_model_config(layers=2)
+    stack = model.decoder.replace(first_dense_layers=0)
+    run = shrink_config(tiny_run(model=model.replace(encoder=stack, decoder=stack))).run
+    return make_setup(run.replace(gradient_accumulation_steps=2, trainable=EXPERTS))
+
+
+def trained(parallel):
+    """Return all weights before and after two steps, and the parameters that have states."""
+    made = setup()
+    world = ProcessGroupWorld() if distributed.is_initialized() else SingleProcess()
+    trainer = seeded_trainer(
+        made.run.replace(parallel=parallel),
+        make_loader=lambda replica: UnevenBatches(
+            made.shape, seed=1, shard=replica.rank, num_shards=replica.num_replicas
+        ),
+        world=world,
+    )
+
+    def weights():
+        named = dict(trainer.model.named_parameters())
+        shapes = made.model.shapes
+        part = trainer.parallel_model
+        return gather_full_tensors(named, parallel_model=part, shapes=shapes)[0]
+
+    before = weights()
+    training_loop(trainer, hooks=[], until=2)
+    groups = trainer.optimizer.param_groups
+    return before, weights(), {name for group in groups for name in group["param_names"]}
+
+
+def test_only_what_matches_is_trained_under_every_plan():
+    before, after, states = trained(ParallelConfig())
+    assert {n for n in before if not torch.equal(before[n], after[n])} == states
+    assert states == {name for name in before if ".experts." in name}
+    for ranks in run_cases_on_ranks(2, trained, PLANS):
+        assert isinstance(ranks, list), ranks
+        _, found, _ = ranks[0]
+        assert set().union(*(held for *_, held in ranks)) == states
+        for name, tensor in after.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+            assert name in states or torch.equal(found[name], before[name])
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_names_that_are_near():
+    run = tiny_run(trainable=MatchingParameters(patterns=("*.expert.*", "decoder.*")))
+    with pytest.raises(ConfigError, match=r"no parameter matches '\*\.expert\.\*'.*experts") as e:
+        check_run(run)
+    assert "'decoder.*'" not in str(e.value)
+
+
+def test_a_stage_without_trained_parameters_is_refused():
+    part = MatchingParameters(patterns=("decoder.1.*",))
+    made = setup()
+    run = made.run.replace(trainable=part, parallel=PLANS[-1])
+
+    def start(_):
+        with pytest.raises(ConfigError, match="a stage of the pipeline has none"):
+            seeded_trainer(
+                run,
+                make_loader=lambda _: UnevenBatches(made.shape, seed=1),
+                world=ProcessGroupWorld(),
+            )
+
+    assert list(run_cases_on_ranks(2, start, [0])) == [[None, None]]
