@@ -60,7 +60,12 @@ class ExpertBank:
         places = [self.parameter.data, *([] if self.resting is None else [self.resting])]
         return [weights[expert : expert + 1] for weights in places]
 
-    def settle(self, shared: dict[str, Tensor]) -> None:
+    @property
+    def late(self) -> list[int]:
+        """The experts that miss something."""
+        return [expert for expert, missed in enumerate(self.missed) if missed]
+
+    def finish(self, shared: dict[str, Tensor]) -> None:
         """Note that no expert misses anything: step counts are ``shared`` again."""
         if self.scalars:
             shared.update(self.scalars[0])

@@ -161,15 +161,14 @@ class NamedOptimizer(torch.optim.Optimizer):
         bank.missed_by_weights[expert] = 0
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def catch_up(self) -> None:
         """Bring the weights and states of all experts up to date (see ``late_updates.py``)."""
-        for group in self.param_groups:
-            for bank in self.late.of_group(group["name"]):
-                for expert, missed in enumerate(bank.missed):
-                    if missed:
-                        with self._bucket(group, [bank.rows(expert)]):
-                            pass  # gradients of zero alone
-                bank.settle(self.state[bank.parameter])
+        groups = {group["name"]: group for group in self.param_groups}
+        for bank in self.late.banks.values():
+            for expert in bank.late:
+                with self._bucket(groups[bank.group], [bank.rows(expert)]):
+                    pass  # gradients of zero alone
+            bank.finish(self.state[bank.parameter])
 
     def _place(self, rule: UpdateRule) -> Place:
         return Place.HOST if self.tier is not None and rule.elementwise else Place.DEVICE
@@ -269,14 +268,14 @@ def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
 
     Those on the device are not copied; those on a tier are as they are now, whatever follows.
     """
-    optimizer.settle()
+    optimizer.catch_up()
     tiered = optimizer.tier.store.freeze() if optimizer.tier else {}
     return _resident_state(optimizer) | dict(tiered)
 
 
 def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
     """Return views of every state tensor, to be read or overwritten at once."""
-    optimizer.settle()
+    optimizer.catch_up()
     state = _resident_state(optimizer)
     for name, _, _ in _named_parameters(optimizer):
         tiered = optimizer.tier.live(name) if optimizer.tier else {}

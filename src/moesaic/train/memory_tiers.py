@@ -63,10 +63,11 @@ def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, ExpertModule, nn.
     """Yield weights ``[E, M, N]`` whose experts this rank reads by themselves, and their module."""
     for path, layer in model.model.named_modules():
         # a dispatcher that gathers weights reads them all
-        if isinstance(layer, MoELayer) and not isinstance(layer.dispatcher, AdaptiveDispatcher):
-            for name, parameter in layer.experts.named_parameters(prefix=f"{path}.experts"):
-                if parameter.ndim == 3 and local_tensor(parameter) is parameter:
-                    yield name, layer.experts, parameter
+        if not isinstance(layer, MoELayer) or isinstance(layer.dispatcher, AdaptiveDispatcher):
+            continue
+        for name, parameter in layer.experts.named_parameters(prefix=f"{path}.experts"):
+            if parameter.ndim == 3 and local_tensor(parameter) is parameter:
+                yield name, layer.experts, parameter
 
 
 def _can_be_late(
