@@ -10,9 +10,10 @@ the peak of the second is measured: the bytes of all live tensors at every opera
 
 import gc
 import json
+import re
 import statistics
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 from support import write_result
 
+from moesaic.core.markdown import markdown_table
+from moesaic.core.units import show_bytes
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
@@ -30,13 +33,19 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_selection import TopK
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.pipeline import LossSettings
-from moesaic.parallel.pipeline_schedules import GPipe, Interleaved
+from moesaic.parallel.pipeline_schedules import (
+    BreadthFirst,
+    GPipe,
+    Interleaved,
+    OneForwardOneBackward,
+)
 from moesaic.parallel.precision import BFloat16, BFloat16Autocast
 from moesaic.parallel.weight_start import draw_shards
 from moesaic.planner.cost_entries import DEVICE
@@ -46,6 +55,8 @@ from moesaic.planner.step_cost import step_cost
 from moesaic.testing.allocation_meter import AllocationMeter
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "guide" / "cost.md"
+MARKS = re.compile(r"(<!-- peak: begin -->\n).*?(<!-- peak: end -->)", re.S)
 MODEL = ModelConfig(
     vocab_size=512,
     dim=64,
@@ -74,6 +85,24 @@ def settings(model: ModelConfig, sizes: BatchDims, *, world: int = 1, **more: An
 
 
 RECOMPUTE = {"activation_checkpointing": CheckpointBlocks()}
+ONE_F = OneForwardOneBackward()
+OWN_TABLE = TEXT.replace(embedding=EmbeddingConfig(tied=False))
+PIPELINES = (
+    ("1F1B", TEXT, ROWS, 2, 4, ONE_F, {}),
+    ("GPipe", TEXT, ROWS, 2, 4, GPipe(), {}),
+    ("interleaved", TEXT, ROWS, 2, 4, Interleaved(), {}),
+    ("1F1B, 2 micro-batches", TEXT, ROWS, 2, 2, ONE_F, {}),
+    ("1F1B, 7 micro-batches", TEXT, ROWS, 2, 7, ONE_F, {}),
+    ("GPipe, 3 micro-batches", TEXT, ROWS, 2, 3, GPipe(), {}),
+    ("interleaved, 6 micro-batches", TEXT, ROWS, 2, 6, Interleaved(), {}),
+    ("interleaved of 3", TEXT, ROWS, 2, 4, Interleaved(stages=3), {}),
+    ("breadth first", TEXT, ROWS, 2, 4, BreadthFirst(), {}),
+    ("1F1B, own output table", OWN_TABLE, ROWS, 2, 4, ONE_F, {}),
+    ("1F1B, encoder and decoder", MODEL, PAIRS, 2, 4, ONE_F, {}),
+    ("1F1B, dense", DENSE, PAIRS, 2, 4, ONE_F, {}),
+    ("1F1B, recomputed", TEXT, ROWS, 2, 4, ONE_F, RECOMPUTE),
+    ("1F1B", TEXT, ROWS, 3, 5, ONE_F, {}),
+)
 CASES = {
     "dense": settings(DENSE, PAIRS),
     "MoE": settings(MODEL, PAIRS),
@@ -106,23 +135,17 @@ CASES = {
     "E+Z3 of 4": settings(TEXT, ROWS, world=4, plan={"expert": 2, "zero": 3}),
     "Z3 of 2, 3 micro-batches": settings(TEXT, ROWS, world=2, plan={"zero": 3}, micro_batches=3),
     "Z3 of 2, recomputed": settings(TEXT, ROWS, world=2, plan={"zero": 3}, parallel=RECOMPUTE),
-    "P of 2, 1F1B": settings(TEXT, ROWS, world=2, plan={"pipe": 2}, micro_batches=4),
-    "P of 2, GPipe": settings(
-        TEXT,
-        ROWS,
-        world=2,
-        plan={"pipe": 2},
-        micro_batches=4,
-        parallel={"pipeline_schedule": GPipe()},
-    ),
-    "P of 2, interleaved": settings(
-        TEXT,
-        ROWS,
-        world=2,
-        plan={"pipe": 2},
-        micro_batches=4,
-        parallel={"pipeline_schedule": Interleaved()},
-    ),
+    **{
+        f"P of {ranks}, {name}": settings(
+            model,
+            sizes,
+            world=ranks,
+            plan={"pipe": ranks},
+            micro_batches=number,
+            parallel={"pipeline_schedule": schedule} | more,
+        )
+        for name, model, sizes, ranks, number, schedule, more in PIPELINES
+    },
 }
 
 
@@ -250,16 +273,36 @@ def main() -> None:
         print(f"{errors[name]:+7.2%}  {name}", flush=True)
     sizes = [abs(error) for error in errors.values()]
     misses = {name: round(error, 4) for name, error in errors.items() if abs(error) > 0.02}
-    write_result(
-        RESULTS / "peak_forecast.json",
-        {
-            "median_error": round(statistics.median(sizes), 4),
-            "worst_error": round(max(sizes), 4),
-            "over_2_percent": misses,
-            "forecast_sha256": sha256(text.encode()).hexdigest(),
-            "cases": lines,
-        },
+    result = {
+        "median_error": round(statistics.median(sizes), 4),
+        "worst_error": round(max(sizes), 4),
+        "over_2_percent": misses,
+        "forecast_sha256": sha256(text.encode()).hexdigest(),
+        "cases": lines,
+    }
+    write_result(RESULTS / "peak_forecast.json", result)
+    write_page(result)
+
+
+def write_page(result: Mapping[str, Any]) -> None:
+    """Write the table into the guide's page, between its markers."""
+    rows = [
+        (
+            case["case"],
+            show_bytes(case["forecast_bytes"]),
+            show_bytes(case["measured_bytes"]),
+            f"{case['error']:+.2%}",
+        )
+        for case in result["cases"]
+    ]
+    over = len(result["over_2_percent"])
+    body = (
+        f"The error is {result['median_error']:.2%} in the median and {result['worst_error']:.2%} "
+        f"at worst; {over} of {len(rows)} are off by more than 2 %.\n\n"
+        + markdown_table(("case", "forecast", "measured", "error"), rows, right=True)
     )
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(MARKS.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from moesaic.planner.cost_entries import DEVICE
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
 from moesaic.planner.machine import Machine
+from moesaic.planner.measured_rates import Stopwatch, dense_product
 from moesaic.planner.step_cost import step_cost
 from moesaic.planner.step_time import step_time
 from moesaic.testing.tiny_models import TinyStream, tiny_run
@@ -195,6 +196,12 @@ def _steps(case: Case, steps: int) -> list[float]:
     return found[WARM_STEPS:]
 
 
+def product_seconds() -> float:
+    """Return the time of a product: its change is that of the machine, not of a forecast."""
+    watch = Stopwatch(torch.device("cpu"), 0.25)
+    return dense_product(watch, rows=512, dim=512, dtype=torch.float32).median
+
+
 def regrets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for each cell the plan that the forecast chose, the fastest, and the regret."""
     found = []
@@ -226,6 +233,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     found = calibrate(quick=quick, notify=lambda what: print("measured", what, flush=True))
+    speed = product_seconds()
     forecasts = [forecast(case, found.machine) for case in cases(quick=quick)]
     text = json.dumps({"machine": found.machine.to_dict(), "forecasts": forecasts}, indent=1)
     before = FORECASTS.with_suffix(".quick.json") if quick else FORECASTS
@@ -234,7 +242,7 @@ def main() -> None:
     print("forecasts written before any run, sha256", digest, flush=True)
     rows, failed = [], []
     for case, row in zip(cases(quick=quick), forecasts, strict=True):
-        seconds = measure(case, steps=5 if quick else 7)
+        seconds = measure(case, steps=5)
         if isinstance(seconds, str):
             failed.append(row | {"why": seconds})
             continue
@@ -248,6 +256,7 @@ def main() -> None:
         "forecasts_sha256": digest,
         "runs": rows,
         "failed": failed,
+        "slow_down": product_seconds() / speed,
         "error_median": statistics.median(errors),
         "error_worst": errors[-1],
         "misses": [r for r in rows if abs(r["error"]) > 0.15],

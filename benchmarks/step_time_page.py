@@ -1,4 +1,4 @@
-"""Write docs/planner.md from the results of ``step_time_forecast.py``.
+"""Write docs/planner.md from ``step_time_forecast.py``, ``peak_forecast.py``, ``known_plans.py``.
 
 python benchmarks/step_time_page.py
 """
@@ -11,11 +11,66 @@ from typing import Any
 from moesaic.core.markdown import markdown_table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "step_time_forecast.json"
+FOLDER = Path(__file__).parent / "results"
+RESULTS = FOLDER / "step_time_forecast.json"
+
+
+def peaks(found: dict[str, Any]) -> str:
+    """Return the section on peak memory."""
+    cases = [
+        (
+            case["case"],
+            f"{case['forecast_bytes'] / 1e6:.2f}",
+            f"{case['measured_bytes'] / 1e6:.2f}",
+            f"{case['error']:+.2%}",
+        )
+        for case in found["cases"]
+    ]
+    misses = ", ".join(found["over_2_percent"]) or "none"
+    return f"""## Peak memory
+
+The most bytes of rank 0 at once in a step, forecast (sha256 `{found["forecast_sha256"][:16]}...`)
+before the runs and measured on real ranks: off by {found["median_error"]:.2%} in the median and by
+{found["worst_error"]:.2%} at worst over {len(cases)} cases; off by more than 2 %: {misses}.
+P is a pipeline, D data, E expert, M tensor, C context parallelism, Z a ZeRO stage.
+
+{markdown_table(("case", "forecast MB", "measured MB", "error"), cases)}
+"""
+
+
+def known_plans(found: dict[str, Any]) -> str:
+    """Return the section on plans whose order others have measured."""
+    rows = [
+        (
+            question,
+            name,
+            each.get("plan", each.get("why_none")),
+            f"{each['tokens_per_second_and_device']:,.0f}" if "plan" in each else "",
+            f"{each['mfu_active']:.1%}" if "plan" in each else "",
+        )
+        for question, answers in found.items()
+        for name, each in answers.items()
+    ]
+    return f"""## Plans that others have measured
+
+Asked for the order, not for the figures: Mixtral 8x22B on 128 H100 with folded and unfolded expert
+parallelism (2504.14960 is quoted with 49.3 % and 46.3 % MFU), and a model of Mixtral 8x7B's shape
+on 32 GH200 with all on the device and with weights, gradients and states on the host
+(NVIDIA/Megatron-LM issue 6491: 8,700 tokens/s per GPU with small expert parallelism and offload,
+7,000 with large and without; its model is not published).
+
+{markdown_table(("question", "plans", "fastest", "tokens/s per device", "MFU"), rows)}
+"""
 
 
 def page(found: dict[str, Any]) -> str:
     """Return the page as Markdown."""
+    others = ((peaks, "peak_forecast.json"), (known_plans, "known_plans.json"))
+    sections = "\n".join(
+        write(json.loads((FOLDER / name).read_text()))
+        for write, name in others
+        if (FOLDER / name).exists()
+    )
     machine = found["machine"]
     runs = [
         (
@@ -44,13 +99,14 @@ def page(found: dict[str, Any]) -> str:
     failed = "".join(f"- {run['model']}, {run['plan']}: {run['why']}\n" for run in found["failed"])
     return f"""# Forecasts and measured steps
 
-*Written by `benchmarks/step_time_page.py` from `benchmarks/results/step_time_forecast.json`.*
+*Written by `benchmarks/step_time_page.py` from `step_time_forecast.json`, `peak_forecast.json` and
+`known_plans.json` in `benchmarks/results`.*
 
 The machine was calibrated, all forecasts were written to a file (sha256
 `{found["forecasts_sha256"][:16]}...`), and then every plan ran: {machine["processor"]},
 {machine["cores"]} cores, torch {machine["torch"]}, load {machine["load_before"]:.1f} at the end,
 {found["date"]}, commit {found["commit"]}. With a load above 1 the times are those of a busy
-machine, and errors are mostly its.
+machine. A product took {found["slow_down"]:.2f} times as long at the end as before the forecasts.
 
 Error of a step's time: {found["error_median"]:.0%} in the median, {found["error_worst"]:.0%} at
 worst; {len(found["misses"])} of {len(runs)} are off by more than 15 %. "Skewed" sends 45 % of a
@@ -69,7 +125,8 @@ is {found["regret_worst"]:.0%}.
 ## Not run
 
 {failed or "Every plan ran."}
-"""
+
+{sections}"""
 
 
 if __name__ == "__main__":

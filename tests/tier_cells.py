@@ -19,6 +19,7 @@ from moesaic.optim.optimizer import AdamW, Muon, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
+from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
 from moesaic.train.training_hooks import CheckpointHook
 
@@ -78,10 +79,10 @@ class Outcome:
         )
 
 
-def trainer_of(plan: str, memory: MemoryPlan, **changes: Any) -> Trainer:
-    """Return a trainer with accumulation and clipping, on the ranks of this process group."""
+def run_of(plan: str, memory: MemoryPlan, **changes: Any) -> Run:
+    """Return a run with accumulation and clipping."""
     _, degrees, optimizer = PLANS[plan]
-    run = tiny_run(
+    return tiny_run(
         steps=50,
         gradient_accumulation_steps=2,
         clip_norm=0.5,
@@ -89,6 +90,11 @@ def trainer_of(plan: str, memory: MemoryPlan, **changes: Any) -> Trainer:
         optimizer=optimizer,
         parallel=ParallelConfig(plan=ParallelPlan(**degrees), memory=memory),
     ).replace(**changes)
+
+
+def trainer_of(plan: str, memory: MemoryPlan, **changes: Any) -> Trainer:
+    """Return a trainer of ``run_of`` on the ranks of this process group."""
+    run = run_of(plan, memory, **changes)
     world: World = ProcessGroupWorld() if torch.distributed.is_initialized() else SingleProcess()
     return tiny_trainer(run, world=world)
 

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as distributed
+from plan_cases import small_model, small_space
 
 from cost_counters import (
     CostLaw,
@@ -50,6 +51,11 @@ from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.planner import step_cost
+from moesaic.planner.machine import find_machine
+from moesaic.planner.measured_step import MeasuredPart
+from moesaic.planner.plan_report import PlanRequest, plan_model
 from moesaic.testing.tiny_models import tiny_model_config
 from step_costs import VALUES_AT_ONCE, WEIGHTS, files_hashed, read_bytes, start_bytes, step_laws
 
@@ -200,7 +206,21 @@ def _files_of_directions(directions: int) -> int:
     return found
 
 
+def _blocks_measured(ranks: int) -> int:
+    """The steps on fake tensors before plans for so many ranks are forecast by arithmetic."""
+    model = small_model()
+    request = PlanRequest(name="small", model=model, space=small_space(ranks))
+    counted = patch.object(MeasuredPart, "measure", autospec=True, side_effect=MeasuredPart.measure)
+    step_cost._measure_once.cache_clear()
+    with counted as calls:
+        machine = find_machine("h100")
+        plan_model(request, inventory=ParameterInventory(model), machine=machine)
+    return calls.call_count
+
+
 LAWS: dict[str, CostLaw] = {
+    # one of a rank alone, and one on two ranks of each of four axes
+    "steps measured to plan for n ranks": CostLaw(_blocks_measured, lambda _: 5, size=512),
     "passes over the table's gradient in a loss of n tokens": CostLaw(
         lambda n: _table_passes(n, 64), lambda n: n / 16, size=64
     ),

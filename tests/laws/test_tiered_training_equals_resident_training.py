@@ -14,10 +14,15 @@ import pytest
 
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.memory.disk_store import DiskFullError
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.optim.gradients import TieredGradients
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.step_cost import step_cost
 from moesaic.train.loop import training_loop
+from moesaic.train.run import Run
 from moesaic.train.training_hooks import CheckpointHook
-from tier_cells import PLANS, RESIDENT, TIERS, resume_in, train, trainer_of
+from tier_cells import PLANS, RESIDENT, TIERS, resume_in, run_of, train, trainer_of
 
 STEPS = 2
 TIERS_OF_PLAN = {
@@ -75,25 +80,42 @@ def test_a_full_disk_stops_all_ranks_with_a_checkpoint_that_resumes(tmp_path: Pa
     assert first[1] == second[1] == []
 
 
+def _forecast_moves(run: Run, *, ranks: int) -> dict[tuple[str, str, Purpose], int]:
+    settings = CostSettings(
+        model=run.model,
+        parallel=run.parallel,
+        optimizer=run.optimizer,
+        sizes=BatchDims(rows=1, source=4, target=4),
+        micro_batches=run.gradient_accumulation_steps,
+        world=ranks,
+        device="cpu",
+    )
+    return {(m.source, m.target, m.purpose): m.bytes for m in step_cost(settings).moved}
+
+
 @pytest.mark.parametrize(("plan", "accumulation"), [("one process", 1), ("data", 3)])
-def test_the_bytes_of_a_step_equal_their_closed_form(plan: str, accumulation: int) -> None:
+def test_the_bytes_between_tiers_are_those_of_the_forecast(plan: str, accumulation: int) -> None:
+    changes = {"gradient_accumulation_steps": accumulation}
+
     def moved() -> tuple[int, ...]:
-        changes = {"gradient_accumulation_steps": accumulation}
         trainer = trainer_of(plan, TIERS["disk"], **changes)
         trainer.train_step()
         gradients, tier = trainer.parallel_model.gradients, trainer.optimizer.tier
         assert isinstance(gradients, TieredGradients)
         assert tier is not None
-        values = sum(p.numel() for p in trainer.model.parameters())
-        counts = (gradients.left, gradients.store.moved, tier.store.moved, tier.weights)
-        return values, *(n for each in counts for n in (each.fetched, each.written))
+        counts = (gradients.store.moved, tier.store.moved, tier.weights)
+        return gradients.left.written, *(n for each in counts for n in (each.fetched, each.written))
 
     ranks = PLANS[plan][0]
-    for values, *found in run_on_ranks(ranks, moved):
-        n, summed = 4 * values, ranks > 1  # float32; a sum over ranks reads twice and writes once
-        read = accumulation - 1 + 2 * summed + 1
-        written = accumulation + summed
-        assert found == [0, accumulation * n, read * n, written * n, 2 * n, 2 * n, n, n]
+    forecast = _forecast_moves(run_of(plan, TIERS["disk"], **changes), ranks=ranks)
+    summed = forecast.get((HOST, DEVICE, Purpose.GRADIENTS), 0) // 2
+    on_disk, on_host = ((DISK, HOST), (HOST, DISK)), ((DEVICE, HOST), (HOST, DEVICE))
+    purposes = (Purpose.GRADIENTS, Purpose.STATES, Purpose.WEIGHTS)
+    expected = [forecast[DEVICE, HOST, Purpose.GRADIENTS] - summed]
+    for purpose, both in zip(purposes, (on_disk, on_disk, on_host), strict=True):
+        expected += [forecast[*way, purpose] for way in both]
+    for found in run_on_ranks(ranks, moved):
+        assert list(found) == expected
 
 
 def _resumed_differences(plan: str, tiers: tuple[str, str], folder: Path) -> list[str]:

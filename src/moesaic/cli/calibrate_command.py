@@ -38,6 +38,7 @@ def calibrate_machine(
         str | None,
         typer.Option(metavar="NAME|FILE", help="A machine for what cannot be measured here."),
     ] = None,
+    name: Annotated[str | None, typer.Option(help="The machine's name in the file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure products, memory, collectives, copies, disk and what slows down beside what.
@@ -51,6 +52,7 @@ def calibrate_machine(
         quick=quick,
         folder=folder or out.absolute().parent,
         like=find_machine(like) if like else None,
+        name=name,
         notify=lambda what: show_progress(f"measured {what}"),
     )
     receipts = out.with_suffix(".receipts.json")

@@ -5,7 +5,7 @@
 
 import functools
 import importlib
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,6 +15,13 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Tensor
 
 
+class StagePass(NamedTuple):
+    """A forward or backward pass of a micro-batch on one of a rank's stages, numbered from 0."""
+
+    stage: int
+    is_backward: bool
+
+
 class PipelineSchedule(Choice):
     """Family: pipeline schedules.
 
@@ -22,7 +29,8 @@ class PipelineSchedule(Choice):
     rank, assigned down the ranks and back up, so that the first rank has the last stage too.
     ``splits_backward``: gradients of weights are computed apart from those of inputs (zero bubble).
     ``fills_stages``: needs as many micro-batches as stages. ``equal_rounds``: needs micro-batches
-    that divide into equal rounds of about one per rank.
+    that divide into equal rounds of about one per rank. ``holds_sent``: PyTorch waits for all sends
+    at the end of a step, so what was sent is held until then.
     """
 
     torch_name: ClassVar[str]
@@ -30,6 +38,7 @@ class PipelineSchedule(Choice):
     splits_backward: ClassVar[bool] = False
     fills_stages: ClassVar[bool] = False
     equal_rounds: ClassVar[bool] = False
+    holds_sent: ClassVar[bool] = True
     idle_share: ClassVar[float] = 1.0
 
     def stages_per_rank(self) -> int:
@@ -42,13 +51,10 @@ class PipelineSchedule(Choice):
             return (*range(ranks), *reversed(range(ranks)))
         return tuple(range(ranks)) * self.stages_per_rank()
 
-    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
-        """Return, for each stage of a rank, the most micro-batches whose activations it keeps.
-
-        They are those at the instant when the rank keeps most.
-        """
+    def passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        """Return a rank's passes in their order; a split backward pass stands at its end."""
         del ranks, rank
-        return (micro_batches,) * self.stages_per_rank()
+        return _rounds(self.stages_per_rank(), micro_batches, each=micro_batches)
 
     def bubble(self, *, ranks: int, micro_batches: int) -> float:
         """Return the share of a step in which a rank waits, if all stages take equally long.
@@ -83,9 +89,10 @@ class OneForwardOneBackward(PipelineSchedule):
 
     torch_name = "Schedule1F1B"
     fills_stages = True
+    holds_sent = False
 
-    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
-        return (min(micro_batches, ranks - rank),)
+    def passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        return _rounds(1, micro_batches, each=micro_batches, ahead=ranks - 1 - rank)
 
 
 class Interleaved(PipelineSchedule):
@@ -98,9 +105,8 @@ class Interleaved(PipelineSchedule):
     def stages_per_rank(self) -> int:
         return self.stages
 
-    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
-        ahead = 2 * (ranks - 1 - rank)
-        return _interleaved_in_flight(self.stages, ranks, micro_batches, ahead=ahead)
+    def passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        return _interleaved(self.stages, ranks, micro_batches, ahead=2 * (ranks - 1 - rank))
 
 
 class BreadthFirst(PipelineSchedule):
@@ -125,10 +131,10 @@ class InterleavedZeroBubble(PipelineSchedule):
     def stages_per_rank(self) -> int:
         return self.stages
 
-    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
+    def passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
         # a rank runs further ahead by one micro-batch for each rank behind it, and so do the
         # gradients of weights that wait
-        return _interleaved_in_flight(self.stages, ranks, micro_batches, ahead=2 * ranks - 1 - rank)
+        return _interleaved(self.stages, ranks, micro_batches, ahead=2 * ranks - 1 - rank)
 
 
 class ZeroBubbleV(PipelineSchedule):
@@ -139,8 +145,8 @@ class ZeroBubbleV(PipelineSchedule):
     splits_backward = True
     idle_share = 0.0
 
-    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
-        return _v_shaped_in_flight(ranks, rank, micro_batches)
+    def passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        return _v_shaped(ranks, rank, micro_batches)
 
 
 class DualPipeV(PipelineSchedule):
@@ -152,30 +158,44 @@ class DualPipeV(PipelineSchedule):
     fills_stages = True
     idle_share = 1 / 3
 
-    def in_flight(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
-        return _v_shaped_in_flight(ranks, rank, micro_batches)
+    def passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        return _v_shaped(ranks, rank, micro_batches)
 
 
-def _v_shaped_in_flight(ranks: int, rank: int, micro_batches: int) -> tuple[int, ...]:
-    """Return the micro-batches between a rank's stage down the V and its stage back up."""
-    return min(micro_batches, 2 * ranks - rank), min(micro_batches, rank + 1)
+def _v_shaped(ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+    """Return passes that keep the micro-batches between a rank's stage down the V and that up."""
+    down, up = min(micro_batches, 2 * ranks - rank), min(micro_batches, rank + 1)
+    found = [StagePass(0, is_backward=False)] * down + [StagePass(1, is_backward=False)] * up
+    for number in range(micro_batches):
+        found += [StagePass(1, is_backward=True), StagePass(0, is_backward=True)]
+        found += [StagePass(0, is_backward=False)] * (down + number < micro_batches)
+        found += [StagePass(1, is_backward=False)] * (up + number < micro_batches)
+    return tuple(found)
 
 
-def _interleaved_in_flight(
+def _interleaved(
     stages: int, ranks: int, micro_batches: int, *, ahead: int
-) -> tuple[int, ...]:
-    """Return what a rank keeps at most that runs ``ahead`` forward passes more than the last."""
+) -> tuple[StagePass, ...]:
     each = micro_batches // max(1, micro_batches // ranks)
-    total, most, kept = stages * micro_batches, [0] * stages, [0] * stages
-    started = finished = 0
-    while started < total:
-        kept[started // each % stages] += 1
-        started += 1
-        most = max(most, list(kept), key=sum)
-        if started > (stages - 1) * each + ahead:
-            kept[stages - 1 - finished // each % stages] -= 1
-            finished += 1
-    return tuple(most)
+    return _rounds(stages, micro_batches, each=each, ahead=(stages - 1) * each + ahead)
+
+
+def _rounds(
+    stages: int, micro_batches: int, *, each: int, ahead: int | None = None
+) -> tuple[StagePass, ...]:
+    """Return passes in rounds of ``each`` micro-batches on every stage.
+
+    From ``ahead`` forward passes on, each next one is followed by a backward pass; None: the
+    backward passes come after all others.
+    """
+    found, total = list[StagePass](), stages * micro_batches
+    backward = [StagePass(stages - 1 - i // each % stages, is_backward=True) for i in range(total)]
+    for number in range(total):
+        found.append(StagePass(number // each % stages, is_backward=False))
+        if ahead is not None and number >= ahead:
+            found.append(backward[number - ahead])
+    done = sum(each.is_backward for each in found)
+    return (*found, *backward[done:])
 
 
 def torch_pipelining() -> Any:

@@ -5,7 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from moesaic.planner.measured_rates import (
     grouped_product,
     memory_bound,
     optimizer_update,
+    step_call,
 )
 
 FULL_POINT_S, QUICK_POINT_S = 0.25, 0.03
@@ -70,13 +71,15 @@ def calibrate(
     quick: bool = False,
     folder: Path | None = None,
     like: Machine | None = None,
+    name: str | None = None,
     notify: Callable[[str], object] = lambda _: None,
 ) -> Calibration:
     """Measure this machine: its first CUDA device, or its processor.
 
     ``quick`` takes a few seconds instead of under a minute. ``folder`` is where the disk is
     measured. What this machine cannot measure (links between nodes; collectives of one GPU) is
-    taken from ``like``, or set equal to what is nearest, and its source is that.
+    taken from ``like``, or set equal to what is nearest, and its source is that. ``name`` is that
+    of the machine; None: of its device.
     """
     started = time.perf_counter()
     cuda = torch.cuda.device_count() > 0
@@ -87,6 +90,7 @@ def calibrate(
     run.keep("collectives of two ranks", *sent)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         machine = _measure_machine(run, sent=sent, scratch=Path(scratch), like=like)
+    machine = machine.replace(name=name or machine.name)
     return Calibration(machine, tuple(run.kept), time.perf_counter() - started)
 
 
@@ -149,7 +153,10 @@ def _measure_machine(
         "disk_write": [disk(watch, scratch, size=n, write=True) for n in COPY_SIZES],
     }
     measured = {name: run.link(name.replace("_", " "), found) for name, found in links.items()}
-    memory = [memory_bound(watch, size=12 * 4**n) for n in range(3, 12)]
+    call = step_call(watch)
+    run.keep("calls within a step", call)
+    loops = [memory_bound(watch, size=12 * 4**n) for n in range(3, 12)]
+    memory = within_step(loops, call=call, asynchronous=run.cuda)
     update = optimizer_update(watch, values=2**22)
     run.keep("optimizer update", update)
     by_kind = [m for m in sent if m.what.startswith("all-")]
@@ -194,6 +201,25 @@ def _measure_products(run: _Run) -> dict[str, Products]:
             attention=run.curve(f"attention in {name}", mixed),
         )
     return found
+
+
+def within_step(
+    loops: Sequence[Measurement], *, call: Measurement, asynchronous: bool
+) -> list[Measurement]:
+    """Return timings of loops of one operation with the cost of a call within a step.
+
+    A loop's calls, which the smallest size shows, cost less than those of different operations. A
+    device that runs ``asynchronous`` to its calls takes the longer of call and work.
+    """
+    in_loop = min(found.median for found in loops)
+    more = max(0.0, call.median - in_loop)
+    return [
+        replace(
+            found,
+            seconds=tuple(max(call.median, s) if asynchronous else s + more for s in found.seconds),
+        )
+        for found in loops
+    ]
 
 
 def _borrowed(like: Machine | None, measured: dict[str, LinkSpeed]) -> LinkSpeed:

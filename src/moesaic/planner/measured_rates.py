@@ -21,11 +21,21 @@ from torch import distributed
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.collectives import all_gather_rows
 from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.parameter_flop_count import BatchDims
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
 from moesaic.moe.dispatcher import LocalDispatcher
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.routing import Routing
+from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
 from moesaic.optim.optimizer import AdamW
+from moesaic.planner.cost_entries import Phase
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.dry_run import dummy_batch
+from moesaic.planner.step_cost import step_cost
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
 CHAIN = 16  # operations of a chain whose time is divided by their number
@@ -140,18 +150,55 @@ def attention(watch: Stopwatch, *, tokens: int, dtype: torch.dtype) -> Measureme
 
 
 def memory_bound(watch: Stopwatch, *, size: int) -> Measurement:
-    """Time an elementwise operation on ``size`` bytes in all, in a chain with autograd."""
-    x, scale = _leaves(watch, (size // 12,), (size // 12,), dtype=torch.float32)
+    """Time one of the elementwise operations of a chain and its gradients, ``size`` bytes in all.
+
+    Every operation has a factor of its own and its result is kept for backward, as activations are,
+    so large operands come from memory and not from a cache.
+    """
+    values = size // 12
+    x, grad, *factors = _leaves(watch, *((values,) for _ in range(CHAIN + 2)), dtype=torch.float32)
 
     def call() -> None:
         y = x
-        for _ in range(CHAIN):
-            y = y * scale.detach()
-        y.backward(scale)
-        x.grad = None
+        for factor in factors:
+            y = y * factor
+        torch.autograd.grad(y, (x, *factors), grad)
 
     found = watch.measure(f"memory {size}", call, size=float(size))
-    return Measurement(found.what, found.size, tuple(s / (2 * CHAIN) for s in found.seconds))
+    # each product has two gradients
+    return Measurement(found.what, found.size, tuple(s / (3 * CHAIN) for s in found.seconds))
+
+
+def step_call(watch: Stopwatch) -> Measurement:
+    """Time an operation of a step whose tensors are so small that only calls cost.
+
+    Modules, dispatch and autograd are in it. ``size`` are the bytes of a mean operation.
+    """
+    config = ModelConfig(
+        vocab_size=32,
+        dim=8,
+        encoder=Stack(layers=0),
+        decoder=Stack(layers=4, moe_every=1),
+        attention=AttentionConfig(heads=2),
+        feed_forward=FeedForwardConfig(hidden=8),
+        moe=MoE(experts=2, select=TopK(k=1)),
+    )
+    sizes = BatchDims(rows=1, source=0, target=8)
+    with torch.device(watch.device):
+        model, batch = Transformer(config), dummy_batch(config, sizes)
+
+    def call() -> None:
+        output = model(batch)
+        terms = [value for record in output.records for value in record.losses.values()]
+        torch.stack([model.loss(output).total, *terms]).sum().backward()
+        model.zero_grad()
+
+    cost = step_cost(CostSettings(model=config, sizes=sizes, device=watch.device.type))
+    passes = [each for each in cost.operations if each.phase is not Phase.UPDATE]
+    calls = sum(each.count for each in passes)
+    moved = sum(each.count * (each.bytes_read + each.bytes_written) for each in passes)
+    found = watch.measure("call within a step", call, size=moved / calls)
+    return Measurement(found.what, found.size, tuple(s / calls for s in found.seconds))
 
 
 def copy(watch: Stopwatch, *, size: int, to_device: bool) -> Measurement:

@@ -9,6 +9,7 @@ spans of the whole model together.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,7 +68,10 @@ class MeasuredStep:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPart:
-    """What is run: a model's blocks under a plan with few ranks."""
+    """What is run: a model's blocks under a plan with few ranks.
+
+    ``is_pipelined``: routing records are dropped by each block, as pipeline stages do.
+    """
 
     config: ModelConfig
     chain: BlockChain
@@ -77,6 +81,7 @@ class MeasuredPart:
     precision: Precision
     chunks: ChunkSizes
     busiest_share: float | None = None
+    is_pipelined: bool = False
 
     def measure(self, *, last: Sequence[bool]) -> MeasuredStep:
         """Run a step whose micro-batches are the step's last where ``last`` is true."""
@@ -107,7 +112,8 @@ class MeasuredPart:
                     module.reshard()
             simulation.counter = CommunicationCounter(axes=mesh_groups(mesh))
             recording = _Recording(simulation.ledger, recorder, simulation.counter)
-            model.run_block = _MarkedBlocks(model, self.chain, recording)
+            blocks = _MarkedBlocks(model, self.chain, recording, drops_records=self.is_pipelined)
+            model.run_block = blocks
             batch = dummy_batch(self.config, self.sizes)
             spans = tuple(recording.micro_batch(parallel_model, batch, last=each) for each in last)
             return MeasuredStep(spans, recording.update(parallel_model, self.optimizer))
@@ -135,6 +141,7 @@ class _Recording:
         self._phase, self._place, self._start = Phase.FORWARD, ChainPlace(""), 0
         self._sent: Counter[SentCall] = Counter()
         self.spans: list[Span] = []
+        self.dropped_losses: list[Tensor] = []
 
     def begin(self, phase: Phase, place: ChainPlace) -> None:
         """End the span in progress and start another."""
@@ -153,11 +160,13 @@ class _Recording:
             output = model(batch)
             loss = model.loss(output)
         terms = [value for record in output.records for value in record.losses.values()]
+        terms += self.dropped_losses
         objective = torch.stack([loss.total, *terms]).sum()
         self.begin(Phase.BACKWARD, ChainPlace("head"))
         objective.backward()
         accumulate_routing_stats(model, output.records)
         del output, loss, terms, objective
+        self.dropped_losses = []
         self._end()
         return tuple(self.spans)
 
@@ -203,8 +212,11 @@ class _Recording:
 class _MarkedBlocks:
     """Runs blocks as the model did, and begins a span at each, in forward and in backward."""
 
-    def __init__(self, model: Transformer, chain: BlockChain, recording: _Recording) -> None:
+    def __init__(
+        self, model: Transformer, chain: BlockChain, recording: _Recording, *, drops_records: bool
+    ) -> None:
         self._run: RunBlock = model.run_block
+        self._drops_records = drops_records
         self._recording = recording
         self._places = {
             block: ChainPlace(side, number)
@@ -222,6 +234,10 @@ class _MarkedBlocks:
             _on_gradient(state.x, lambda: recording.begin(Phase.BACKWARD, before))
         recording.begin(Phase.FORWARD, place)
         state = self._run(block, state, **inputs)
+        if self._drops_records:
+            losses = (record.losses.values() for record in state.records)
+            recording.dropped_losses += chain.from_iterable(losses)
+            state = replace(state, records=())
         x = state.x.view_as(state.x)
         _on_gradient(x, lambda: recording.begin(Phase.BACKWARD, place))
         if (place.block,) == self._last[place.stack]:

@@ -12,10 +12,16 @@ from enum import StrEnum
 from functools import cache
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.simulation import tensors_in
+
+_IN_PLACE = {  # the counter of FLOPs has no entries of these
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+}
 
 
 class OperationKind(StrEnum):
@@ -72,8 +78,9 @@ def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind
         return OperationKind.GROUPED_PRODUCT, args[1]
     if name.startswith("_scaled_dot_product_"):
         return OperationKind.ATTENTION, _attention_flops(name, args)
-    if packet in flop_registry:
-        return OperationKind.DENSE_PRODUCT, int(flop_registry[packet](*args, out_val=out))
+    counted = flop_registry.get(_IN_PLACE.get(packet, packet))
+    if counted is not None:
+        return OperationKind.DENSE_PRODUCT, int(counted(*args, out_val=out))
     return OperationKind.MEMORY, 0
 
 

@@ -1,13 +1,33 @@
 """Pipeline cost: what a pipeline adds to a rank's step, by arithmetic on its schedule."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moesaic.distributed.communication_counter import SentCall
 from moesaic.parallel.parameter_inventory import RankParameters
 from moesaic.parallel.partial_forward import BlockRange
+from moesaic.parallel.pipeline_schedules import StagePass
 from moesaic.parallel.stage_serializer import LocalTokens, StageBoundary, StageSerializer
+from moesaic.planner.cost_entries import Phase
 from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.measured_step import Span
+from moesaic.planner.step_memory import kept_bytes, peak_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes of a micro-batch on a stage, beside what was there before a pass.
+
+    ``kept`` stays from forward to backward, ``gradients`` after it; the peaks are those within the
+    passes. ``sent`` are the stage's output and the gradient of its input, for other ranks.
+    """
+
+    kept: int
+    gradients: int
+    forward_peak: int
+    backward_peak: int
+    sent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,26 +38,68 @@ class PipelineCost:
     settings: CostSettings
 
     @property
+    def stage_numbers(self) -> tuple[int, ...]:
+        """The stages of the rank."""
+        stages = self.parameters.stages
+        return (0,) if stages is None else stages.stages_of_rank(self.parameters.pipe_rank)
+
+    @property
     def block_ranges(self) -> list[BlockRange]:
         """The blocks of each stage of the rank."""
         stages = self.parameters.stages
         if stages is None:
             return [BlockRange.all_blocks(self.settings.model)]
-        numbers = stages.stages_of_rank(self.parameters.pipe_rank)
-        return [stages.block_ranges[number] for number in numbers]
+        return [stages.block_ranges[number] for number in self.stage_numbers]
 
-    def in_flight(self, *, gradients: bool) -> tuple[int, ...]:
-        """Return how many micro-batches each stage keeps the activations of at most.
-
-        With ``gradients``: once there are some, so after the first backward pass.
-        """
-        plan, number = self.parameters.plan, self.settings.micro_batches
-        if plan.pipe == 1:
-            return (1,)
-        most = self.settings.parallel.pipeline_schedule.in_flight(
-            ranks=plan.pipe, rank=self.parameters.pipe_rank, micro_batches=number
+    def passes(self) -> tuple[StagePass, ...]:
+        """Return the rank's passes in their order."""
+        return self.settings.parallel.pipeline_schedule.passes(
+            ranks=self.parameters.plan.pipe,
+            rank=self.parameters.pipe_rank,
+            micro_batches=self.settings.micro_batches,
         )
-        return tuple(min(each, max(1, number - 1)) for each in most) if gradients else most
+
+    def stage_memory(self, stage: int, spans: Sequence[Span], *, gradients: int) -> StageMemory:
+        """Return the bytes of a micro-batch on the rank's stage of this index.
+
+        ``spans`` are those of its blocks in the whole model, where the gradient of the output is
+        freed by the block that reads it; here it is in a buffer. A backward pass frees what the
+        forward pass kept, though some of it was made, or is freed, in spans of other stages.
+        """
+        number = self.stage_numbers[stage]
+        after = self._boundary_bytes(number) if number < self._last_stage else 0
+        forward = [span for span in spans if span.phase is Phase.FORWARD]
+        backward = [span for span in spans if span.phase is Phase.BACKWARD]
+        backward[0] = backward[0].with_more(after)
+        return StageMemory(
+            kept=kept_bytes(spans),
+            gradients=gradients,
+            forward_peak=peak_bytes(forward),
+            backward_peak=peak_bytes(backward),
+            sent=sum(size for near, size in self._boundaries() if near == stage),
+        )
+
+    def peak(self, kinds: Sequence[Sequence[StageMemory]]) -> tuple[int, int]:
+        """Return the most bytes at once of a step's passes, and the most kept for backward.
+
+        ``kinds`` are the stages' bytes in each kind of measured micro-batch.
+        """
+        done: Counter[StagePass] = Counter()
+        live = peak = kept = most_kept = 0
+        schedule, last = self.settings.parallel.pipeline_schedule, self.settings.micro_batches - 1
+        for each in self.passes():
+            kind = len(kinds) - 1 if 0 < done[each] == last else min(done[each], 1)
+            memory = kinds[kind][each.stage]
+            done[each] += 1
+            if each.is_backward:
+                peak = max(peak, live + memory.backward_peak)
+                live += memory.gradients - memory.kept + memory.sent * schedule.holds_sent
+                kept -= memory.kept
+            else:
+                peak = max(peak, live + memory.forward_peak)
+                live, kept = live + memory.kept, kept + memory.kept
+                most_kept = max(most_kept, kept)
+        return peak, most_kept
 
     def bubble(self) -> float:
         """Return the share of the step in which the rank waits."""
@@ -46,31 +108,42 @@ class PipelineCost:
 
     def sends(self) -> Iterator[SentCall]:
         """Yield what the rank's stages send for a micro-batch: states on, gradients back."""
-        yield from (SentCall("send", "pipe", size, size) for size in self._boundaries())
+        yield from (SentCall("send", "pipe", size, size) for _, size in self._boundaries())
 
     def buffers(self) -> int:
         """Return the bytes that are received into, one buffer for each micro-batch, kept."""
-        return self.settings.micro_batches * sum(self._boundaries())
+        return self.settings.micro_batches * sum(size for _, size in self._boundaries())
 
-    def _boundaries(self) -> Iterator[int]:
-        """Yield the bytes of what is sent, or received, at each boundary to another rank."""
-        stages, config = self.parameters.stages, self.settings.model
+    @property
+    def _last_stage(self) -> int:
+        stages = self.parameters.stages
+        return 0 if stages is None else len(stages.block_ranges) - 1
+
+    def _boundaries(self) -> Iterator[tuple[int, int]]:
+        """Yield the index of a stage of the rank, and the bytes of its boundary to another rank."""
+        stages = self.parameters.stages
         if stages is None:
             return
+        for index, number in enumerate(self.stage_numbers):
+            for first in (number - 1, number):
+                inside = 0 <= first < self._last_stage
+                if inside and len(set(stages.rank_of_stage[first : first + 2])) == 2:
+                    yield index, self._boundary_bytes(first)
+
+    def _boundary_bytes(self, number: int) -> int:
+        """Return the bytes that stage ``number`` hands to the next one for a micro-batch."""
+        stages, config = self.parameters.stages, self.settings.model
+        if stages is None:
+            return 0
         plan, sizes = self.parameters.plan, self.settings.sizes
         ranks = plan.context * plan.tensor
         tokens = LocalTokens(
             -(-sizes.rows * sizes.source // ranks), -(-sizes.rows * sizes.target // ranks)
         )
-        owners, own = stages.rank_of_stage, self.parameters.pipe_rank
-        for number, blocks in enumerate(stages.block_ranges[:-1]):
-            sides = owners[number : number + 2]
-            if sides[0] == sides[1] or own not in sides:
-                continue
-            serializer = StageSerializer.of(
-                StageBoundary.after(blocks, config=config),
-                dim=config.dim,
-                dtype=self.settings.precision.parameter_dtype,
-                tokens=[tokens],
-            )
-            yield sum(buffer.nbytes for buffer in serializer.empty_buffers("meta"))
+        serializer = StageSerializer.of(
+            StageBoundary.after(stages.block_ranges[number], config=config),
+            dim=config.dim,
+            dtype=self.settings.precision.parameter_dtype,
+            tokens=[tokens],
+        )
+        return sum(buffer.nbytes for buffer in serializer.empty_buffers("meta"))

@@ -23,7 +23,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
-from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Phase, Purpose
+from moesaic.planner.cost_entries import DEVICE, HOST, Phase, Purpose
 from moesaic.planner.machine import Machine
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_space import (
@@ -35,6 +35,7 @@ from moesaic.planner.plan_space import (
 )
 from moesaic.planner.state_bytes import PlanKey, ShardBytes, ShardedState
 from moesaic.planner.step_cost import StepCost
+from moesaic.planner.step_memory import StateBytes
 from moesaic.planner.step_time import (
     GroupShape,
     StepTime,
@@ -45,9 +46,9 @@ from moesaic.planner.step_time import (
     sent_seconds,
     transfer_link,
 )
+from moesaic.planner.tier_bytes import moved_bytes, resident_weights
 
 EXCHANGES = ("tensor", "context", "expert", "expert_tensor")  # axes between layers
-UPDATE_BYTES = 28  # AdamW in float32, per value: reads weight, gradient, moments; writes three
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class PlanModel:
     def __init__(self, settings: PlanModelSettings, space: PlanSpace) -> None:
         self.settings, self.space = settings, space
         self._config = settings.inventory.config
+        self._moe_layers = len(settings.inventory.expert_modules)
         self._layers = max(self._config.encoder.layers, self._config.decoder.layers)
         self._lines = [op for op in settings.reference.operations if op.phase != Phase.UPDATE]
         self._saved = settings.reference.held_bytes(purpose=Purpose.ACTIVATIONS)
@@ -117,6 +119,7 @@ class PlanModel:
         self._is_legal = lru_cache(maxsize=None)(self._check)
         self._exchange_bytes = lru_cache(maxsize=None)(self._exchanges)
         self._shape = lru_cache(maxsize=None)(self._group)
+        self._tiered = lru_cache(maxsize=None)(self._by_layer)
 
     # --- bounds and forecasts -----------------------------------------------------------------
 
@@ -138,11 +141,12 @@ class PlanModel:
         pipe = degrees.pipe
         held: Counter[tuple[str, Purpose]] = Counter()
         gathered = state.gathered // pipe
-        if tiers["parameters"] != DEVICE:  # two blocks at a time are on the device
-            gathered += 2 * state.weights // max(2, self._layers)
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
-        held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.weights // pipe)
+        resident = resident_weights(self._tiered(state), memory)
+        held[DEVICE, Purpose.WEIGHTS] += -(-resident // pipe)
+        if tiers["parameters"] != DEVICE:
+            held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.experts // pipe)
         held[tiers["gradients"], Purpose.GRADIENTS] += -(-state.gradients // pipe)
         held[tiers["optimizer_states"], Purpose.STATES] += -(-state.states // pipe)
         held[DEVICE, Purpose.GATHERED] += gathered
@@ -282,25 +286,18 @@ class PlanModel:
         return total
 
     def _update(self, degrees: Degrees, option: Option, state: ShardBytes) -> float:
-        size = UPDATE_BYTES * state.values * self._share(degrees)
+        size = self._share(degrees) * state.read_and_written
         if tier_names(option.memory)["optimizer_states"] == DEVICE:
             return self.settings.machine.memory.seconds(size)
         return size / self.settings.machine.update.value
 
     def _transfers(self, degrees: Degrees, option: Option, state: ShardBytes) -> dict[str, float]:
         share, m = self._share(degrees), degrees.micro_batches
-        tiers = tier_names(option.memory)
         moved: Counter[tuple[str, str]] = Counter()
-        home = tiers["optimizer_states"]
-        if home != DEVICE:  # states are updated by the host: gradients go there, weights return
-            moved[DEVICE, HOST] += state.gradients * (m if tiers["gradients"] != DEVICE else 1)
-            moved[HOST, DEVICE] += state.weights
-        if home == DISK:
-            moved[DISK, HOST] += state.states
-            moved[HOST, DISK] += state.states
-        if tiers["parameters"] != DEVICE:
-            moved[HOST, DEVICE] += state.weights * m * (2 + option.recomputes)
-        if tiers["activations"] != DEVICE:
+        tiered = self._tiered(state)
+        for each in moved_bytes(tiered, option.memory, micro_batches=m, summed=state.summed):
+            moved[each.source, each.target] += each.bytes
+        if not option.memory.activations.is_device:
             kept = self._activations(degrees, option)[1] * m
             moved[DEVICE, HOST] += kept
             moved[HOST, DEVICE] += kept
@@ -316,6 +313,12 @@ class PlanModel:
         _, data, context, tensor, expert, slices, _, _ = degrees
         key = PlanKey(data, context, tensor, expert, slices, option.zero)
         return self.settings.state.of_plan(key)
+
+    def _by_layer(self, state: ShardBytes) -> StateBytes:
+        """Return the bytes of a rank with those of experts by layer, taken as equal."""
+        layers = self._moe_layers
+        experts = {str(n): state.experts // layers for n in range(layers)}
+        return StateBytes(state.weights, state.gradients, state.states, 0, experts)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.

@@ -54,6 +54,7 @@ class PlanKey(NamedTuple):
 class ShardBytes:
     """Bytes of rank 0: its shards, and what ZeRO gathers beside them at the peak.
 
+    ``experts`` are those of the weights of experts, ``summed`` of gradients that ranks sum;
     ``synced`` are the bytes that it sends in a step by (kind, axis): (once, per micro-batch).
     """
 
@@ -62,7 +63,14 @@ class ShardBytes:
     gradients: int
     states: int
     gathered: int
+    experts: int
+    summed: int
     synced: tuple[tuple[str, str, float, float], ...]
+
+    @property
+    def read_and_written(self) -> int:
+        """The bytes of an update: reads all, writes weights and states."""
+        return 2 * self.weights + self.gradients + 2 * self.states
 
 
 class ShardedState:
@@ -95,6 +103,8 @@ class ShardedState:
         for each in self.classes:
             shard = _shard(each.placement, key)
             sums["values"] += each.copies * shard.values
+            sums["experts"] += each.copies * shard.values * (each.placement.num_experts is not None)
+            sums["summed"] += each.copies * shard.values * (shard.sum_ranks > 1)
             sums["states"] += round(each.copies * shard.values * each.state_per_value)
             for kind, axis, size, often in _sync(shard, plan=plan, in_block=each.in_block):
                 itemsize = (
@@ -109,6 +119,8 @@ class ShardedState:
             gradients=sums["values"] * self._each.gradient_dtype.itemsize,
             states=sums["states"],
             gathered=self._gathered(key),
+            experts=sums["experts"] * self._each.parameter_dtype.itemsize,
+            summed=sums["summed"] * self._each.reduce_dtype.itemsize,
             synced=tuple(
                 (kind, axis, 0.0 if often else size, size if often else 0.0)
                 for (kind, axis, often), size in synced.items()

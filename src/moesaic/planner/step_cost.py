@@ -6,9 +6,8 @@ results are kept for the next plan that splits a block alike. The rest is arithm
 pipeline stages, micro-batches and ranks.
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -18,6 +17,7 @@ from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.config import ModelConfig
 from moesaic.parallel.communication_volume import (
     CommunicationVolume,
+    GradientBucket,
     gradient_buckets,
     gradient_communication,
 )
@@ -42,6 +42,7 @@ from moesaic.planner.measured_step import (
     smallest_plan,
 )
 from moesaic.planner.operation_recorder import Operation, OperationKind
+from moesaic.planner.owner_update import owner_communication, owner_operations
 from moesaic.planner.pipeline_cost import PipelineCost
 from moesaic.planner.step_memory import (
     StateBytes,
@@ -50,6 +51,7 @@ from moesaic.planner.step_memory import (
     gradient_corrections,
     kept_bytes,
     peak_bytes,
+    stage_gradients,
     stage_spans,
     state_bytes,
     with_offloaded_activations,
@@ -131,6 +133,7 @@ class _Composition:
             settings.precision,
             settings.chunks,
             settings.busiest_share,
+            is_pipelined=parameters.stages is not None,
         )
         measured_parameters = inventory.on_rank(parallel, world=small.world_size)
         return _Composition(settings, parameters, blocks, part, measured_parameters)
@@ -181,7 +184,8 @@ class _Composition:
             streamed = sum(state.experts.values())
             yield HeldBytes(tier_name(memory.parameters), Purpose.WEIGHTS, streamed)
         yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
-        yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.states)
+        yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.stored)
+        yield HeldBytes(DEVICE, Purpose.STATES, state.counters)
 
     @property
     def _memory(self) -> MemoryPlan:
@@ -196,7 +200,12 @@ class _Composition:
             operations=self._operations(),
             sent=self._sent(),
             moved=tuple(
-                moved_bytes(self._state, self._memory, micro_batches=self.settings.micro_batches)
+                moved_bytes(
+                    self._state,
+                    self._memory,
+                    micro_batches=self.settings.micro_batches,
+                    summed=sum(bucket.bytes for bucket in self._buckets),
+                )
             ),
             bubble=self._pipeline.bubble(),
         )
@@ -204,6 +213,10 @@ class _Composition:
     @cached_property
     def _state(self) -> StateBytes:
         return state_bytes(self.parameters, self.settings)
+
+    @cached_property
+    def _buckets(self) -> Sequence[GradientBucket]:
+        return gradient_buckets(self.parameters, precision=self.settings.precision)
 
     @cached_property
     def _pipeline(self) -> PipelineCost:
@@ -225,7 +238,8 @@ class _Composition:
         )
         if ends and step is self.measured:
             more = gradient_corrections(self.parameters, self.measured_parameters, self.settings)
-        if micro_batch == len(step.micro_batches) - 1 and step is self.measured:
+        overlaps = self.parameters.stages is None
+        if overlaps and micro_batch == len(step.micro_batches) - 1 and step is self.measured:
             copies = bucket_copies(self.parameters, self.settings)
             more = {place: more.get(place, 0) + copies.get(place, 0) for place in {*more, *copies}}
         spans = step.micro_batches[micro_batch]
@@ -241,22 +255,41 @@ class _Composition:
         """Return the most bytes of the device at once, and of activations in any tier."""
         state, memory = self._state, self._memory
         fixed = resident_weights(state, memory)
-        fixed += state.states * memory.optimizer_states.is_device + self._pipeline.buffers()
-        live, peak, most_kept = fixed, 0, 0
-        for number in range(len(self.measured.micro_batches)):
-            stages = self._spans(self.measured, micro_batch=number)
-            kept = [kept_bytes(spans) for spans in stages]
-            in_flight = self._pipeline.in_flight(gradients=number > 0)
-            waiting = sum(n * each for n, each in zip(in_flight, kept, strict=True))
-            for spans, each in zip(stages, kept, strict=True):
-                peak = max(peak, live + waiting - each + peak_bytes(spans))
-            live += sum(span.change for spans in stages for span in spans)
-            most_kept = max(most_kept, waiting)
-        buckets = gradient_buckets(self.parameters, precision=self.settings.precision)
-        summed = sum(bucket.bytes for bucket in buckets[-IN_FLIGHT:])
+        fixed += state.counters + state.stored * memory.optimizer_states.is_device
+        fixed += self._pipeline.buffers()
+        passes = self._passes_peak if self.parameters.stages is None else self._pipeline_peak
+        peak, most_kept = passes()
+        summed = sum(bucket.bytes for bucket in self._buckets[-IN_FLIGHT:])
         update_peak = max(self._update_peak(), summed)
         gradients = state.gradients * memory.gradients.is_device
-        return max(peak, fixed + gradients + update_peak), most_kept
+        return fixed + max(peak, gradients + update_peak), most_kept
+
+    def _passes_peak(self) -> tuple[int, int]:
+        """Return the most bytes of forward and backward beside what is there for good, and kept."""
+        live = peak = most_kept = 0
+        for number in range(len(self.measured.micro_batches)):
+            (spans,) = self._spans(self.measured, micro_batch=number)
+            peak = max(peak, live + peak_bytes(spans))
+            live += sum(span.change for span in spans)
+            most_kept = max(most_kept, kept_bytes(spans))
+        return peak, most_kept
+
+    def _pipeline_peak(self) -> tuple[int, int]:
+        """Return what ``_passes_peak`` does, of a pipeline's schedule."""
+        pipeline, kinds = self._pipeline, []
+        for number in range(len(self.measured.micro_batches)):
+            stages = self._spans(self.measured, micro_batch=number)
+            left = [sum(span.change for span in spans) for spans in stages]
+            if not self.parameters.plan.zero:
+                every = stage_gradients(self.parameters, pipeline.block_ranges, self.settings)
+                left = [size * (number == 0) for size in every]
+            kinds.append(
+                [
+                    pipeline.stage_memory(index, spans, gradients=size)
+                    for index, (spans, size) in enumerate(zip(stages, left, strict=True))
+                ]
+            )
+        return pipeline.peak(kinds)
 
     def _update_peak(self) -> int:
         """Return the most bytes that the update has update_peak weights, gradients and states."""
@@ -264,7 +297,7 @@ class _Composition:
         if states.is_device:
             return self.measured.update.peak
         on_disk = tier_name(states) == DISK
-        return on_disk * min(self._memory.in_flight_bytes, self._state.states)
+        return on_disk * min(self._memory.in_flight_bytes, self._state.stored)
 
     def _operations(self) -> tuple[OperationCost, ...]:
         found: Counter[tuple[Phase, Operation]] = Counter()
@@ -280,22 +313,20 @@ class _Composition:
         )
 
     def _update_operations(self) -> Iterator[tuple[Operation, int]]:
-        """Yield the optimizer's products, for all parameters, and its one pass over the states."""
-        state = self._state
+        """Yield the passes over the states, and the products of the rank's share of matrices.
+
+        All passes together read and write the states once, in as many calls as were measured.
+        """
+        state, measured = self._state, self.measured.update.operations
+        passes = sum(n for each, n in measured.items() if each.kind is OperationKind.MEMORY)
+        run = sum(self.blocks.has_run(s.parameter.name) for s in self.measured_parameters.shards)
+        calls = max(1, round(passes * len(self.parameters.shards) / run))
         read, written = state.total, state.weights + state.states
-        yield Operation(OperationKind.MEMORY, "float32", 0, read, written), 1
-        measured = sum(
-            math.prod(shard.shape)
-            for shard in self.measured_parameters.shards
-            if self.blocks.has_run(shard.parameter.name)
-        )
-        values = sum(math.prod(shard.shape) for shard in self.parameters.shards)
-        for operation, times in self.measured.update.operations.items():
-            if operation.kind is not OperationKind.MEMORY:
-                yield operation, round(times * values / measured)
+        yield Operation(OperationKind.MEMORY, "float32", 0, read // calls, written // calls), calls
+        yield from owner_operations(self.parameters, self.settings.optimizer)
 
     def _sent(self) -> tuple[CommunicationVolume, ...]:
-        """Return what is sent for activations, measured, and for gradients, by arithmetic."""
+        """Return what is sent: for activations as measured, for all else by arithmetic."""
         plan, calls = self.parameters.plan, Counter[SentCall]()
         data = plan.data or 1
         ranks = {"stage": plan.stage_size, "data": data, "data+context": data * plan.context}
@@ -312,7 +343,8 @@ class _Composition:
             precision=self.settings.precision,
             micro_batches=self.settings.micro_batches,
         )
-        for each in (*volumes(calls), *gradients):
+        updates = owner_communication(self.parameters, self.settings.optimizer)
+        for each in (*volumes(calls), *gradients, *updates):
             key = (each.kind, each.axis)
             known = found.get(key, CommunicationVolume(*key, 0))
             found[key] = replace(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from moesaic.core.shapes import Tensor
 from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.communication_volume import gradient_buckets
 from moesaic.parallel.gradient_sums import IN_FLIGHT
@@ -28,13 +29,20 @@ FLOAT32_BYTES = 4
 class StateBytes:
     """Bytes of a rank's weights, gradients and optimizer states, exact, in whichever tier.
 
-    ``experts`` are those of the weights of experts, by module.
+    ``counters`` are those of the states that are one number, which stay on the device; ``experts``
+    those of the weights of experts, by module.
     """
 
     weights: int
     gradients: int
     states: int
+    counters: int
     experts: Mapping[str, int]
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the states that a tier holds."""
+        return self.states - self.counters
 
     @property
     def total(self) -> int:
@@ -53,14 +61,20 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
         if shard.parameter.placement.num_experts is not None:
             module = shard.parameter.fsdp_unit
             experts[module] = experts.get(module, 0) + weight * size
-    rules = sum(_rule_bytes(shard, settings.optimizer) for shard in parameters.shards)
-    return StateBytes(weight * values, gradient * values, master * values + rules, experts)
+    slots = [s for shard in parameters.shards for s in _slots(shard, settings.optimizer)]
+    return StateBytes(
+        weight * values,
+        gradient * values,
+        master * values + sum(slot.nbytes for slot in slots),
+        sum(slot.nbytes for slot in slots if not slot.dim()),
+        experts,
+    )
 
 
-def _rule_bytes(shard: ParameterShard, optimizer: Optimizer) -> int:
+def _slots(shard: ParameterShard, optimizer: Optimizer) -> Iterable[Tensor]:
     parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
     rule = optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
-    return sum(slot.nbytes for slot in rule.initial_state(parameter).values())
+    return rule.initial_state(parameter).values()
 
 
 def stage_spans(
@@ -133,6 +147,26 @@ def gradient_corrections(
         more = stays * math.prod(shard.shape) - small[shard.parameter.name]
         found[place] = found.get(place, 0) + itemsize * more
     return found
+
+
+def stage_gradients(
+    parameters: RankParameters, stages: Sequence[BlockRange], settings: CostSettings
+) -> list[int]:
+    """Return the bytes of gradients that the first micro-batch leaves on each of a rank's stages.
+
+    Those outside of blocks are with the first stage of the rank.
+    """
+    itemsize = settings.precision.gradient_dtype.itemsize
+    sizes = [0] * len(stages)
+    for shard in parameters.shards if settings.parallel.memory.gradients.is_device else ():
+        stack, _, rest = shard.parameter.name.partition(".")
+        number = rest.partition(".")[0]
+        index = 0
+        if stack in STACKS and number.isdigit():
+            blocks = [each.encoder if stack == "encoder" else each.decoder for each in stages]
+            index = next(i for i, numbers in enumerate(blocks) if int(number) in numbers)
+        sizes[index] += itemsize * math.prod(shard.shape)
+    return sizes
 
 
 def _place_of(name: str, settings: CostSettings) -> ChainPlace:

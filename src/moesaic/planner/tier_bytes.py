@@ -24,14 +24,13 @@ def resident_weights(state: StateBytes, memory: MemoryPlan) -> int:
 
 
 def moved_bytes(
-    state: StateBytes, memory: MemoryPlan, *, micro_batches: int
+    state: StateBytes, memory: MemoryPlan, *, micro_batches: int, summed: int
 ) -> Iterator[MovedBytes]:
-    """Yield what moves between tiers in a step.
+    """Yield what moves between tiers in a step of an optimizer that updates on the host.
 
-    Gradients leave after each micro-batch, and updated weights come back, unless they are streamed:
-    those are fetched for each forward pass and, but for the last layer's, for each backward pass:
-    at most, since experts without rows are left out there. States are updated on the host, so they
-    move only from and to the disk.
+    Streamed weights are fetched for each forward pass and, but for the last layer's, for each
+    backward pass: at most, since experts without rows are left out there. Other weights go to the
+    host to be updated, and return. ``summed`` are the bytes of gradients that ranks sum.
     """
     streamed = 0 if memory.parameters.is_device else sum(state.experts.values())
     if streamed:
@@ -39,10 +38,28 @@ def moved_bytes(
         last = list(state.experts.values())[-1]
         yield MovedBytes(tier, DEVICE, Purpose.WEIGHTS, micro_batches * (2 * streamed - last))
     if not memory.gradients.is_device:
-        tier = tier_name(memory.gradients)
-        yield MovedBytes(DEVICE, tier, Purpose.GRADIENTS, micro_batches * state.gradients)
+        yield from _moved_gradients(state.gradients, memory, micro_batches, summed=summed)
+    elif not memory.optimizer_states.is_device:
+        yield MovedBytes(DEVICE, HOST, Purpose.GRADIENTS, state.gradients)
     if not memory.optimizer_states.is_device:
+        yield MovedBytes(DEVICE, HOST, Purpose.WEIGHTS, state.weights - streamed)
         yield MovedBytes(HOST, DEVICE, Purpose.WEIGHTS, state.weights - streamed)
     if tier_name(memory.optimizer_states) == DISK:
-        yield MovedBytes(DISK, HOST, Purpose.STATES, state.states)
-        yield MovedBytes(HOST, DISK, Purpose.STATES, state.states)
+        yield MovedBytes(DISK, HOST, Purpose.STATES, state.stored)
+        yield MovedBytes(HOST, DISK, Purpose.STATES, state.stored)
+
+
+def _moved_gradients(
+    size: int, memory: MemoryPlan, micro_batches: int, *, summed: int
+) -> Iterator[MovedBytes]:
+    """Yield the moves of ``size`` bytes of gradients.
+
+    They leave in each micro-batch and are added on the host; a sum over ranks brings them to the
+    device twice and back once; the update reads them on the host.
+    """
+    yield MovedBytes(DEVICE, HOST, Purpose.GRADIENTS, micro_batches * size + summed)
+    if summed:
+        yield MovedBytes(HOST, DEVICE, Purpose.GRADIENTS, 2 * summed)
+    if tier_name(memory.gradients) == DISK:
+        yield MovedBytes(DISK, HOST, Purpose.GRADIENTS, micro_batches * size + 2 * summed)
+        yield MovedBytes(HOST, DISK, Purpose.GRADIENTS, micro_batches * size + summed)
