@@ -29,10 +29,10 @@ class MatrixSharding(Protocol):
 class GroupUpdate:
     """The parameters of one group that have a gradient, and what an update rule needs of them.
 
-    ``grads`` have the types of the gradients; empty until they are fetched. ``narrow`` has the parameter whose float32 master is
-    in ``params``, or None: a rule rounds the master into it. ``sharding`` is None where one process
-    has all matrices. ``fused`` has the output widths of matrices that hold several maps, by name
-    (``nn/fused_projections.py``).
+    ``grads`` have the types of the gradients; they are empty until they are fetched. ``narrow`` has
+    the parameter whose float32 master is in ``params``, or None: a rule rounds the master into it.
+    ``sharding`` is None where one process has all matrices. ``fused`` has the output widths of
+    matrices that hold several maps, by name (``nn/fused_projections.py``).
     """
 
     names: Sequence[str]
