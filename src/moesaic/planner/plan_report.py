@@ -233,16 +233,17 @@ def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable
             return False
         return True
 
-    def legal(degrees: Degrees) -> bool:
-        if not can_be_staged(degrees.pipe):
-            return False
-        plan = CompletePlan(degrees, option).plan
+    @cache  # micro-batches and stages do not change how layers are cut
+    def can_be_sharded(stage: ParallelPlan) -> bool:
         try:
-            stage = request.parallel.replace(plan=plan.replace(pipe=1))
-            inventory.on_rank(stage, world=plan.stage_size)
+            inventory.on_rank(request.parallel.replace(plan=stage), world=stage.stage_size)
         except UserError:
             return False
         return True
+
+    def legal(degrees: Degrees) -> bool:
+        stage = CompletePlan(degrees, option).plan.replace(pipe=1)
+        return can_be_staged(degrees.pipe) and can_be_sharded(stage)
 
     return legal
 
