@@ -233,16 +233,18 @@ def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable
             return False
         return True
 
-    @cache  # micro-batches and stages do not change how layers are cut
-    def can_be_sharded(stage: ParallelPlan) -> bool:
+    @cache
+    def can_be_sharded(stage: Degrees) -> bool:
+        plan = CompletePlan(stage, option).plan
         try:
-            inventory.on_rank(request.parallel.replace(plan=stage), world=stage.stage_size)
+            inventory.on_rank(request.parallel.replace(plan=plan), world=plan.stage_size)
         except UserError:
             return False
         return True
 
     def legal(degrees: Degrees) -> bool:
-        stage = CompletePlan(degrees, option).plan.replace(pipe=1)
+        # micro-batches and stages do not change how layers are cut
+        stage = degrees._replace(pipe=1, rows=1, micro_batches=1)
         return can_be_staged(degrees.pipe) and can_be_sharded(stage)
 
     return legal
