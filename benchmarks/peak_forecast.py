@@ -10,9 +10,10 @@ the peak of the second is measured: the bytes of all live tensors at every opera
 
 import gc
 import json
+import re
 import statistics
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 from support import write_result
 
+from moesaic.core.markdown import markdown_table
+from moesaic.core.units import show_bytes
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
@@ -52,6 +55,8 @@ from moesaic.planner.step_cost import step_cost
 from moesaic.testing.allocation_meter import AllocationMeter
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "guide" / "cost.md"
+MARKS = re.compile(r"(<!-- peak: begin -->\n).*?(<!-- peak: end -->)", re.S)
 MODEL = ModelConfig(
     vocab_size=512,
     dim=64,
@@ -268,16 +273,36 @@ def main() -> None:
         print(f"{errors[name]:+7.2%}  {name}", flush=True)
     sizes = [abs(error) for error in errors.values()]
     misses = {name: round(error, 4) for name, error in errors.items() if abs(error) > 0.02}
-    write_result(
-        RESULTS / "peak_forecast.json",
-        {
-            "median_error": round(statistics.median(sizes), 4),
-            "worst_error": round(max(sizes), 4),
-            "over_2_percent": misses,
-            "forecast_sha256": sha256(text.encode()).hexdigest(),
-            "cases": lines,
-        },
+    result = {
+        "median_error": round(statistics.median(sizes), 4),
+        "worst_error": round(max(sizes), 4),
+        "over_2_percent": misses,
+        "forecast_sha256": sha256(text.encode()).hexdigest(),
+        "cases": lines,
+    }
+    write_result(RESULTS / "peak_forecast.json", result)
+    write_page(result)
+
+
+def write_page(result: Mapping[str, Any]) -> None:
+    """Write the table into the guide's page, between its markers."""
+    rows = [
+        (
+            case["case"],
+            show_bytes(case["forecast_bytes"]),
+            show_bytes(case["measured_bytes"]),
+            f"{case['error']:+.2%}",
+        )
+        for case in result["cases"]
+    ]
+    over = len(result["over_2_percent"])
+    body = (
+        f"The error is {result['median_error']:.2%} in the median and {result['worst_error']:.2%} "
+        f"at worst; {over} of {len(rows)} are off by more than 2 %.\n\n"
+        + markdown_table(("case", "forecast", "measured", "error"), rows, right=True)
     )
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(MARKS.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,12 +38,11 @@ Which numbers are exact:
 
 - Weights, gradients, optimizer state and the bytes of every collective equal those of real and of
   simulated ranks to the byte (`tests/laws/test_memory_and_communication_equal_their_estimates.py`).
-- Activations are an estimate in float32, without activation checkpointing; what ZeRO gathers is an
-  upper bound. The sum is above the measured peak in every simulation below. In models of a few
-  dozen channels, where communication buffers are as large as activations, the peak may be above it.
+- Activations and what ZeRO gathers are measured on fake tensors, each kind of block once, and
+  summed: [how, and how exact](cost.md).
 - Routing is taken as even. A real router sends more tokens to some ranks.
-- There is one pipeline stage. Weights, gradients and AdamW's state are float32, 16 bytes per
-  parameter, as in training (`--set precision=BFloat16`: 2 + 2 + 12, also 16).
+- The table has one pipeline stage and float32: 16 bytes per parameter with AdamW's states. In
+  bfloat16 with float32 masters it is 2 + 2 + 12, also 16 ([precision](precision.md)).
 - The widths of `zcode-m3-64` and `zcode-200b`, and the attention of `trillion-384`, are our choice
   (`model/presets`); the papers do not have them.
 """

@@ -52,6 +52,12 @@ from moesaic.data.tokenizer_file import TOKENIZER_FILE
 from moesaic.data.vocabulary_file import VOCABULARY_FILE
 from moesaic.evaluate.head_scores import HeadScore, HeadScores
 from moesaic.evaluate.perplexity import DocumentLoss, PerplexitySummary, group_perplexities
+from moesaic.exchange.hf_directory import (
+    HF_CONFIG_FILE,
+    HF_INDEX_FILE,
+    read_hf_config,
+    weight_files,
+)
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.monitor.expert_usage import USAGE_FILE, read_usage, summarize_load
 from moesaic.monitor.health_record import (
@@ -137,6 +143,11 @@ def make_files(folder: Path) -> Made:
     imported.save(folder / "imported" / "tokenizer.json")
     rows = list(reversed(range(len(read_sentencepiece(path).pieces))))
     (folder / "foreign" / "rows.json").write_text(json.dumps(rows))
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    index = {"weight_map": {"a.weight": "model-00001-of-00001.safetensors"}}
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
     return Made(folder, keep.trainer)
 
 
@@ -277,6 +288,10 @@ DOORS = (
     Door(HEALTH_FILE, "run/health.json", "json",
          lambda made: (read_findings(made.folder / "run" / "health.json"), _report(made))),
     Door(HEAD_SCORES_FILE, "run/head-scores.json", "json", _report),
+    Door(HF_CONFIG_FILE, "theirs/config.json", "json",
+         lambda made: read_hf_config(made.folder / "theirs")),
+    Door(HF_INDEX_FILE, "theirs/model.safetensors.index.json", "json",
+         lambda made: weight_files(made.folder / "theirs")),
     Door(ID_MAP_FILE, "foreign/rows.json", "json", _import_mapped),
     Door(INDEX_KIND, f"sharded/{STEP}/index.json", "json", _read_index),
     Door(INSIGHT_FILE, "run/insight.json", "json", _report),

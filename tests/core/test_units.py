@@ -8,7 +8,8 @@ from moesaic.core.units import parse_bytes, show_bytes, show_count, show_flops, 
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**30, "3.00 GiB"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1023.9 * 1024, "1.00 MiB"),
+     (3 * 2**30, "3.00 GiB"),
      (15.25 * 2**20, "15.2 MiB"), (500 * 2**40, "500 TiB"), (-2048, "-2.00 KiB")],
 )  # fmt: skip
 def test_bytes_are_shown_in_binary_units(count: float, text: str) -> None:

@@ -145,6 +145,17 @@ def test_a_full_disk_is_met_before_anything_changes_and_names_the_file(
     store.close()
 
 
+def test_a_file_that_may_not_be_so_large_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "ftruncate", limited)
+    with pytest.raises(DiskFullError, match=r"moesaic-.*0.bin: no room for .*ulimit -f"):
+        disk(tmp_path, in_flight_bytes=2**20)
+
+
 def test_gradients_or_states_away_are_offloading() -> None:
     assert not MemoryPlan().offloads
     assert not MemoryPlan(parameters=HostMemory()).offloads

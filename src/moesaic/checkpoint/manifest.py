@@ -86,7 +86,7 @@ def read_manifest(directory: Path) -> Manifest:
     digest, version = body.pop("digest", None), body.get("format")
     if digest != _digest(body):
         raise CheckpointError(f"{path}: altered, its content does not match its digest")
-    if version not in range(1, MANIFEST_FORMAT + 1):
+    if type(version) is not int or not 1 <= version <= MANIFEST_FORMAT:
         raise CheckpointError(
             f"{path}: format {show_value(version)}, expected at most {MANIFEST_FORMAT}: it is of "
             "a newer version of moesaic; load it with that version"
@@ -102,9 +102,7 @@ def read_manifest(directory: Path) -> Manifest:
     for name in shape.files:
         require_inside(directory, name, kind=MANIFEST_KIND, where=path)
     files = {name: FileEntry(entry.bytes, entry.sha256) for name, entry in shape.files.items()}
-    return Manifest(
-        shape.step, shape.serial, files, shape.versions, experts, shape.plan, int(version)
-    )
+    return Manifest(shape.step, shape.serial, files, shape.versions, experts, shape.plan, version)
 
 
 def verify_checkpoint(directory: Path) -> Manifest:

@@ -10,6 +10,8 @@ import yaml
 
 from moesaic.core.markdown import markdown_table
 from moesaic.core.units import show_count
+from moesaic.model.config import ModelConfig
+from moesaic.model.parameter_flop_count import count_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,15 @@ class ModelCard:
         facts = "".join(f"- {name}: {value}\n" for name, value in self.facts.items())
         table = markdown_table(("part", "parameters", "active per token"), rows)
         return "## Model\n\n" + table + (f"\n{facts}" if facts else "")
+
+
+def card_parameters(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return the parameters of each part of a model, all and those that a token uses."""
+    parts: dict[str, tuple[int, int]] = {}
+    for entry in count_parameters(model).entries:
+        total, active = parts.get(entry.part, (0, 0))
+        parts[entry.part] = (total + entry.size, active + round(entry.size * entry.active_fraction))
+    return parts
 
 
 def _record_table(records: Sequence[Mapping[str, str | float]]) -> str:

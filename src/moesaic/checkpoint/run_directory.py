@@ -56,6 +56,7 @@ class RunDir:
     head_scores = _PathIn("head-scores.json")  # of a run without vocabulary head, by label
     score_curve = _PathIn("curve.json")  # scores of the kept checkpoints
     report = _PathIn("report.html")
+    imported = _PathIn("imported")  # config and tokenizer as another program wrote them
 
     @classmethod
     def open(cls, path: Path) -> "RunDir":

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +76,21 @@ def serialize_lazily(
 
     ``tensors`` give shapes and dtypes (they may be on ``meta``), ``read`` the values.
     """
+    return serialize_chunks(tensors, read=lambda name: (read(name),), metadata=metadata)
+
+
+def serialize_chunks(
+    tensors: Mapping[str, Tensor],
+    *,
+    read: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Buffer]:
+    """Like ``serialize_lazily``, for tensors whose values are read some at a time, in order."""
     layout = TensorFileLayout.of(tensors, metadata=metadata)
     yield layout.header
     for name in layout.starts:
         if tensors[name].numel():
-            yield tensor_bytes(read(name))
+            yield from map(tensor_bytes, read(name))
 
 
 def tensor_bytes(tensor: Tensor) -> Buffer:

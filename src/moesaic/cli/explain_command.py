@@ -64,7 +64,8 @@ def explain(
 def _explain_preset(name: str, changes: list[str] | None) -> dict[str, Any]:
     model_preset = preset(name)
     model = model_preset.config.override(changes) if changes else model_preset.config
-    settings = CostSettings(model=model, sizes=BatchDims(rows=64))
+    source = 32 if model.encoder.layers else 0
+    settings = CostSettings(model=model, sizes=BatchDims(rows=64, source=source))
     found = _cost(name, settings)
     counted = found["parameters"]
     published = [asdict(p) | {"counted": counted[p.quantity]} for p in model_preset.published]

@@ -31,6 +31,8 @@ COMMANDS = {
     "compare": "compare runs: scores, overlaid curves, config differences",
     "ckpt": "inspect, compare, verify and reshard checkpoints",
     "routes": "show, count and compare recorded routing",
+    "import": "read a model of Hugging Face transformers",
+    "export": "write a model in the files of transformers",
     "verify": "check that a config trains the same under every parallel plan",
     "explain": "parameters, FLOPs and memory of a config, before anything runs",
     "plan": "the fastest parallel plan, memory tiers and micro-batch on a cluster",

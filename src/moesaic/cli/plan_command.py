@@ -257,19 +257,25 @@ def _show_largest(table: dict[str, Any], console: Console) -> None:
             row["combination"],
             show_count(row["parameters"]) if row["parameters"] else "does not fit",
             f"{row['experts']:,}" if row["experts"] else "",
-            row["plan"],
-            row["paper"],
+            fill(row["plan"], 44),
+            fill(row["paper"], 32),
         )
         for row in table["rows"]
     ]
     columns = ("", "parameters", "experts", "plan", "2109.10465")
     print_table(console, columns, rows, align="lrrll")
-    console.print(f"\n{table['note']}")
+    console.print("\n" + fill(table["note"], 100))
 
 
 def _show_proposal(proposal: BudgetProposal, console: Console) -> None:
     rows = [
-        (value.name, f"{value.value:.4g}", value.unit, value.paper) for value in proposal.values
+        (
+            value.name,
+            show_count(value.value) if 1e4 <= value.value < 1e15 else f"{value.value:.4g}",
+            value.unit,
+            value.paper,
+        )
+        for value in proposal.values
     ]
     title = styled("for {flops:.3g} training FLOPs", flops=proposal.flops)
     print_table(console, ("", "value", "unit", "paper"), rows, title=title)

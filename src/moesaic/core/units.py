@@ -54,7 +54,7 @@ def parse_bytes(text: str | int) -> int:
 
 def _scaled(count: float, base: int, names: tuple[str, ...]) -> str:
     size, level = float(count), 0
-    while abs(size) >= base and level < len(names) - 1:
+    while round(abs(size)) >= base and level < len(names) - 1:
         size, level = size / base, level + 1
     digits = 0 if level == 0 else 2 if abs(size) < 10 else 1 if abs(size) < 100 else 0
     return f"{size:.{digits}f} {names[level]}"

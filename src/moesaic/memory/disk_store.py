@@ -31,13 +31,19 @@ class DiskFullError(UserError):
 
 
 class FileChunk(Chunk):
-    """A chunk in a file without a directory entry; ``path`` is the name it was made with."""
+    """A chunk in a file without a directory entry; ``path`` is the name it was made with.
+
+    Raises DiskFullError if the file may not be so large.
+    """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         super().__init__(num_bytes)
         self.path, self._copies = path, 0
         self.file = _open_unlinked(path)
-        os.ftruncate(self.file, num_bytes)
+        try:
+            os.ftruncate(self.file, num_bytes)
+        except OSError as error:
+            raise self._without_room(num_bytes, error) from error
 
     def __del__(self) -> None:
         os.close(self.file)  # a mapping of it stays valid
@@ -52,14 +58,19 @@ class FileChunk(Chunk):
         try:
             os.posix_fallocate(self.file, offset, num_bytes)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            free = os.fstatvfs(self.file)
-            raise DiskFullError(
-                f"{self.path}: no room for {show_bytes(num_bytes)} more of a memory tier "
-                f"({show_bytes(free.f_bavail * free.f_frsize)} are free on its disk): free some, "
-                "or name another folder in parallel.memory (DiskStorage(folder=...))"
-            ) from error
+            raise self._without_room(num_bytes, error) from error
+
+    def _without_room(self, num_bytes: int, error: OSError) -> Exception:
+        """Return what to raise for an error of the disk: itself if it is of another kind."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        free = os.fstatvfs(self.file)
+        limit = "files may not be so large (ulimit -f)" if error.errno == errno.EFBIG else ""
+        return DiskFullError(
+            f"{self.path}: no room for {show_bytes(num_bytes)} more of a memory tier "
+            f"({limit or show_bytes(free.f_bavail * free.f_frsize) + ' are free on its disk'}): "
+            'free some, or name another folder in parallel.memory (DiskStorage(folder="..."))'
+        )
 
     def copy(self) -> "FileChunk":
         self._copies += 1

@@ -15,6 +15,7 @@ from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
+from moesaic.nn.fused_projections import fused_outputs
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.pipeline_stages import PipelineStages
@@ -73,6 +74,11 @@ class ParameterInventory:
         """Biases that the first tensor rank adds; on the other ranks they have no gradient."""
         biases = {linear.bias for _, _, linear in row_parallel_linears(self._model)}
         return frozenset(name for name, p in self._model.named_parameters() if p in biases)
+
+    @cached_property
+    def fused_outputs(self) -> dict[str, tuple[int, ...]]:
+        """The output widths of the matrices that hold several maps, by name."""
+        return fused_outputs(self._model)
 
     @cached_property
     def expert_modules(self) -> dict[str, int]:

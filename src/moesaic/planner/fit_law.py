@@ -17,6 +17,7 @@ import torch
 
 from moesaic.core.errors import DataError
 from moesaic.core.shapes import Float, Tensor
+from moesaic.core.units import counted
 from moesaic.planner.budget_proposal import flops_of_run
 from moesaic.planner.scaling_laws import ChinchillaLaw
 
@@ -186,8 +187,8 @@ def _mean_error(law: ChinchillaLaw, points: Sequence[RunPoint]) -> float:
 def _require_spread(points: Sequence[RunPoint]) -> None:
     if len(points) < LEAST_RUNS:
         raise DataError(
-            f"found {len(points)} runs with a validation loss, expected at least {LEAST_RUNS}: the "
-            "law has five constants"
+            f"found {counted(len(points), 'run')} with a validation loss, expected "
+            f"at least {LEAST_RUNS}: the law has five constants"
         )
     for name, values in (
         ("parameters", {point.parameters for point in points}),

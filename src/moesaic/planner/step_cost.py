@@ -6,7 +6,6 @@ results are kept for the next plan that splits a block alike. The rest is arithm
 pipeline stages, micro-batches and ranks.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,6 +42,7 @@ from moesaic.planner.measured_step import (
     smallest_plan,
 )
 from moesaic.planner.operation_recorder import Operation, OperationKind
+from moesaic.planner.owner_update import owner_communication, owner_operations
 from moesaic.planner.pipeline_cost import PipelineCost
 from moesaic.planner.step_memory import (
     StateBytes,
@@ -313,28 +313,20 @@ class _Composition:
         )
 
     def _update_operations(self) -> Iterator[tuple[Operation, int]]:
-        """Yield the optimizer's products, for all parameters, and its passes over the states.
+        """Yield the passes over the states, and the products of the rank's share of matrices.
 
         All passes together read and write the states once, in as many calls as were measured.
         """
-        state, calls = self._state, 0
-        run = [
-            math.prod(shard.shape)
-            for shard in self.measured_parameters.shards
-            if self.blocks.has_run(shard.parameter.name)
-        ]
-        shapes = [math.prod(shard.shape) for shard in self.parameters.shards]
-        for operation, times in self.measured.update.operations.items():
-            if operation.kind is OperationKind.MEMORY:
-                calls += times
-            else:
-                yield operation, round(times * sum(shapes) / sum(run))
-        calls = max(1, round(calls * len(shapes) / len(run)))
+        state, measured = self._state, self.measured.update.operations
+        passes = sum(n for each, n in measured.items() if each.kind is OperationKind.MEMORY)
+        run = sum(self.blocks.has_run(s.parameter.name) for s in self.measured_parameters.shards)
+        calls = max(1, round(passes * len(self.parameters.shards) / run))
         read, written = state.total, state.weights + state.states
         yield Operation(OperationKind.MEMORY, "float32", 0, read // calls, written // calls), calls
+        yield from owner_operations(self.parameters, self.settings.optimizer)
 
     def _sent(self) -> tuple[CommunicationVolume, ...]:
-        """Return what is sent for activations, measured, and for gradients, by arithmetic."""
+        """Return what is sent: for activations as measured, for all else by arithmetic."""
         plan, calls = self.parameters.plan, Counter[SentCall]()
         data = plan.data or 1
         ranks = {"stage": plan.stage_size, "data": data, "data+context": data * plan.context}
@@ -351,7 +343,8 @@ class _Composition:
             precision=self.settings.precision,
             micro_batches=self.settings.micro_batches,
         )
-        for each in (*volumes(calls), *gradients):
+        updates = owner_communication(self.parameters, self.settings.optimizer)
+        for each in (*volumes(calls), *gradients, *updates):
             key = (each.kind, each.axis)
             known = found.get(key, CommunicationVolume(*key, 0))
             found[key] = replace(

@@ -1,7 +1,7 @@
 """Model export: final weights (``model.safetensors``) and the model card of a run."""
 
 from moesaic.checkpoint.checkpoint_directory import CheckpointPaths
-from moesaic.checkpoint.model_card import ModelCard
+from moesaic.checkpoint.model_card import ModelCard, card_parameters
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import read_run_record, weights_metadata, write_run_record
 from moesaic.checkpoint.safetensors_io import write_tensors
@@ -11,7 +11,6 @@ from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import TARGET_LANGUAGE
 from moesaic.distributed.rank0 import run_on_rank0
-from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.weights import export_weights
 from moesaic.train.trainer import Trainer
 
@@ -52,15 +51,11 @@ def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard
     }
     if best.step:
         facts["best validation loss"] = f"{best.loss:.3f} at step {best.step:,}"
-    parts: dict[str, tuple[int, int]] = {}
-    for entry in count_parameters(run.model).entries:
-        total, active = parts.get(entry.part, (0, 0))
-        parts[entry.part] = (total + entry.size, active + round(entry.size * entry.active_fraction))
     return ModelCard(
         name=run.name,
         languages=[resolve_language(code).bcp47 for code in languages],
         licence="other",
-        parameters=parts,
+        parameters=card_parameters(run.model),
         sources=run.data.sources(run_dir),
         facts=facts,
         notes=["The licences of the training text are those of its sources, listed above."],

@@ -1,0 +1,89 @@
+"""``moesaic import``: a Hugging Face directory becomes a model directory like any other."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moesaic.cli.deferred_imports import deferred
+from moesaic.cli.shared_options import JsonOption, command_app, print_result, show_progress
+from moesaic.cli.styled_text import cyan
+
+with deferred():
+    from moesaic.core.units import show_bytes, show_count
+    from moesaic.data.tokenizer_source import TokenizerSource
+    from moesaic.exchange.compare_with_transformers import compare_with_transformers
+    from moesaic.exchange.import_model import add_to_card, import_model
+    from moesaic.model.parameter_flop_count import count_parameters
+
+app = command_app()
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify", help='Compare logits and answers with transformers (pip "moesaic[hf]").'
+    ),
+]
+
+
+@app.command("import")
+def import_(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A directory of Hugging Face transformers.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option("--out", metavar="MODEL", help="The new directory.")],
+    layout: Annotated[
+        str, typer.Option(metavar="NAME", help="Names of experts: auto, fused or per-expert.")
+    ] = "auto",
+    languages: Annotated[
+        str, typer.Option(metavar="CODES", help="Languages that the tokenizer has tags of: deu,fra")
+    ] = "",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help='Another tokenizer: "FromFile(path=..., eos=...)".'),
+    ] = None,
+    verify: VerifyOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read config, weights and tokenizer of a model of transformers, some rows at a time.
+
+    Every tensor is accounted for, or nothing is written. Fine-tune it with `moesaic train --init`.
+
+    Example: [cyan]moesaic import Qwen3-30B-A3B --out models/qwen3[/]
+    """
+    found = import_model(
+        directory,
+        out=out,
+        layout=layout,
+        tokenizer=None if tokenizer is None else TokenizerSource.from_dict(tokenizer),
+        languages=[code.strip() for code in languages.split(",") if code.strip()],
+    )
+    for note in found.notes:
+        show_progress(note)
+    counted = count_parameters(found.model)
+    value = {
+        "model": str(out),
+        "family": found.family,
+        "layout": found.layout,
+        "tensors": found.tensors,
+        "bytes": found.bytes,
+        "parameters": {"total": counted.total, "active": counted.active},
+        "notes": list(found.notes),
+    }
+    if verify:
+        agreement = compare_with_transformers(directory, ours=out)
+        add_to_card(out, "comparison", agreement.text())
+        value["verify"] = asdict(agreement) | {"text": agreement.text()}
+    print_result(value, as_json=as_json, show=partial(_show, value))
+
+
+def _show(value: dict[str, Any], console: Console) -> None:
+    total, active = (show_count(value["parameters"][name]) for name in ("total", "active"))
+    size = f"{total} parameters, {active} active, {show_bytes(value['bytes'])}"
+    layout = f"{value['family']}, {value['layout']}, {value['tensors']} tensors"
+    console.print(cyan(value["model"]), f"{layout}: {size}")
+    if "verify" in value:
+        console.print(value["verify"]["text"])

@@ -1,0 +1,216 @@
+"""Config entries that are more than a key and a field: rotary positions, windows, layers, losses.
+
+The names of keys are those of transformers 5 (``rope_parameters``) and, in reading, of 4
+(``rope_theta``, ``rope_scaling``).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from moesaic.core.config_errors import show_value
+from moesaic.core.errors import ConfigError
+from moesaic.exchange.config_mapping import ConfigEntry, Theirs, field_of, is_absent
+from moesaic.model.config import ModelConfig
+from moesaic.moe.auxiliary_losses import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.nn.attention_parts import NoWindow, SlidingWindow
+from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.rotary_scaling import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPE,
+    NoRotaryScaling,
+    RotaryScaling,
+    YaRN,
+)
+
+LENGTH = "max_position_embeddings"
+
+
+@dataclass(frozen=True)
+class RotaryPositions(ConfigEntry):
+    """Rotary positions: theta, the share of rotated channels and the scaling."""
+
+    theta: float = 10000.0
+    path: str = "position"
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        given = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+        if any(isinstance(value, Mapping) for value in given.values()):
+            raise ConfigError(["rope_parameters: found several, expected one for all layers"])
+        theta = given.get("rope_theta") or theirs.get("rope_theta") or self.theta
+        part = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1.0
+        kind = given.get("rope_type") or given.get("type") or "default"
+        if kind not in _READ_SCALING:
+            known = ", ".join(_READ_SCALING)
+            raise ConfigError([f"rope_type: found {show_value(kind)}, expected one of {known}"])
+        try:
+            scaling = _READ_SCALING[kind](given, theirs.get(LENGTH))
+        except KeyError as error:
+            raise ConfigError([f"rope_parameters: found no {error.args[0]} of {kind}"]) from error
+        return {
+            f"{self.path}.theta": theta,
+            f"{self.path}.fraction": part,
+            f"{self.path}.scaling": scaling,
+        }
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        position = field_of(ours, self.path)
+        if not isinstance(position, Rotary):
+            return {}
+        part = {"partial_rotary_factor": position.fraction} if position.fraction != 1 else {}
+        scaling, length = _write_scaling(position.scaling)
+        return {"rope_parameters": {"rope_theta": position.theta, **scaling, **part}} | length
+
+
+def _read_yarn(given: Theirs, longest: Any) -> RotaryScaling:
+    scales = {key: given[key] for key in ("mscale", "mscale_all_dim") if given.get(key)}
+    return YaRN(
+        factor=given["factor"],
+        original_length=given.get(f"original_{LENGTH}") or longest,
+        beta_fast=given.get("beta_fast") or 32,
+        beta_slow=given.get("beta_slow") or 1,
+        ramp_ends="whole" if given.get("truncate", True) else "exact",
+        attention_factor=given.get("attention_factor"),
+        **scales,
+    )
+
+
+def _read_llama3(given: Theirs, longest: Any) -> RotaryScaling:
+    return Llama3Scaling(
+        factor=given["factor"],
+        original_length=given.get(f"original_{LENGTH}") or longest,
+        low_freq_factor=given["low_freq_factor"],
+        high_freq_factor=given["high_freq_factor"],
+    )
+
+
+def _read_longrope(given: Theirs, longest: Any) -> RotaryScaling:
+    original = given.get(f"original_{LENGTH}") or longest
+    return LongRoPE(
+        factor=given.get("factor") or longest / original,
+        original_length=original,
+        short_factors=given["short_factor"],
+        long_factors=given["long_factor"],
+    )
+
+
+_READ_SCALING: dict[str, Callable[[Theirs, Any], RotaryScaling]] = {
+    "default": lambda _given, _longest: NoRotaryScaling(),
+    "linear": lambda given, _longest: LinearScaling(factor=given["factor"]),
+    "dynamic": lambda given, longest: DynamicNTKScaling(
+        factor=given["factor"], original_length=longest
+    ),
+    "yarn": _read_yarn,
+    "llama3": _read_llama3,
+    "longrope": _read_longrope,
+}
+
+
+def _write_scaling(scaling: RotaryScaling) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keys of ``rope_parameters``, and those outside of it."""
+    original = f"original_{LENGTH}"
+    match scaling:
+        case LinearScaling():
+            return {"rope_type": "linear", "factor": scaling.factor}, {}
+        case DynamicNTKScaling():
+            keys = {"rope_type": "dynamic", "factor": scaling.factor}
+            return keys, {LENGTH: scaling.original_length}
+        case YaRN():
+            names = ("factor", "beta_fast", "beta_slow", "attention_factor")
+            scales = {n: getattr(scaling, n) for n in (*names, "mscale", "mscale_all_dim")}
+            keys = {name: value for name, value in scales.items() if value is not None}
+            exact = scaling.ramp_ends == "exact"
+            keys |= {"truncate": False} if exact else {}
+            return {"rope_type": "yarn", original: scaling.original_length} | keys, {}
+        case Llama3Scaling():
+            names = ("factor", "low_freq_factor", "high_freq_factor")
+            keys = {name: getattr(scaling, name) for name in names}
+            return {"rope_type": "llama3", original: scaling.original_length} | keys, {}
+        case LongRoPE():
+            keys = {"short_factor": scaling.short_factors, "long_factor": scaling.long_factors}
+            numbers = {"factor": scaling.factor, original: scaling.original_length}
+            return {"rope_type": "longrope"} | numbers | keys, {}
+    return {"rope_type": "default"}, {}
+
+
+@dataclass(frozen=True)
+class WindowOfAllLayers(ConfigEntry):
+    """``sliding_window`` of every layer, ``switch`` says whether it is used where there is one."""
+
+    switch: str | None = None
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        size = theirs.get("sliding_window")
+        if self.switch is not None and not theirs.get(self.switch):
+            size = None
+        kinds = set(theirs.get("layer_types") or ())
+        some = len(kinds) > 1 if kinds else bool(theirs.get("max_window_layers")) and self.switch
+        if size and some:
+            raise ConfigError(["sliding_window: expected a window of all layers, or of none"])
+        if kinds == {"full_attention"}:
+            size = None
+        return {"attention.window": SlidingWindow(size=size) if size else NoWindow()}
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        window = ours.attention.window
+        size = window.size if isinstance(window, SlidingWindow) else None
+        switch = {} if self.switch is None else {self.switch: size is not None}
+        every = {"max_window_layers": 0} if size and self.switch else {}
+        return {"sliding_window": size} | switch | every
+
+
+@dataclass(frozen=True)
+class SparseLayers(ConfigEntry):
+    """``decoder_sparse_step`` and ``mlp_only_layers``: which layers have experts (Qwen)."""
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        dense = list(theirs.get("mlp_only_layers") or ())
+        if sorted(dense) != list(range(len(dense))):
+            found = show_value(dense)
+            raise ConfigError([f"mlp_only_layers: found {found}, expected the first layers"])
+        step = theirs.get("decoder_sparse_step", 1)
+        return {"decoder.moe_every": step, "decoder.first_dense_layers": len(dense)}
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        dense = list(range(ours.decoder.first_dense_layers))
+        return {"decoder_sparse_step": ours.decoder.moe_every, "mlp_only_layers": dense}
+
+
+@dataclass(frozen=True)
+class SharedWidth(ConfigEntry):
+    """``shared_expert_intermediate_size``: as wide as several experts (Qwen2-MoE)."""
+
+    key: ClassVar[str] = "shared_expert_intermediate_size"
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        width, hidden = theirs.get(self.key), theirs.get("moe_intermediate_size")
+        if not isinstance(width, int) or not isinstance(hidden, int) or width % max(hidden, 1):
+            found = f"{self.key}: found {show_value(width)}"
+            raise ConfigError([f"{found}, expected a multiple of moe_intermediate_size={hidden}"])
+        return {"moe.shared_experts.number": width // hidden}
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        number, hidden = field_of(ours, "moe.shared_experts.number"), field_of(ours, "moe.hidden")
+        return {} if is_absent(number) else {self.key: number * hidden}
+
+
+@dataclass(frozen=True)
+class BalanceLoss(ConfigEntry):
+    """``router_aux_loss_coef`` of transformers: k times the weight of ``SwitchBalance``."""
+
+    default: float = 0.001
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        weight = theirs.get("router_aux_loss_coef", self.default)
+        k = theirs.get("num_experts_per_tok") or 1
+        return {"moe.balance": [SwitchBalance(weight=weight * k).to_dict()] if weight else []}
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        k = field_of(ours, "moe.select.k")
+        if not isinstance(ours.moe, MoE) or is_absent(k):
+            return {}
+        weights = [term.weight / k for term in ours.moe.balance if isinstance(term, SwitchBalance)]
+        return {"router_aux_loss_coef": weights[0] if weights else 0.0}

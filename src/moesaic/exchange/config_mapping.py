@@ -1,0 +1,179 @@
+"""Config mapping: the keys of a foreign ``config.json`` and the fields of a ``ModelConfig``.
+
+An entry is read in both directions. What no entry maps is constant: on our side it is that of the
+family's template, on theirs an entry ``FixedKey``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from moesaic.core.config import Config
+from moesaic.core.config_errors import show_value
+from moesaic.core.errors import ConfigError
+from moesaic.model.config import ModelConfig
+
+Theirs = Mapping[str, Any]
+_REQUIRED: Any = object()
+_ABSENT: Any = object()
+
+
+class ConfigEntry(ABC):
+    """Family of the ways in which fields of two configs correspond."""
+
+    @abstractmethod
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        """Return our fields by path. Raises ConfigError."""
+
+    @abstractmethod
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        """Return their keys, as far as our config has something to say about them."""
+
+
+@dataclass(frozen=True)
+class Key(ConfigEntry):
+    """A key of theirs that is a field of ours, or several fields.
+
+    ``default`` is what an absent or empty key means; ``values`` translates theirs to ours;
+    ``also`` is another name of the key in files of other versions.
+    """
+
+    key: str
+    path: str | Sequence[str]
+    default: Any = _REQUIRED
+    values: Mapping[Any, Any] = field(default_factory=dict)
+    also: str = ""
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        value = theirs.get(self.key, theirs.get(self.also))
+        if value is None:
+            if self.default is _REQUIRED:
+                raise ConfigError([f"found no {self.key}"])
+            value = self.default
+        if self.values:
+            if value not in self.values:
+                known = ", ".join(map(show_value, self.values))
+                raise ConfigError([f"{self.key}: found {show_value(value)}, expected {known}"])
+            value = self.values[value]
+        return dict.fromkeys(self._paths, value)
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        value = field_of(ours, self._paths[0])
+        back = {ours: theirs for theirs, ours in self.values.items()}
+        if value is _ABSENT or (self.values and value not in back):
+            return {}
+        return {self.key: back[value] if self.values else value}
+
+    @property
+    def _paths(self) -> Sequence[str]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+@dataclass(frozen=True)
+class FixedKey(ConfigEntry):
+    """A key of theirs that must have this value; ``same`` are others that mean the same."""
+
+    key: str
+    value: Any
+    default: Any = _REQUIRED
+    same: tuple[Any, ...] = ()
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        default = self.value if self.default is _REQUIRED else self.default
+        value = theirs.get(self.key, default)
+        if value != self.value and value not in self.same:
+            wanted = show_value(self.value)
+            raise ConfigError(
+                [f"{self.key}: found {show_value(value)}, of which we have {wanted} alone"]
+            )
+        return {}
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        del ours
+        return {self.key: self.value}
+
+
+@dataclass(frozen=True)
+class ConfigMapping:
+    """A template of a family's models, and the entries that change it.
+
+    ``other_keys`` are of no consequence for what a model computes.
+    """
+
+    template: ModelConfig
+    entries: tuple[ConfigEntry, ...]
+    other_keys: frozenset[str] = frozenset()
+
+    COMMON_KEYS: ClassVar[frozenset[str]] = frozenset(
+        """architectures model_type torch_dtype dtype transformers_version use_cache name_or_path
+        _name_or_path bos_token_id eos_token_id pad_token_id decoder_start_token_id
+        forced_bos_token_id forced_eos_token_id initializer_range max_position_embeddings
+        attention_dropout output_router_logits pretraining_tp is_encoder_decoder auto_map
+        return_dict tie_word_embeddings id2label label2id task_specific_params
+        chunk_size_feed_forward problem_type attn_implementation unsloth_version max_length
+        num_beams early_stopping head_dim rope_theta rope_scaling rope_parameters
+        """.split()  # noqa: SIM905 - one line would be a page
+    )
+
+    def read(self, theirs: Theirs) -> ModelConfig:
+        """Return our config. Raises ConfigError with every entry that could not be read."""
+        tree, problems = self.template.to_dict(), []
+        for entry in self.entries:
+            try:
+                for path, value in entry.read(theirs).items():
+                    _set_field(tree, path, value)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return ModelConfig.from_dict(tree)
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        """Return their keys; ``read`` says whether they are the same model."""
+        return {key: value for entry in self.entries for key, value in entry.write(ours).items()}
+
+    def unread_keys(self, theirs: Theirs) -> list[str]:
+        """Return the keys with a value that nothing here reads."""
+        keys = {name for e in self.entries if isinstance(e, Key) for name in (e.key, e.also)}
+        known = self.COMMON_KEYS | self.other_keys | keys | set(self.write(self.template))
+        return [key for key, value in theirs.items() if value and key not in known]
+
+
+def field_of(config: Config, path: str) -> Any:
+    """Return the field of a config at ``a.b.c``, or a mark where it has none."""
+    found: Any = config
+    for name in path.split("."):
+        if not isinstance(found, Config) or name not in type(found).model_fields:
+            return _ABSENT
+        found = getattr(found, name)
+    return found
+
+
+def is_absent(value: object) -> bool:
+    """Return whether ``field_of`` found nothing."""
+    return value is _ABSENT
+
+
+def differences(wanted: ModelConfig, found: ModelConfig) -> Iterator[str]:
+    """Yield a sentence for each field that differs: what is wanted, and what is found."""
+    theirs = _flat(found.to_dict())
+    for path, value in _flat(wanted.to_dict()).items():
+        other = theirs.get(path, _ABSENT)
+        if other != value:
+            shown = "no such field" if other is _ABSENT else show_value(other)
+            yield f"model.{path} is {show_value(value)}, there {shown}"
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    inner = (_flat(value, f"{path}.{name}" if path else name) for name, value in tree.items())
+    return {where: value for part in inner for where, value in part.items()}
+
+
+def _set_field(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        tree = tree[name]
+    tree[last] = value.to_dict() if isinstance(value, Config) else value

@@ -1,0 +1,282 @@
+"""Decoder families: Llama and its relatives, dense and with experts, as data."""
+
+from moesaic.exchange.config_entries import (
+    BalanceLoss,
+    RotaryPositions,
+    SharedWidth,
+    SparseLayers,
+    WindowOfAllLayers,
+)
+from moesaic.exchange.config_mapping import ConfigEntry, ConfigMapping, FixedKey, Key
+from moesaic.exchange.family import DENSE, FUSED, PER_EXPERT, Family
+from moesaic.exchange.tensor_table import ExpertMatrices, FusedExperts, Rows, TensorTable
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.expert_selection import TopK
+from moesaic.moe.shared_experts import GatedSharedExperts
+from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.embedding import EmbeddingConfig
+from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.qk_norm import AcrossHeadsQKNorm, PerHeadQKNorm
+
+LLAMA_MODEL = ModelConfig(  # every number is a key of theirs
+    dim=8,
+    encoder=Stack(layers=0),
+    decoder=Stack(layers=1, moe_every=0),
+    attention=AttentionConfig(heads=1),
+    feed_forward=FeedForwardConfig(hidden=1),
+    moe=NoMoE(),
+    position=Rotary(pairing="halves"),
+    embedding=EmbeddingConfig(tied=False, scaled=False),
+)
+SPARSE_MODEL = LLAMA_MODEL.replace(
+    decoder=Stack(layers=1, moe_every=1), moe=MoE(experts=8, hidden=1, select=TopK(k=1))
+)
+
+_SIZES: tuple[ConfigEntry, ...] = (
+    Key("vocab_size", "vocab_size"),
+    Key("hidden_size", "dim"),
+    Key("num_hidden_layers", "decoder.layers"),
+    Key("num_attention_heads", "attention.heads"),
+    Key("num_key_value_heads", "attention.kv_heads", default=None),
+    Key("tie_word_embeddings", "embedding.tied", default=False),
+    Key("attention_dropout", "dropout", default=0.0, values={0: 0.0}),
+    FixedKey("hidden_act", "silu", same=("swish",)),
+)
+_HEAD_DIM = Key("head_dim", "attention.head_dim", default=None)
+_HIDDEN = Key("intermediate_size", "feed_forward.hidden")
+_EXPERTS_AS_WIDE = Key("intermediate_size", ("moe.hidden", "feed_forward.hidden"))
+_EXPERTS = Key("num_experts", "moe.experts", also="num_local_experts")
+_CHOSEN = Key("num_experts_per_tok", "moe.select.k")
+_NORMALISED = Key(
+    "norm_topk_prob", "moe.select.normalise", default=False, values={True: "before", False: "none"}
+)
+
+
+_NO_BIAS = FixedKey("attention_bias", value=False)
+_QKV = ("query", "key", "value")
+
+
+def _epsilon(*paths: str, default: float = 1e-6) -> Key:
+    return Key("rms_norm_eps", ("norm.eps", *paths), default=default)
+
+
+_PER_HEAD_NORM = AttentionConfig(heads=1, qk_norm=PerHeadQKNorm())
+_LAYER, _OURS = "model.layers.{layer}.", "decoder.{layer}."
+_ATTENTION, _FEED_FORWARD = _OURS + "self_attention.", _OURS + "feed_forward."
+_GATE_AND_UP = ("gate_proj", "up_proj")
+
+
+def _projections(*names: str, of: str, kind: str = "weight") -> Rows:
+    return Rows(*(f"{_LAYER}{of}.{name}.{kind}" for name in names))
+
+
+LLAMA_TENSORS: TensorTable = {
+    "embedding.weight": Rows("model.embed_tokens.weight"),
+    "embedding.output": Rows("lm_head.weight"),
+    "decoder_norm.weight": Rows("model.norm.weight"),
+    f"{_ATTENTION}norm.weight": Rows(f"{_LAYER}input_layernorm.weight"),
+    f"{_ATTENTION}inner.qkv.weight": _projections("q_proj", "k_proj", "v_proj", of="self_attn"),
+    f"{_ATTENTION}inner.out.weight": _projections("o_proj", of="self_attn"),
+    f"{_FEED_FORWARD}norm.weight": Rows(f"{_LAYER}post_attention_layernorm.weight"),
+    f"{_FEED_FORWARD}inner.up.weight": _projections(*_GATE_AND_UP, of="mlp"),
+    f"{_FEED_FORWARD}inner.down.weight": _projections("down_proj", of="mlp"),
+}
+_QKV_BIAS: TensorTable = {
+    f"{_ATTENTION}inner.qkv.bias": _projections(
+        "q_proj", "k_proj", "v_proj", of="self_attn", kind="bias"
+    )
+}
+_QK_NORMS: TensorTable = {
+    f"{_ATTENTION}inner.qk_norm.query.weight": _projections("q_norm", of="self_attn"),
+    f"{_ATTENTION}inner.qk_norm.key.weight": _projections("k_norm", of="self_attn"),
+}
+_ROUTED = f"{_FEED_FORWARD}inner."
+QWEN_EXPERTS: TensorTable = {
+    f"{_ROUTED}router.gate.weight": Rows(f"{_LAYER}mlp.gate.weight"),
+    f"{_ROUTED}experts.up": ExpertMatrices(
+        *(f"{_LAYER}mlp.experts.{{expert}}.{name}.weight" for name in _GATE_AND_UP)
+    ),
+    f"{_ROUTED}experts.down": ExpertMatrices(f"{_LAYER}mlp.experts.{{expert}}.down_proj.weight"),
+}
+_MIXTRAL_LAYER = f"{_LAYER}block_sparse_moe."
+MIXTRAL_EXPERTS: TensorTable = {
+    f"{_ROUTED}router.gate.weight": Rows(f"{_MIXTRAL_LAYER}gate.weight"),
+    f"{_ROUTED}experts.up": ExpertMatrices(
+        f"{_MIXTRAL_LAYER}experts.{{expert}}.w1.weight",
+        f"{_MIXTRAL_LAYER}experts.{{expert}}.w3.weight",
+    ),
+    f"{_ROUTED}experts.down": ExpertMatrices(f"{_MIXTRAL_LAYER}experts.{{expert}}.w2.weight"),
+}
+FUSED_EXPERTS: TensorTable = {  # what transformers 5 has in memory, of both
+    f"{_ROUTED}router.gate.weight": Rows(f"{_LAYER}mlp.gate.weight"),
+    f"{_ROUTED}experts.up": FusedExperts(f"{_LAYER}mlp.experts.gate_up_proj"),
+    f"{_ROUTED}experts.down": FusedExperts(f"{_LAYER}mlp.experts.down_proj"),
+}
+_SHARED = f"{_ROUTED}shared_experts."
+SHARED_EXPERT: TensorTable = {
+    f"{_SHARED}feed_forward.up.weight": _projections(*_GATE_AND_UP, of="mlp.shared_expert"),
+    f"{_SHARED}feed_forward.down.weight": _projections("down_proj", of="mlp.shared_expert"),
+    f"{_SHARED}gate.weight": Rows(f"{_LAYER}mlp.shared_expert_gate.weight"),
+}
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+INVERSE_FREQUENCIES = (r".*\.rotary_emb\.inv_freq",)
+
+
+def _family(
+    model_type: str, architecture: str, mapping: ConfigMapping, layouts: dict[str, TensorTable]
+) -> Family:
+    return Family(
+        model_type,
+        architecture,
+        mapping,
+        layouts,
+        copies=TIED,
+        derived=INVERSE_FREQUENCIES,
+        rotated=r".*\.self_attn\.[qk]_(proj|norm)\.(weight|bias)",
+    )
+
+
+MIXTRAL = _family(
+    "mixtral",
+    "MixtralForCausalLM",
+    ConfigMapping(
+        SPARSE_MODEL,
+        (
+            *_SIZES,
+            _HEAD_DIM,
+            _EXPERTS_AS_WIDE,
+            Key("num_local_experts", "moe.experts", also="num_experts"),
+            _CHOSEN,
+            _epsilon(default=1e-5),
+            RotaryPositions(theta=1e6),
+            WindowOfAllLayers(),
+            BalanceLoss(),
+            FixedKey("router_jitter_noise", 0.0),
+        ),
+    ),
+    {PER_EXPERT: LLAMA_TENSORS | MIXTRAL_EXPERTS, FUSED: LLAMA_TENSORS | FUSED_EXPERTS},
+)
+QWEN3_MOE = _family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    ConfigMapping(
+        SPARSE_MODEL.replace(attention=_PER_HEAD_NORM),
+        (
+            *_SIZES,
+            _HEAD_DIM,
+            _HIDDEN,
+            _EXPERTS,
+            _CHOSEN,
+            _NORMALISED,
+            Key("moe_intermediate_size", "moe.hidden"),
+            _epsilon("attention.qk_norm.norm.eps"),
+            RotaryPositions(),
+            WindowOfAllLayers("use_sliding_window"),
+            SparseLayers(),
+            BalanceLoss(),
+            _NO_BIAS,
+        ),
+        frozenset({"max_window_layers"}),
+    ),
+    {
+        PER_EXPERT: LLAMA_TENSORS | _QK_NORMS | QWEN_EXPERTS,
+        FUSED: LLAMA_TENSORS | _QK_NORMS | FUSED_EXPERTS,
+    },
+)
+QWEN2_MOE = _family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    ConfigMapping(
+        SPARSE_MODEL.replace(
+            moe=MoE(experts=8, hidden=1, select=TopK(k=1), shared_experts=GatedSharedExperts())
+        ),
+        (
+            *_SIZES,
+            _HIDDEN,
+            _EXPERTS,
+            _CHOSEN,
+            _NORMALISED,
+            Key("moe_intermediate_size", "moe.hidden"),
+            Key("qkv_bias", "attention.bias", default=True, values={True: _QKV, False: ()}),
+            SharedWidth(),
+            _epsilon(),
+            RotaryPositions(),
+            WindowOfAllLayers("use_sliding_window"),
+            SparseLayers(),
+            BalanceLoss(),
+        ),
+        frozenset({"max_window_layers", "layer_types"}),
+    ),
+    {
+        PER_EXPERT: LLAMA_TENSORS | _QKV_BIAS | QWEN_EXPERTS | SHARED_EXPERT,
+        FUSED: LLAMA_TENSORS | _QKV_BIAS | FUSED_EXPERTS | SHARED_EXPERT,
+    },
+)
+OLMOE = _family(
+    "olmoe",
+    "OlmoeForCausalLM",
+    ConfigMapping(
+        SPARSE_MODEL.replace(attention=AttentionConfig(heads=1, qk_norm=AcrossHeadsQKNorm())),
+        (
+            *_SIZES,
+            _EXPERTS_AS_WIDE,
+            _EXPERTS,
+            _CHOSEN,
+            _NORMALISED,
+            Key("clip_qkv", "attention.clip", default=None),
+            _epsilon("attention.qk_norm.norm.eps", default=1e-5),
+            RotaryPositions(),
+            BalanceLoss(0.01),
+            _NO_BIAS,
+        ),
+    ),
+    {
+        PER_EXPERT: LLAMA_TENSORS | _QK_NORMS | QWEN_EXPERTS,
+        FUSED: LLAMA_TENSORS | _QK_NORMS | FUSED_EXPERTS,
+    },
+)
+_DENSE_SIZES = (*_SIZES, _HIDDEN, _epsilon(), RotaryPositions())
+LLAMA = _family(
+    "llama",
+    "LlamaForCausalLM",
+    ConfigMapping(
+        LLAMA_MODEL, (*_DENSE_SIZES, _HEAD_DIM, _NO_BIAS, FixedKey("mlp_bias", value=False))
+    ),
+    {DENSE: LLAMA_TENSORS},
+)
+MISTRAL = _family(
+    "mistral",
+    "MistralForCausalLM",
+    ConfigMapping(LLAMA_MODEL, (*_DENSE_SIZES, _HEAD_DIM, WindowOfAllLayers())),
+    {DENSE: LLAMA_TENSORS},
+)
+QWEN2 = _family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    ConfigMapping(
+        LLAMA_MODEL.replace(attention=AttentionConfig(heads=1, bias=_QKV)),
+        (*_DENSE_SIZES, WindowOfAllLayers("use_sliding_window")),
+        frozenset({"max_window_layers", "layer_types"}),
+    ),
+    {DENSE: LLAMA_TENSORS | _QKV_BIAS},
+)
+QWEN3 = _family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    ConfigMapping(
+        LLAMA_MODEL.replace(attention=_PER_HEAD_NORM),
+        (
+            *_SIZES,
+            _HIDDEN,
+            Key("head_dim", "attention.head_dim", default=128),
+            _epsilon("attention.qk_norm.norm.eps"),
+            RotaryPositions(),
+            WindowOfAllLayers("use_sliding_window"),
+            _NO_BIAS,
+        ),
+        frozenset({"max_window_layers", "layer_types"}),
+    ),
+    {DENSE: LLAMA_TENSORS | _QK_NORMS},
+)

@@ -1,0 +1,200 @@
+"""Export: a model directory becomes one that ``from_pretrained`` of transformers loads.
+
+A family can hold a model if its mapping, written and read again, gives a config of the same model
+(``same_model.py``). Weights are read and written some rows at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoint.checkpoint_directory import Disk
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import require_unchanged
+from moesaic.checkpoint.safetensors_io import serialize_chunks
+from moesaic.core.config_upgrade import upgrade_config
+from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.core.files import write_json
+from moesaic.core.shapes import Tensor
+from moesaic.core.yaml_reader import read_yaml_file
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.exchange.config_entries import LENGTH
+from moesaic.exchange.config_mapping import differences
+from moesaic.exchange.families import FAMILIES, family_of
+from moesaic.exchange.family import Family
+from moesaic.exchange.hf_directory import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    carried_files,
+    copy_files,
+    read_hf_config,
+)
+from moesaic.exchange.same_model import canonical, resolved
+from moesaic.exchange.tensor_files import PutTogether, TensorFiles
+from moesaic.model.config import ModelConfig
+
+SHARD_BYTES = 5 * 10**9
+DEFAULT_LENGTH = 4096  # that their config names for a model without a longest row
+_ROLES = ("pad", "bos", "eos")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedModel:
+    """What was written: the family, the layout, and the number and size of the tensors."""
+
+    family: str
+    layout: str
+    tensors: int
+    bytes: int
+
+
+def export_model(
+    run: Path, *, out: Path, layout: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> ExportedModel:
+    """Write the directory ``out`` with a model in the files of Hugging Face transformers.
+
+    Args:
+        run: The directory of a finished run or of an imported model.
+        out: Must not exist yet.
+        layout: The names of expert tensors, ``fused`` or ``per-expert``; None: as published.
+        shard_bytes: Of weights in a file, if a tensor is not larger.
+
+    Raises:
+        CheckpointError: No family can hold the model; the first part without an equivalent and
+            the nearest family are named.
+    """
+    directory = RunDir.open(run)
+    directory.require_weights()
+    require_unchanged(directory)
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already, expected a new directory")
+    model = read_model_config(directory)
+    before = read_hf_config(directory.imported) if directory.imported.is_dir() else {}
+    family = find_family(model, first=before.get("model_type"))
+    if layout is not None and layout not in family.layouts:
+        known = ", ".join(family.layouts)
+        raise CheckpointError(f"{family.model_type} has no layout {layout!r}, expected {known}")
+    layout = layout or next(iter(family.layouts))
+    pieces = family.pieces(model, layout=layout)
+    files = TensorFiles([directory.model])
+    put_together = PutTogether([piece.reversed() for piece in pieces], files)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        dtype = str(next(iter(put_together.targets.values())).dtype).removeprefix("torch.")
+        config = hf_config(family, model, before=before) | {"dtype": dtype}
+        config |= _write_tokenizer(directory, part)
+        write_json(part / CONFIG, config)
+        _write_shards(part, put_together, shard_bytes=shard_bytes)
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    targets = put_together.targets
+    return ExportedModel(family.model_type, layout, len(targets), _bytes(targets))
+
+
+def read_model_config(run: RunDir) -> ModelConfig:
+    """Return the config of a run's model. Raises CheckpointError."""
+    config, _ = upgrade_config(read_yaml_file(run.config))
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
+    return ModelConfig.from_dict(config["model"])
+
+
+def find_family(model: ModelConfig, *, first: object = None) -> Family:
+    """Return the family that can hold a model; ``first`` is tried before the others.
+
+    Raises CheckpointError with what the nearest family has no equivalent of.
+    """
+    families = list(FAMILIES.values())
+    if first in FAMILIES:
+        families.insert(0, family_of(first))
+    found = {family.model_type: _not_held(model, family) for family in families}
+    nearest = min(found, key=lambda name: len(found[name]))
+    if not found[nearest]:
+        return FAMILIES[nearest]
+    lines = "; ".join(found[nearest])
+    raise CheckpointError(
+        f"no model of transformers that we write has {found[nearest][0].partition(',')[0]}. The "
+        f"nearest is {nearest}, which differs so: {lines}"
+    )
+
+
+def hf_config(
+    family: Family, model: ModelConfig, *, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return their config of a model; keys that we do not have are as ``before``."""
+    kept = dict(before or {}) if (before or {}).get("model_type") == family.model_type else {}
+    replaced = {"rope_theta", "rope_scaling", "torch_dtype"}
+    kept = {key: value for key, value in kept.items() if key not in replaced}
+    about = {"model_type": family.model_type, "architectures": [family.architecture]}
+    return {LENGTH: DEFAULT_LENGTH} | kept | family.mapping.write(resolved(model)) | about
+
+
+def _not_held(model: ModelConfig, family: Family) -> list[str]:
+    """Return a sentence for each part of a model that a family has no equivalent of."""
+    wanted = canonical(model)
+    try:
+        found = family.mapping.read(hf_config(family, model))
+    except ConfigError as error:
+        return list(error.problems)
+    return list(differences(wanted, canonical(found)))
+
+
+def _write_tokenizer(run: RunDir, part: Path) -> dict[str, int]:
+    """Write tokenizer and generation config. Returns the ids of roles for ``config.json``."""
+    if not run.tokenizer.is_file():
+        return {}
+    kept = [path for path in carried_files(run.imported) if path.name != CONFIG]
+    tokenizer = Tokenizer.load(run.tokenizer)
+    known = tokenizer.vocabulary
+    ids = {f"{role}_token_id": known.roles[role] for role in _ROLES if role in known.roles}
+    if any(path.name == "tokenizer.json" or path.suffix == ".model" for path in kept):
+        copy_files(kept, to=part)
+        return ids
+    copy_files([run.tokenizer], to=part)
+    names = {f"{r}_token": tokenizer.id_to_token(i) for r, i in known.roles.items()}
+    write_json(
+        part / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names
+    )
+    write_json(part / "generation_config.json", ids)
+    return ids
+
+
+def _write_shards(part: Path, put_together: PutTogether, *, shard_bytes: int) -> None:
+    """Write the weights as one file, or as several with an index."""
+    disk, targets = Disk(), put_together.targets
+    shards = list(_shards(targets, shard_bytes=shard_bytes))
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = WEIGHTS if len(shards) == 1 else name
+        chosen = {key: targets[key] for key in names}
+        disk.write(part / name, chunks=serialize_chunks(chosen, read=put_together))
+        places |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        total = {"metadata": {"total_size": _bytes(targets)}, "weight_map": places}
+        (part / INDEX).write_text(json.dumps(total, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(targets: Mapping[str, Tensor], *, shard_bytes: int) -> Iterator[Sequence[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in targets.items():
+        own = tensor.numel() * tensor.element_size()
+        if names and size + own > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += own
+    yield names
+
+
+def _bytes(targets: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in targets.values())

@@ -1,0 +1,27 @@
+"""All families of models that can be imported and exported, by ``model_type``."""
+
+from moesaic.core.errors import CheckpointError, did_you_mean
+from moesaic.exchange.decoder_families import (
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    OLMOE,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+)
+from moesaic.exchange.family import Family
+
+_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE)
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES = {family.model_type: family for family in (*_SPARSE, *_DENSE)}
+
+
+def family_of(model_type: object) -> Family:
+    """Return the family of a ``model_type``. Raises CheckpointError."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        hint = did_you_mean(str(model_type), FAMILIES)
+        raise CheckpointError(f"found model_type {model_type!r:.60}, expected one of {known}{hint}")
+    return FAMILIES[model_type]

@@ -1,0 +1,124 @@
+"""Hugging Face directory: its config, the files of its weights, and the files carried over."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moesaic.checkpoint.safetensors_io import PICKLE_SUFFIXES, reject_pickle
+from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import MIB, FileKind, FileShape, read_json_mapping, require_inside
+from moesaic.core.markdown import markdown_table
+from moesaic.exchange.family import Family
+from moesaic.exchange.tensor_files import TensorFiles
+from moesaic.exchange.tensor_table import Region, Shape
+
+HF_CONFIG_FILE = FileKind(name="config.json of a model", max_bytes=16 * MIB, error=CheckpointError)
+HF_INDEX_FILE = FileKind(
+    name="index of weights", max_bytes=256 * MIB, max_values=20_000_000, error=CheckpointError
+)
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+CARRIED = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+MAX_SHOWN = 20
+
+
+class _IndexShape(FileShape):
+    kind: ClassVar[FileKind] = HF_INDEX_FILE
+    weight_map: dict[str, str]
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """Return the config of a directory. Raises CheckpointError."""
+    path = directory / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory}: no {CONFIG}, expected a directory of a Hugging Face model"
+        )
+    found = read_json_mapping(path, HF_CONFIG_FILE)
+    if found.get("quantization_config"):
+        raise CheckpointError(
+            f"{path}: quantization_config: the weights are quantised, expected those of a float "
+            "type; load and save them in bfloat16 first"
+        )
+    return found
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a directory. Raises CheckpointError: pickles, or none."""
+    index = directory / INDEX
+    if index.is_file():
+        names = sorted(set(_IndexShape.read(index).weight_map.values()))
+        return [require_inside(directory, name, kind=HF_INDEX_FILE, where=index) for name in names]
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    for path in sorted(directory.iterdir()):
+        if path.suffix in PICKLE_SUFFIXES and path.is_file():
+            reject_pickle(path)
+    raise CheckpointError(f"{directory}: found neither {WEIGHTS} nor {INDEX}")
+
+
+def carried_files(directory: Path) -> list[Path]:
+    """Return the files beside the weights that a model is exported with again."""
+    named = [directory / name for name in CARRIED]
+    return [path for path in (*named, *sorted(directory.glob("*.model"))) if path.is_file()]
+
+
+def copy_files(paths: Sequence[Path], *, to: Path) -> None:
+    """Copy files into a directory, which is made if there is none."""
+    to.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        shutil.copyfile(path, to / path.name, follow_symlinks=True)
+        os.utime(to / path.name)
+
+
+def require_same_tensors(
+    family: Family, files: TensorFiles, *, expected: Mapping[str, Shape], where: Path
+) -> None:
+    """Raise CheckpointError with a table of all tensors that are not those of a family's model."""
+    rows: list[tuple[object, ...]] = [(n, "is in two files", "", "") for n in files.repeated]
+    rows += [(n, "is missing", "", list(s)) for n, s in expected.items() if n not in files.tensors]
+    for name, tensor in files.tensors.items():
+        if name in expected:
+            if tensor.shape != expected[name]:
+                rows.append((name, "has another shape", list(tensor.shape), list(expected[name])))
+        elif name in family.copies and family.copies[name] in files.tensors:
+            if not _equal(files, name, family.copies[name]):
+                rows.append((name, f"differs from {family.copies[name]}", list(tensor.shape), ""))
+        elif not any(re.fullmatch(pattern, name) for pattern in family.derived):
+            rows.append((name, "is unexpected", list(tensor.shape), ""))
+    if rows:
+        table = markdown_table(("tensor", "problem", "found", "expected"), rows[:MAX_SHOWN])
+        more = f"and {len(rows) - MAX_SHOWN} more\n" if len(rows) > MAX_SHOWN else ""
+        raise CheckpointError(
+            f"{where}: {len(rows)} tensors are not those of its config ({family.model_type}); "
+            f"nothing was written\n{table}{more}".rstrip()
+        )
+
+
+def _equal(files: TensorFiles, name: str, other: str) -> bool:
+    """Return whether two tensors have the same values, read row by row in blocks."""
+    one, two = files.tensors[name], files.tensors[other]
+    if (one.shape, one.dtype) != (two.shape, two.dtype) or not one.shape:
+        return False
+    step, rest = 4096, one.shape[1:]
+    for start in range(0, one.shape[0], step):
+        shape = (min(step, one.shape[0] - start), *rest)
+        offset = (start, *(0 for _ in rest))
+        if not files.read(Region(name, offset, shape)).equal(
+            files.read(Region(other, offset, shape))
+        ):
+            return False
+    return True

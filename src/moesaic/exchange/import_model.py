@@ -1,0 +1,216 @@
+"""Import: a Hugging Face directory becomes a model directory like any other.
+
+The config is translated and every tensor accounted for before anything is written; then tensors
+are read and written some rows at a time. The directory appears when it is complete.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoint.checkpoint_directory import Disk
+from moesaic.checkpoint.model_card import ModelCard, card_parameters
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import weights_metadata, write_run_record
+from moesaic.checkpoint.safetensors_io import serialize_chunks
+from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.core.files import atomic_write
+from moesaic.core.units import show_bytes
+from moesaic.data.collators import Collator, DecoderOnlyCollator, EncoderDecoderCollator
+from moesaic.data.document_packing import Concatenated
+from moesaic.data.imported_tokenizer import FromFile
+from moesaic.data.language_tag import FirstTargetToken, NoTag
+from moesaic.data.loader import LoaderConfig
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import CausalLM, Translation
+from moesaic.data.tokenizer_source import TokenizerSource
+from moesaic.exchange.config_entries import LENGTH
+from moesaic.exchange.families import family_of
+from moesaic.exchange.family import Family
+from moesaic.exchange.hf_directory import (
+    CONFIG,
+    carried_files,
+    copy_files,
+    read_hf_config,
+    require_same_tensors,
+    weight_files,
+)
+from moesaic.exchange.tensor_files import PutTogether, TensorFiles
+from moesaic.exchange.tensor_table import TensorPiece, source_shapes
+from moesaic.model.config import ModelConfig
+from moesaic.train.corpus_source import CorpusFolder
+from moesaic.train.run import Run
+from moesaic.train.text_data import TextData
+
+LONGEST_ROW = 4096  # of a row of an imported model, in training
+TOKENIZER_FILES = ("tokenizer.json", "*.model")
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedModel:
+    """What was read: the family and the layout of its tensors, their number and size."""
+
+    family: str
+    layout: str
+    tensors: int
+    bytes: int
+    model: ModelConfig
+    notes: tuple[str, ...]
+
+
+def import_model(
+    directory: Path,
+    *,
+    out: Path,
+    layout: str = "auto",
+    tokenizer: TokenizerSource | None = None,
+    languages: Sequence[str] = (),
+) -> ImportedModel:
+    """Write the model directory ``out`` with the model of a Hugging Face directory.
+
+    Args:
+        directory: Its config, safetensors files and tokenizer.
+        out: Must not exist yet.
+        layout: The names of expert tensors, ``fused`` or ``per-expert``; ``auto`` looks.
+        tokenizer: Where the tokenizer is; None: in the directory, if there is one.
+        languages: Codes of the languages whose tags the tokenizer has.
+
+    Raises:
+        CheckpointError: The family is unknown, or the tensors are not those of the config.
+        ConfigError: Something that the config asks for does not exist here.
+        DataError: The tokenizer cannot be read.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already, expected a new directory")
+    theirs = read_hf_config(directory)
+    family = family_of(theirs.get("model_type"))
+    model = _read_config(family, theirs, where=directory / CONFIG)
+    files = TensorFiles(weight_files(directory))
+    layout, pieces = find_pieces(family, model, files, layout=layout)
+    require_same_tensors(family, files, expected=source_shapes(pieces), where=directory)
+    unread = family.mapping.unread_keys(theirs)
+    notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
+    with _new_directory(out) as part:
+        if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
+            source = tokenizer or FromFile(path=str(directory), tags={})
+            source.make({}, languages=languages, notify=notes.append).save(part.tokenizer)
+        else:
+            notes.append("no tokenizer was found: the model scores ids, and no text")
+        copy_files(carried_files(directory), to=part.imported)
+        run = imported_run(out, model, theirs=theirs, languages=languages)
+        size = _write_model(part, run, PutTogether(pieces, files))
+        facts = {"imported from": f"{directory.name} ({family.architecture}, {layout})"}
+        _write_card(part, run, facts=facts, notes=notes, languages=languages)
+    return ImportedModel(family.model_type, layout, len(files.tensors), size, model, tuple(notes))
+
+
+def find_pieces(
+    family: Family, model: ModelConfig, files: TensorFiles, *, layout: str
+) -> tuple[str, list[TensorPiece]]:
+    """Return the layout that a checkpoint has, and its pieces with our tensors as targets.
+
+    That is ``layout``, or with ``auto`` the one most of whose tensors are there.
+    """
+    if layout != "auto" and layout not in family.layouts:
+        known = ", ".join(family.layouts)
+        raise CheckpointError(f"{family.model_type} has no layout {layout!r}, expected {known}")
+    names = list(family.layouts) if layout == "auto" else [layout]
+    found = {name: family.pieces(model, layout=name) for name in names}
+    best = max(found, key=lambda name: len(source_shapes(found[name]).keys() & files.tensors))
+    return best, found[best]
+
+
+def imported_run(
+    out: Path, model: ModelConfig, *, theirs: Mapping[str, Any], languages: Sequence[str]
+) -> Run:
+    """Return the Run of an imported model: a starting point of fine-tuning."""
+    longest = theirs.get(LENGTH)
+    row = min(longest, LONGEST_ROW) if isinstance(longest, int) and longest >= 2 else LONGEST_ROW
+    encoder = bool(model.encoder.layers)
+    start = "bos" if theirs.get("bos_token_id") is not None else "eos"
+    collator: Collator = DecoderOnlyCollator(tag=NoTag(start=start))
+    task = WeightedTask(task=CausalLM(packing=Concatenated()))
+    if encoder:
+        collator = EncoderDecoderCollator(tag=FirstTargetToken())
+        task = WeightedTask(task=Translation())
+    return Run(
+        name=out.name,
+        data=TextData(
+            corpus=CorpusFolder(path="corpus" if encoder else "documents"),
+            languages=tuple(languages),
+            tokenizer=FromFile(path=str(RunDir(out.resolve()).tokenizer), tags={}),
+            mixture=MixtureConfig(tasks=(task,)),
+            loader=LoaderConfig(
+                batch_tokens=max(4096, 2 * row),
+                max_source=row if encoder else 256,
+                max_target=row,
+                collator=collator,
+            ),
+        ),
+        model=model,
+        steps=1000,
+    )
+
+
+def add_to_card(model: Path, name: str, text: str) -> None:
+    """Add a fact to the card of a model directory, at its end."""
+    card = RunDir(model).card
+    atomic_write(card, f"{card.read_text(encoding='utf-8')}\n- {name}: {text}\n")
+
+
+def _read_config(family: Family, theirs: Mapping[str, Any], *, where: Path) -> ModelConfig:
+    try:
+        return family.mapping.read(theirs)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {problem}" for problem in error.problems) from error
+
+
+@contextmanager
+def _new_directory(out: Path) -> Iterator[RunDir]:
+    """Make a directory that gets its name at the end, if nothing fails."""
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield RunDir(part)
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _write_model(part: RunDir, run: Run, put_together: PutTogether) -> int:
+    """Write config, weights and the record of both. Returns the bytes of all tensors."""
+    targets, disk = put_together.targets, Disk()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in targets.values())
+    if size > disk.free_bytes(part.path):
+        free = show_bytes(disk.free_bytes(part.path))
+        raise CheckpointError(f"{part.path.parent}: {free} free, expected {show_bytes(size)}")
+    atomic_write(part.config, run.to_yaml())
+    metadata = weights_metadata(part, model=run.model.to_dict())
+    disk.write(part.model, chunks=serialize_chunks(targets, read=put_together, metadata=metadata))
+    write_run_record(part, config=run.to_dict(), plugins=())
+    return size
+
+
+def _write_card(
+    part: RunDir,
+    run: Run,
+    *,
+    facts: Mapping[str, str],
+    notes: Sequence[str],
+    languages: Sequence[str],
+) -> None:
+    card = ModelCard(
+        name=run.name,
+        languages=list(languages),
+        licence="other",
+        parameters=card_parameters(run.model),
+        facts=facts,
+        task="translation" if run.model.encoder.layers else "text-generation",
+        notes=["The licence is that of the imported model.", *notes],
+    )
+    atomic_write(part.card, card.text())

@@ -1,0 +1,180 @@
+import json
+import pickle
+
+import pytest
+import torch
+from hf_directories import (
+    EXPERTS,
+    HIDDEN,
+    MIXTRAL_CONFIG,
+    mixtral_shapes,
+    random_tensors,
+    write_directory,
+)
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
+from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.exchange import tensor_files
+from moesaic.exchange.export_model import export_model, read_model_config
+from moesaic.exchange.import_model import import_model
+from moesaic.exchange.tensor_files import TensorFiles
+from moesaic.nn.attention_parts import SlidingWindow
+from moesaic.nn.rotary_scaling import YaRN
+from moesaic.recipes.lookup import find_recipe
+from moesaic.serve.open_run import _load_model
+from moesaic.train.run_checks import check_run
+
+LAYOUTS = ("per-expert", "fused")
+
+
+@pytest.fixture
+def mixtral(tmp_path):
+    return write_directory(tmp_path / "theirs", random_tensors(mixtral_shapes("per-expert")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_value_of_theirs_is_where_ours_has_it(layout, tmp_path):
+    theirs = random_tensors(mixtral_shapes(layout))
+    found = import_model(write_directory(tmp_path / "theirs", theirs), out=tmp_path / "ours")
+    assert (found.family, found.layout, found.tensors) == ("mixtral", layout, len(theirs))
+    ours = read_tensors(tmp_path / "ours/model.safetensors")
+    attention = "model.layers.1.self_attn."
+    parts = [theirs[f"{attention}{name}_proj.weight"] for name in "qkv"]
+    assert ours["decoder.1.self_attention.inner.qkv.weight"].equal(torch.cat(parts))
+    up = ours["decoder.0.feed_forward.inner.experts.up"]
+    if layout == "fused":
+        assert up.equal(theirs["model.layers.0.mlp.experts.gate_up_proj"].transpose(1, 2))
+    else:
+        inside = "model.layers.0.block_sparse_moe.experts"
+        for expert in range(EXPERTS):
+            gate, value = (theirs[f"{inside}.{expert}.{n}.weight"] for n in ("w1", "w3"))
+            assert up[expert, :, :HIDDEN].equal(gate.t())
+            assert up[expert, :, HIDDEN:].equal(value.t())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in ours.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_export_after_import_gives_each_layout_bit_for_bit(layout, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 100)  # tables are copied row by row
+    theirs = random_tensors(mixtral_shapes(layout))
+    import_model(write_directory(tmp_path / "theirs", theirs), out=tmp_path / "ours")
+    export_model(tmp_path / "ours", out=tmp_path / "other", layout=other, shard_bytes=3000)
+    import_model(tmp_path / "other", out=tmp_path / "again")
+    one, two = (read_tensors(tmp_path / p / "model.safetensors") for p in ("ours", "again"))
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)
+    export_model(tmp_path / "again", out=tmp_path / "back", layout=layout)
+    back = read_tensors(tmp_path / "back/model.safetensors")
+    assert back.keys() == theirs.keys()
+    assert all(back[name].equal(theirs[name]) for name in theirs)
+
+
+def test_an_imported_model_is_a_model_directory_like_any_other(mixtral, tmp_path):
+    import_model(mixtral, out=tmp_path / "ours")
+    run = find_recipe(str(tmp_path / "ours"))
+    check_run(run)
+    assert run.model == read_model_config(RunDir(tmp_path / "ours"))
+    _load_model(run.model, tmp_path / "ours/model.safetensors", device="cpu")
+
+
+def test_every_tensor_is_accounted_for_or_nothing_is_written(mixtral, tmp_path):
+    shapes = mixtral_shapes("per-expert")
+    first = next(iter(shapes))
+    wrong = random_tensors({"extra.bias": (3,), **shapes, "model.norm.weight": (5,)})
+    del wrong[first]
+    directory = write_directory(tmp_path / "wrong", wrong)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    write_tensors(directory / "more.safetensors", tensors={"extra.bias": torch.zeros(3)})
+    index["weight_map"]["again"] = "more.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as error:
+        import_model(directory, out=tmp_path / "ours")
+    for line in (
+        "4 tensors are not those of its config (mixtral); nothing was written",
+        f"| {first} | is missing |  | [40, 16] |",
+        "| extra.bias | is unexpected | [3] |  |",
+        "| extra.bias | is in two files |  |  |",
+        "| model.norm.weight | has another shape | [5] | [16] |",
+    ):
+        assert line in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "wrong"]
+
+
+def test_a_tied_table_may_be_stored_twice_if_both_are_the_same(tmp_path):
+    tied = MIXTRAL_CONFIG | {"tie_word_embeddings": True}
+    theirs = random_tensors(mixtral_shapes("fused"))
+    other = write_directory(tmp_path / "other", theirs, config=tied)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight \| differs from model.embed"):
+        import_model(other, out=tmp_path / "ours")
+    theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"].clone()
+    found = import_model(
+        write_directory(tmp_path / "same", theirs, config=tied), out=tmp_path / "ours"
+    )
+    assert found.model.embedding.tied
+
+
+def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path):
+    directory = tmp_path / "theirs"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(MIXTRAL_CONFIG))
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match=r"pickle.*save_file\(torch.load"):
+        import_model(directory, out=tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_act": "gelu"}, 'hidden_act: found "gelu", of which we have "silu" alone'),
+        ({"rope_scaling": {"type": "spiral"}}, 'rope_type: found "spiral", expected one of'),
+        ({"rope_scaling": {"type": "linear"}}, "rope_parameters: found no factor of linear"),
+        ({"vocab_size": None}, "found no vocab_size"),
+        ({"quantization_config": {"bits": 4}}, "the weights are quantised"),
+        ({"model_type": "mixtrall"}, "found model_type 'mixtrall'.*did you mean"),
+    ],
+)
+def test_a_config_that_we_cannot_compute_is_refused(changes, sentence, tmp_path):
+    directory = write_directory(tmp_path / "theirs", {}, config=MIXTRAL_CONFIG | changes)
+    with pytest.raises((ConfigError, CheckpointError), match=sentence):
+        import_model(directory, out=tmp_path / "ours")
+
+
+def test_a_config_is_read_with_the_keys_of_both_versions(tmp_path):
+    changes = {
+        "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 32},
+        "sliding_window": 8,
+        "head_dim": 6,
+        "num_experts": EXPERTS,
+        "made_by": "somebody",
+    }
+    shapes = mixtral_shapes("fused")
+    for name in shapes:
+        width = {"q_proj": 24, "k_proj": 12, "v_proj": 12}.get(name.split(".")[-2])
+        if width:
+            shapes[name] = (width, 16)
+        elif "o_proj" in name:
+            shapes[name] = (16, 24)
+    config = {k: v for k, v in MIXTRAL_CONFIG.items() if k != "num_local_experts"} | changes
+    directory = write_directory(tmp_path / "theirs", random_tensors(shapes), config=config)
+    found = import_model(directory, out=tmp_path / "ours")
+    assert found.model.position.scaling == YaRN(factor=2, original_length=32)
+    assert found.model.position.theta == 1e6
+    assert found.model.attention.window == SlidingWindow(size=8)
+    assert found.model.moe.balance[0].weight == 0.04  # k times the coefficient of theirs
+    assert "config.json: nothing here reads made_by" in found.notes
+
+
+def test_no_more_than_a_matrix_or_a_block_is_in_memory(mixtral, tmp_path, monkeypatch):
+    read, sizes = TensorFiles.read, []
+
+    def measured(files, region):
+        values = read(files, region)
+        sizes.append(values.untyped_storage().nbytes())
+        return values
+
+    monkeypatch.setattr(TensorFiles, "read", measured)
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 128)
+    import_model(mixtral, out=tmp_path / "ours")
+    assert max(sizes) == 2 * 16 * HIDDEN  # a matrix of an expert: a fused bank has three pairs

@@ -1,0 +1,148 @@
+"""Imported models against transformers, with small random models of every family."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers_models import DENSE, LAYOUTS, MODELS
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import write_run_record
+from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
+from moesaic.checkpoint.stored_weights import load_transformer
+from moesaic.data.batch import Batch, InputRows
+from moesaic.exchange.export_model import export_model, read_model_config
+from moesaic.exchange.families import FAMILIES
+from moesaic.exchange.import_model import import_model, imported_run
+from moesaic.exchange.same_model import resolved
+from moesaic.model.config import Stack
+from moesaic.model.transformer import Transformer
+from moesaic.model.weights import export_weights
+from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import SwitchTop1
+from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.qk_norm import PerHeadQKNorm
+
+transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+each_model = pytest.mark.parametrize("name", MODELS)
+each_layout = pytest.mark.parametrize(
+    ("name", "layout"),
+    [(n, layout) for n in MODELS for layout in (LAYOUTS if n not in DENSE else ("per-expert",))],
+)
+PROMPT = 3
+
+
+def imported(path: Path) -> Transformer:
+    run = RunDir(path)
+    return load_transformer(read_model_config(run), run.model).eval()
+
+
+def batch_of(rows: Tensor) -> Batch:
+    labels = torch.full_like(rows, 1)
+    keys = torch.zeros(len(rows), dtype=torch.long)
+    return Batch(InputRows.empty(len(rows)), InputRows.full(rows), labels, {}, keys)
+
+
+def token_by_token(model: Transformer, rows: Tensor) -> Tensor:
+    cache = model.init_cache(None, rows=len(rows))
+    logits = [model.step(InputRows.full(rows[:, :PROMPT]), cache)]
+    logits += [
+        model.step(InputRows.full(rows[:, i : i + 1]), cache) for i in range(PROMPT, rows.shape[1])
+    ]
+    return torch.stack(logits, 1)
+
+
+def chosen_experts(routers: Any, *, k: int) -> list[Tensor]:
+    return [logits.topk(k).indices.sort(-1).values for logits in routers]
+
+
+@each_layout
+def test_an_imported_model_computes_and_routes_as_in_transformers(name, layout, tmp_path):
+    theirs = MODELS[name].build()
+    LAYOUTS[layout](theirs, tmp_path / "theirs")
+    found = import_model(tmp_path / "theirs", out=tmp_path / "ours")
+    assert found.layout == ("dense" if name in DENSE else layout)
+    assert not any("nothing here reads" in note for note in found.notes)
+    ours, rows = imported(tmp_path / "ours"), torch.randint(0, 96, (2, 12))
+    routed = {} if name in DENSE else {"output_router_logits": True}
+    wanted = theirs(input_ids=rows, **routed)
+    output = ours(batch_of(rows))
+    got = ours.predict(output.hidden).view_as(wanted.logits)
+    assert (got - wanted.logits).abs().max() <= 1e-5
+    assert (token_by_token(ours, rows) - wanted.logits[:, PROMPT - 1 :]).abs().max() <= 1e-5
+    if name in DENSE:
+        return
+    k = found.model.moe.select.k
+    routed = [record.routing.expert.view(-1, k).sort(-1).values for record in output.records]
+    for mine, yours in zip(routed, chosen_experts(wanted.router_logits, k=k), strict=True):
+        assert mine.equal(yours)
+
+
+@each_model
+def test_gradients_of_an_imported_model_are_those_in_transformers(name, tmp_path):
+    theirs = MODELS[name].build()
+    LAYOUTS["fused"](theirs, tmp_path / "theirs")
+    import_model(tmp_path / "theirs", out=tmp_path / "ours")
+    ours, rows = imported(tmp_path / "ours"), torch.randint(0, 96, (2, 12))
+    direction = torch.randn(2 * 12, 96)
+    (theirs(input_ids=rows).logits.view(24, 96) * direction).sum().backward()
+    (ours.predict(ours(batch_of(rows)).hidden) * direction).sum().backward()
+    with torch.no_grad():  # a model whose weights are the gradients, imported like one
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad)
+    LAYOUTS["fused"](theirs, tmp_path / "gradients")
+    import_model(tmp_path / "gradients", out=tmp_path / "wanted")
+    wanted = read_tensors(tmp_path / "wanted/model.safetensors")
+    for key, parameter in ours.named_parameters():
+        assert (parameter.grad - wanted[key]).abs().max() <= 1e-5 * wanted[key].abs().max(), key
+
+
+@each_layout
+def test_an_exported_model_is_loaded_without_a_missing_or_unexpected_key(name, layout, tmp_path):
+    theirs = MODELS[name].build()
+    LAYOUTS["per-expert"](theirs, tmp_path / "theirs")
+    import_model(tmp_path / "theirs", out=tmp_path / "ours")
+    layout = "dense" if name in DENSE else layout
+    export_model(tmp_path / "ours", out=tmp_path / "exported", layout=layout, shard_bytes=20_000)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "exported", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(again) is type(theirs)
+    for key, tensor in theirs.state_dict().items():
+        assert again.state_dict()[key].equal(tensor), key
+    import_model(tmp_path / "exported", out=tmp_path / "once more")
+    before, after = (
+        read_tensors(tmp_path / p / "model.safetensors") for p in ("ours", "once more")
+    )
+    assert before.keys() == after.keys()
+    assert all(before[key].equal(after[key]) for key in before)
+    one, two = (read_model_config(RunDir(tmp_path / p)) for p in ("ours", "once more"))
+    assert resolved(one) == resolved(two)
+
+
+def test_a_model_that_rotates_neighbouring_channels_is_exported_with_halves(tmp_path):
+    config = FAMILIES["qwen3_moe"].mapping.template.replace(
+        vocab_size=96,
+        dim=32,
+        decoder=Stack(layers=2, moe_every=1),
+        attention=AttentionConfig(heads=4, kv_heads=2, qk_norm=PerHeadQKNorm()),
+        moe=MoE(experts=4, hidden=12, select=SwitchTop1()),
+        position=Rotary(pairing="neighbouring"),
+    )
+    ours, run = Transformer(config).eval(), RunDir(tmp_path / "ours")
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    plan = imported_run(run.path, config, theirs={}, languages=())
+    write_tensors(run.model, tensors=export_weights(ours))
+    run.config.write_text(plan.to_yaml())
+    write_run_record(run, config=plan.to_dict(), plugins=())
+    assert export_model(run.path, out=tmp_path / "theirs").family == "qwen3_moe"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    rows = torch.randint(0, 96, (2, 12))
+    wanted = ours.predict(ours(batch_of(rows)).hidden).view(2, 12, 96)
+    assert (theirs(rows).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()

@@ -1,0 +1,94 @@
+"""Small models of transformers with random weights, one for each family and variant."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attn_implementation": "eager",
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@dataclass(frozen=True)
+class TheirModel:
+    """A class of transformers and what its config says beside ``SIZES``."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Any:
+        """Return the model with weights away from their initial values."""
+        import transformers
+
+        config = getattr(transformers, f"{self.name}Config")(**SIZES | self.changes)
+        model = getattr(transformers, f"{self.name}ForCausalLM")(config).eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                one = parameter.dim() == 1
+                parameter.normal_(1.0 if one else 0.0, 0.3 if one else 0.2)
+        return model
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MODELS = {
+    "mixtral": TheirModel("Mixtral", {"num_local_experts": 4}),
+    "mixtral with a window": TheirModel(
+        "Mixtral", {"num_local_experts": 4, "sliding_window": 6, "head_dim": 12}
+    ),
+    "qwen3_moe": TheirModel("Qwen3Moe", EXPERTS | {"head_dim": 12, "norm_topk_prob": True}),
+    "qwen3_moe, a dense layer, tied, yarn": TheirModel(
+        "Qwen3Moe",
+        EXPERTS | {"mlp_only_layers": [0], "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
+    "qwen2_moe": TheirModel("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "olmoe": TheirModel(
+        "Olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.7, "pad_token_id": None},
+    ),
+    "llama": TheirModel("Llama", {"rope_parameters": LLAMA3}),
+    "mistral": TheirModel("Mistral", {"sliding_window": 5, "tie_word_embeddings": True}),
+    "qwen2": TheirModel("Qwen2"),
+    "qwen3": TheirModel(
+        "Qwen3",
+        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    ),
+}
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+Save = Callable[[Any, Path], None]
+
+
+def save_per_expert(model: Any, path: Path) -> None:
+    """Save a model with the names of transformers 4."""
+    model.save_pretrained(path)
+
+
+def save_fused(model: Any, path: Path) -> None:
+    """Save a model with the names of transformers 5, in several files."""
+    model.save_pretrained(path, save_original_format=False, max_shard_size="20KB")
+
+
+LAYOUTS: dict[str, Save] = {"per-expert": save_per_expert, "fused": save_fused}
