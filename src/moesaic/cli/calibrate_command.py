@@ -80,7 +80,9 @@ def _show(found: Calibration, result: dict[str, Any], console: Console) -> None:
         rows.append((name.replace("_", " "), show_bytes(rate["bytes_per_s"]["value"]) + "/s"))
     rows.append(("update on the host", show_bytes(machine.update.value) + "/s"))
     pairs: Any = numbers["contended"]
-    rows += [(f"{n.replace('_', ' + ')} together", f"{p['value']:.2f}x") for n, p in pairs.items()]
+    for name, pair in pairs.items():
+        both = name.replace("_", " " if name == "all_devices" else " + ")
+        rows.append((f"{both} together", f"{pair['value']:.2f}x"))
     print_table(console, (machine.name, "highest rate"), rows)
     spread = max(found.measurements, key=lambda m: m.spread)
     console.print(
