@@ -48,8 +48,8 @@ def known_plans(found: dict[str, Any]) -> str:
             f"{each['tokens_per_second_and_device']:,.0f}" if "plan" in each else "",
             f"{each['mfu_active']:.1%}" if "plan" in each else "",
         )
-        for question, answers in found.items()
-        for name, each in answers.items()
+        for question in ("folding", "offload")
+        for name, each in found[question].items()
     ]
     return f"""## Plans that others have measured
 
@@ -96,6 +96,9 @@ def page(found: dict[str, Any]) -> str:
         )
         for cell in found["cells"]
     ]
+    drift = ""
+    if "slow_down" in found:
+        drift = f"\nA product took {found['slow_down']:.2f} times as long at the end as at first."
     failed = "".join(f"- {run['model']}, {run['plan']}: {run['why']}\n" for run in found["failed"])
     return f"""# Forecasts and measured steps
 
@@ -106,7 +109,7 @@ The machine was calibrated, all forecasts were written to a file (sha256
 `{found["forecasts_sha256"][:16]}...`), and then every plan ran: {machine["processor"]},
 {machine["cores"]} cores, torch {machine["torch"]}, load {machine["load_before"]:.1f} at the end,
 {found["date"]}, commit {found["commit"]}. With a load above 1 the times are those of a busy
-machine. A product took {found["slow_down"]:.2f} times as long at the end as before the forecasts.
+machine.{drift}
 
 Error of a step's time: {found["error_median"]:.0%} in the median, {found["error_worst"]:.0%} at
 worst; {len(found["misses"])} of {len(runs)} are off by more than 15 %. "Skewed" sends 45 % of a

@@ -12,10 +12,12 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World, local_tensor
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import DiskStorage, HostMemory
+from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.optim.named_optimizer import live_state
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.tiny_models import tiny_run, tiny_trainer
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
@@ -33,7 +35,17 @@ TIERS = {
     "all away": MemoryPlan(
         parameters=HOST, gradients=HOST, optimizer_states=DISK, activations=HOST
     ),
+    "late on host": MemoryPlan(gradients=HOST, optimizer_states=HOST, late_steps=8),
+    "late on disk": MemoryPlan(
+        gradients=DISK, optimizer_states=DISK, in_flight_bytes=10_000, late_steps=2
+    ),
+    "late, all away": MemoryPlan(
+        parameters=HOST, gradients=HOST, optimizer_states=DISK, activations=HOST, late_steps=3
+    ),
 }
+EXPERTS = 32
+# few tokens for many experts: some have none for several steps
+MODEL = tiny_model_config(moe=MoE(experts=EXPERTS, select=SwitchTop1()))
 PLANS: dict[str, tuple[int, dict[str, int], Optimizer]] = {
     "one process": (1, {}, AdamW(lr=1e-2)),
     "one process, Muon": (1, {}, Muon(lr=1e-2)),
@@ -74,6 +86,7 @@ def run_of(plan: str, memory: MemoryPlan, **changes: Any) -> Run:
         steps=50,
         gradient_accumulation_steps=2,
         clip_norm=0.5,
+        model=MODEL,
         optimizer=optimizer,
         parallel=ParallelConfig(plan=ParallelPlan(**degrees), memory=memory),
     ).replace(**changes)

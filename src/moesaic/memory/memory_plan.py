@@ -12,6 +12,8 @@ class MemoryPlan(Config):
     """The memory tier of each purpose, all on the device by default (ZeRO-Offload, 2101.06840).
 
     ``in_flight_bytes`` bounds, for each purpose, the copies that are under way or in use at once.
+    ``late_steps``: experts without tokens are updated when they are next used, to the same bits, at
+    most so many steps late; until then their gradients and states on a tier do not move.
     """
 
     parameters: Tier = DeviceMemory()
@@ -19,6 +21,7 @@ class MemoryPlan(Config):
     optimizer_states: Tier = DeviceMemory()
     activations: Tier = DeviceMemory()
     in_flight_bytes: Annotated[int, Field(ge=1)] = MAX_IN_FLIGHT_BYTES
+    late_steps: Annotated[int, Field(ge=0)] = 0
 
     @property
     def offloads(self) -> bool:

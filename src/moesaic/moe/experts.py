@@ -69,7 +69,12 @@ class Expert(Choice):
 
 
 class ExpertModule(nn.Module):
-    """Base of the modules with the experts of a layer (see ``dispatcher.ExpertCompute``)."""
+    """Base of the modules with the experts of a layer (see ``dispatcher.ExpertCompute``).
+
+    Members call ``before_use`` with the rows of each expert before they read expert weights.
+    """
+
+    before_use: Callable[[RowGroups], None] = staticmethod(lambda _: None)
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups become zero."""
@@ -144,9 +149,11 @@ class GroupedExperts(ExpertModule, FusedProjections):
         self.activation, self.bias = feed.activation, size.bias
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
+        self.before_use(groups)
         return FunctionalExperts(self.weights, self.activation)(rows, groups=groups)
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        self.before_use(edges.groups)
         return FunctionalExperts(self.weights, self.activation).forward_edges(x, edges=edges)
 
     def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
@@ -230,6 +237,7 @@ class LoRAExperts(ExpertModule, CustomInitializers, FusedProjections):
         return {"up_b": gate_and_value(self.up_b.shape[2], hidden=self.down_a.shape[1])}
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
+        self.before_use(groups)
         rows = as_autocast(rows)
         low = self._low_rank_product(rows, a=self.up_a, b=self.up_b, groups=groups)
         hidden = self.activation(self.base.up(rows) + low)

@@ -4,7 +4,9 @@
 # torch._foreach_*: one call for many tensors, as torch.optim itself does it
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -24,9 +26,21 @@ class GradNorm:
 
 
 @torch.no_grad()
-def tensor_norms(tensors: list[Tensor]) -> list[Float[Tensor, ""]]:
-    """Return the 2-norm of each tensor, in float32 whatever its type."""
-    return list(torch._foreach_norm(tensors, 2.0, torch.float32)) if tensors else []
+def tensor_norms(tensors: Sequence[Tensor]) -> list[Float[Tensor, ""]]:
+    """Return the 2-norm of each tensor, in float32 whatever its type.
+
+    That of expert weights ``[E, M, N]`` is the norm of the norms of the experts: with the same bits
+    where experts without tokens are left out.
+    """
+    parts = [list(t) if t.ndim == 3 and len(t) else [t] for t in tensors]
+    flat = [part for each in parts for part in each]
+    norms = iter(torch._foreach_norm(flat, 2.0, torch.float32) if flat else ())
+    return [norm_of_norms(list(islice(norms, len(each)))) for each in parts]
+
+
+def norm_of_norms(norms: Sequence[Float[Tensor, ""]]) -> Float[Tensor, ""]:
+    """Return the 2-norm of the values of all tensors with these norms."""
+    return norms[0] if len(norms) == 1 else torch.stack(list(norms)).norm()
 
 
 @torch.no_grad()

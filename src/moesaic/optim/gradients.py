@@ -2,17 +2,20 @@
 
 On a tier a gradient leaves the device as soon as backward has made it (torch calls a hook after it
 has accumulated one, FSDP2 after it has reduced one), and micro-batches add up there, in the same
-order as in ``Parameter.grad``. Its norm is taken while it is at hand, so the exact global norm
-needs no second reading. Clipping becomes a factor that the update applies: the product of a
-gradient and the factor is the value that scaling in place would store.
+order as in ``Parameter.grad``. Of the experts in ``banks`` only those whose gradient is not zero
+are moved; the others are zeros wherever gradients are read. The norm of a gradient is taken while
+it is at hand, so the exact global norm needs no second reading. Clipping becomes a factor that the
+update applies: the product of a gradient and the factor is the value that scaling in place would
+store.
 """
 
 # pyright: reportPrivateImportUsage=false
 # torch._foreach_*: one call for many tensors, as torch.optim itself does it
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,7 +33,12 @@ from moesaic.memory.tensor_store import (
     fetch_views,
     rows_of,
 )
-from moesaic.optim.gradient_clipping import GradNorm, scale_gradients, tensor_norms
+from moesaic.optim.gradient_clipping import (
+    GradNorm,
+    norm_of_norms,
+    scale_gradients,
+    tensor_norms,
+)
 
 Named = tuple[str, Tensor]  # a parameter and its name
 
@@ -41,6 +49,10 @@ class Gradients(ABC):
     @abstractmethod
     def has(self, parameter: Tensor) -> bool:
         """Whether there is a gradient of this parameter."""
+
+    @abstractmethod
+    def touched(self, parameter: Tensor) -> list[int]:
+        """Return the experts whose gradients of these weights ``[E, M, N]`` are not all zero."""
 
     @abstractmethod
     def prepare(self, parameters: Iterable[nn.Parameter], *, dtype: torch.dtype) -> None:
@@ -77,6 +89,10 @@ class ResidentGradients(Gradients):
     def has(self, parameter: Tensor) -> bool:
         return parameter.grad is not None
 
+    def touched(self, parameter: Tensor) -> list[int]:
+        (grad,) = _local_gradients([parameter])
+        return _nonzero_experts(grad)
+
     def prepare(self, parameters: Iterable[nn.Parameter], *, dtype: torch.dtype) -> None:
         self.complete(parameters, dtype=dtype)
 
@@ -108,14 +124,23 @@ class ResidentGradients(Gradients):
 
 
 class TieredGradients(Gradients):
-    """Gradients in a store; ``left`` counts what has left the device, in bytes."""
+    """Gradients in a store; ``left`` counts what has left the device, in bytes.
+
+    A parameter is stored in blocks: one, or for those named in ``banks`` one for each expert.
+    """
 
     def __init__(
-        self, store: TensorStore, parameters: Iterable[Named], *, dtype: torch.dtype
+        self,
+        store: TensorStore,
+        parameters: Iterable[Named],
+        *,
+        dtype: torch.dtype,
+        banks: Container[str] = (),
     ) -> None:
         self.store, self.left = store, TransferCounter()
         self._names = {p: name for name, p in parameters if p.requires_grad}
-        self._norms: dict[str, Tensor] = {}  # of the gradients that there are
+        self._banks = {name for name in self._names.values() if name in banks}
+        self._norms: dict[str, dict[Part, Tensor]] = {}  # of the blocks that there are
         self._factor = 1.0
         for parameter, name in self._names.items():
             store.allocate(name, local_tensor(parameter).shape, dtype)
@@ -124,6 +149,9 @@ class TieredGradients(Gradients):
 
     def has(self, parameter: Tensor) -> bool:
         return self._names.get(parameter, "") in self._norms  # a frozen one is in neither
+
+    def touched(self, parameter: Tensor) -> list[int]:
+        return [block.start for block in self._norms[self._names[parameter]]]
 
     def prepare(self, parameters: Iterable[nn.Parameter], *, dtype: torch.dtype) -> None:
         """The store has gradients of ``dtype`` already."""
@@ -136,7 +164,7 @@ class TieredGradients(Gradients):
                 self._add(self._names[parameter], torch.zeros((), dtype=dtype).expand(shape))
 
     def norms(self, parameters: Sequence[Tensor]) -> list[Float[Tensor, ""]]:
-        return [self._norms[self._names[parameter]] for parameter in parameters]
+        return [self._norm(self._names[parameter]) for parameter in parameters]
 
     def clip(self, parameters: Sequence[Tensor], *, norm: float, max_norm: float) -> GradNorm:
         del parameters
@@ -145,7 +173,7 @@ class TieredGradients(Gradients):
         return clipped
 
     def fetch(self, parts: Sequence[tuple[Part, Tensor]], *, place: Place) -> FetchedTensors:
-        stored = self.store.fetch([part for part, _ in parts], access=Access.READ, place=place)
+        stored = self._fetch([part for part, _ in parts], place=place)
         factor = self._factor
         if factor == 1.0:
             return stored
@@ -156,16 +184,17 @@ class TieredGradients(Gradients):
     @contextmanager
     def attached(self, parameters: Sequence[Tensor], *, access: Access) -> Iterator[None]:
         names = [self._names[parameter] for parameter in parameters]
-        fetched = self.store.fetch([Part(name) for name in names], access=access)
-        grads = fetched.wait()
+        whole = self._fetch([Part(name) for name in names], place=Place.DEVICE)
+        grads = whole.wait()
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = _like_parameter(grad, parameter)
         yield
-        if access is not Access.READ:
-            self._norms.update(zip(names, tensor_norms(grads), strict=True))
-        for parameter in parameters:
+        whole.release()
+        for parameter, name, grad in zip(parameters, names, grads, strict=True):
             parameter.grad = None
-        fetched.release()
+            if access is not Access.READ:
+                del self._norms[name]
+                self._add(name, grad)
 
     def clear(self) -> None:
         for parameter in self._names:
@@ -176,21 +205,76 @@ class TieredGradients(Gradients):
     def _store(self, parameter: Tensor) -> None:
         """Move ``parameter.grad`` to the tier, added to what is there of this step."""
         if parameter.grad is not None:
-            grad = local_tensor(parameter.grad)
-            self.left.written += grad.numel() * grad.element_size()
-            self._add(self._names[parameter], grad)
+            moved = self._add(self._names[parameter], local_tensor(parameter.grad))
+            self.left.written += moved
             parameter.grad = None
 
-    def _add(self, name: str, grad: Tensor) -> None:
-        first = name not in self._norms
-        access = Access.REPLACE if first else Access.UPDATE
-        with self.store.fetch([Part(name)], access=access, place=Place.HOST) as stored:
-            stored[0].copy_(grad) if first else stored[0].add_(grad.to(stored[0].device))
-            (self._norms[name],) = tensor_norms(stored)
+    def _add(self, name: str, grad: Tensor) -> int:
+        """Add a gradient to what there is of this step; return the bytes of the blocks moved."""
+        known = self._norms.setdefault(name, {})
+        blocks = [Part(name)]
+        if name in self._banks:
+            blocks = [Part(name, expert, expert + 1) for expert in _nonzero_experts(grad)]
+        new = [block for block in blocks if block not in known]
+        old = [block for block in blocks if block in known]
+        for access, moving in ((Access.REPLACE, new), (Access.UPDATE, old)):
+            if not moving:
+                continue
+            with self.store.fetch(moving, access=access, place=Place.HOST) as stored:
+                for part, to in zip(moving, stored, strict=True):
+                    rows = rows_of(grad, part)
+                    to.copy_(rows) if access is Access.REPLACE else to.add_(rows.to(to.device))
+                known.update(zip(moving, tensor_norms(stored), strict=True))
+        return sum(self.store.specs[name].of(block).num_bytes for block in blocks)
+
+    def _norm(self, name: str) -> Float[Tensor, ""]:
+        known = self._norms[name]
+        if name not in self._banks:
+            return known[Part(name)]
+        experts = self.store.specs[name].shape[0]
+        blocks = [Part(name, expert, expert + 1) for expert in range(experts)]
+        return norm_of_norms([known.get(block, torch.zeros(())) for block in blocks])
+
+    def _fetch(self, parts: Sequence[Part], *, place: Place) -> FetchedTensors:
+        """Bring parts to ``place``; what no block has moved is zeros there."""
+        blocks = [(part, self._blocks_of(part)) for part in parts]
+        flat = [block for _, each in blocks for block in each]
+        fetched = self.store.fetch(flat, access=Access.READ, place=place)
+
+        def wait() -> list[Tensor]:
+            stored = iter(fetched.wait())
+            pairs = (
+                (p, dict(zip(each, islice(stored, len(each)), strict=True))) for p, each in blocks
+            )
+            return [self._assembled(part, found, place=place) for part, found in pairs]
+
+        return FetchedTensors(wait, fetched.release)
+
+    def _blocks_of(self, part: Part) -> list[Part]:
+        """Return the blocks of a part that are stored; all of it, if it is no bank's."""
+        if part.name not in self._banks:
+            return [part]
+        known, stop = self._norms[part.name], part.stop or self.store.specs[part.name].shape[0]
+        return [block for block in known if part.start <= block.start < stop]
+
+    def _assembled(self, part: Part, stored: Mapping[Part, Tensor], *, place: Place) -> Tensor:
+        if part in stored:
+            return stored[part]
+        spec = self.store.specs[part.name].of(part)
+        device = self.store.device if place is Place.DEVICE else torch.device("cpu")
+        whole = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+        for block, tensor in stored.items():
+            whole[block.start - part.start].copy_(tensor[0])
+        return whole
 
 
 def _local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [local_tensor(p.grad) for p in parameters if p.grad is not None]
+
+
+def _nonzero_experts(grad: Tensor) -> list[int]:
+    """Return the experts whose part of ``[E, M, N]`` has a value that is not zero (or is NaN)."""
+    return grad.flatten(1).any(1).nonzero().flatten().tolist()
 
 
 def _like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:

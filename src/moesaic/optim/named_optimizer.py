@@ -13,89 +13,25 @@ not state: the schedule gives them for any step.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import local_tensor
-from moesaic.memory.tensor_store import FetchedTensors, Part, Place, rows_of
+from moesaic.memory.tensor_store import Access, FetchedTensors, Part, Place, rows_of
 from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradients import Gradients, ResidentGradients
+from moesaic.optim.group_update import GroupUpdate, MatrixSharding, UpdateRule
+from moesaic.optim.late_updates import ExpertBank, LateUpdates
 from moesaic.optim.master_weights import MasterWeights, ShardUpdate
 from moesaic.optim.tiered_states import ParameterRows, TieredStates
 
 MASTER = "master"  # the slot of a float32 copy
 MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
-
-
-@runtime_checkable
-class MatrixSharding(Protocol):
-    """Gives rules that need whole matrices those that this rank owns."""
-
-    def update_maps(
-        self,
-        parts: Mapping[str, Tensor],
-        *,
-        fused: Mapping[str, Sequence[int]],
-        function: Callable[[Sequence[Tensor]], None],
-    ) -> None:
-        """Apply ``function``, which changes whole maps in place, to the maps of these shards.
-
-        ``parts`` are by parameter name, ``fused`` as in ``GroupUpdate``. Collective.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class GroupUpdate:
-    """The parameters of one group that have a gradient, and what an update rule needs of them.
-
-    ``grads`` have the types of the gradients. ``narrow`` has the parameter whose float32 master is
-    in ``params``, or None: a rule rounds the master into it. ``sharding`` is None where one process
-    has all matrices. ``fused`` has the output widths of matrices that hold several maps, by name
-    (``nn/fused_projections.py``).
-    """
-
-    names: Sequence[str]
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    states: Sequence[dict[str, Tensor]]
-    narrow: Sequence[Tensor | None]
-    lr: float
-    weight_decay: float
-    sharding: MatrixSharding | None = None
-    fused: Mapping[str, Sequence[int]] = field(default_factory=dict)
-
-    def float_grads(self) -> list[Tensor]:
-        """Return the gradients in float32."""
-        return [grad.float() for grad in self.grads]
-
-    def round_masters(self) -> None:
-        """Round every float32 master into its parameter."""
-        for narrow, master in zip(self.narrow, self.params, strict=True):
-            if narrow is not None:
-                narrow.copy_(master)
-
-
-@runtime_checkable
-class UpdateRule(Protocol):
-    """How an optimizer updates a group of tensors. Holds no tensors itself.
-
-    ``elementwise``: the update of a value depends on no other value.
-    """
-
-    elementwise: ClassVar[bool]
-
-    def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the zero state of one float32 tensor."""
-        ...
-
-    def apply(self, update: GroupUpdate) -> None:
-        """Update ``params``, ``states`` and ``narrow`` in place."""
-        ...
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -114,6 +50,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.fused_outputs: Mapping[str, Sequence[int]] = {}
         self.gradients: Gradients = ResidentGradients()
         self.tier: TieredStates | None = None  # states that are not on the device
+        self.late = LateUpdates()
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
@@ -138,8 +75,10 @@ class NamedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.reserve()
         for group in self.param_groups:
-            for bucket in self._buckets(self._members(group), rule=group["rule"]):
+            members = self._members(group)
+            for bucket in self._buckets(members, rule=group["rule"]):
                 self._step_bucket(group, bucket)
+            self.late.finish_step(group["name"], lr=group["lr"], updated=members)
         self.steps_taken += 1
         return loss
 
@@ -181,7 +120,10 @@ class NamedOptimizer(torch.optim.Optimizer):
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if self.gradients.has(parameter):
                 self.ensure_state(name, parameter, rule=group["rule"])
-                members.append(ParameterRows(Part(name), parameter))
+                if name in self.late.banks:
+                    members += self.late.due(name, touched=self.gradients.touched(parameter))
+                else:
+                    members.append(ParameterRows(Part(name), parameter))
         return members
 
     def _buckets(
@@ -192,7 +134,9 @@ class NamedOptimizer(torch.optim.Optimizer):
         Rules that are not elementwise batch matrices of one shape, so their groups stay whole.
         """
         if self.tier is None or not rule.elementwise:
-            yield from _buckets(members, rule=rule)
+            banks = self.late.banks
+            yield from _buckets([r for r in members if r.part.name not in banks], rule=rule)
+            yield [r for r in members if r.part.name in banks]
             return
         for rows in members:
             narrow = rows.parameter.dtype != torch.float32
@@ -201,52 +145,105 @@ class NamedOptimizer(torch.optim.Optimizer):
             else:
                 yield from ([part] for part in self.tier.split(rows))
 
+    @torch.no_grad()
+    def catch_up_weights(self, bank: ExpertBank, expert: int) -> None:
+        """Bring the weights of an expert up to date, before they are used; states are only read."""
+        rows, weights = bank.rows(expert), bank.weights(expert)
+        group = next(group for group in self.param_groups if group["name"] == bank.group)
+        place = self._place(group["rule"])
+        update, held = self._group_update(group, [rows], place=place, access=Access.READ)
+        state = {slot: tensor.clone() for slot, tensor in update.states[0].items()}
+        values = self._float32_values(weights[0], state, place)
+        held.release()
+        self.late.replay(group["rule"], replace(update, params=[values], states=[state]), rows)
+        for each in weights:
+            each.copy_(values)
+        bank.missed_by_weights[expert] = 0
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Bring the weights and states of all experts up to date (see ``late_updates.py``)."""
+        groups = {group["name"]: group for group in self.param_groups}
+        for bank in self.late.banks.values():
+            for expert in bank.late:
+                with self._bucket(groups[bank.group], [bank.rows(expert)]):
+                    pass  # gradients of zero alone
+            bank.finish(self.state[bank.parameter])
+
+    def _place(self, rule: UpdateRule) -> Place:
+        return Place.HOST if self.tier is not None and rule.elementwise else Place.DEVICE
+
     def _step_bucket(self, group: dict[str, Any], members: Sequence[ParameterRows]) -> None:
-        if not members:
-            return
-        rule: UpdateRule = group["rule"]
-        place = Place.HOST if self.tier is not None and rule.elementwise else Place.DEVICE
-        states, held = self._fetch_states(members, place=place)
-        fetched = self.gradients.fetch([(r.part, r.parameter) for r in members], place=place)
-        local = [rows_of(local_tensor(rows.parameter), rows.part) for rows in members]
-        working = [self._float32_values(*pair, place) for pair in zip(local, states, strict=True)]
-        rounds = self.master_weights.rounds_to_nearest
-        rule.apply(
-            GroupUpdate(
-                [rows.part.name for rows in members],
-                working,
-                fetched.wait(),
-                states,
-                [
-                    p if w is not p and rounds and w.device == p.device else None
-                    for w, p in zip(working, local, strict=True)
-                ],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                sharding=self.matrix_sharding,
-                fused=self.fused_outputs,
-            )
-        )
-        fetched.release()
+        if members:
+            with self._bucket(group, members) as update:
+                parts = [(rows.part, rows.parameter) for rows in members]
+                with self.gradients.fetch(parts, place=self._place(group["rule"])) as grads:
+                    group["rule"].apply(replace(update, grads=grads))
+
+    @contextmanager
+    def _bucket(
+        self, group: dict[str, Any], members: Sequence[ParameterRows]
+    ) -> Iterator[GroupUpdate]:
+        """Yield members, without gradients, that miss no update; write them back afterwards."""
+        place, local = self._place(group["rule"]), self._local_rows(members)
+        update, held = self._group_update(group, members, place=place, access=Access.UPDATE)
+        working, states = update.params, update.states
+        for index, rows in enumerate(members):
+            self.late.replay(group["rule"], update.member(index), rows)
+        yield update
         for rows, parameter, values in zip(members, local, working, strict=True):
             if values.device != parameter.device:
                 parameter.copy_(values)
             elif values is not parameter:
                 self._write_back(rows.part.name, parameter, values)
         for rows, state in zip(members, states, strict=True):
-            if rows.is_last:  # of the parts of a parameter, each has counted the step
-                kept = self.state[rows.parameter]
+            self.late.mark_updated(rows)
+            kept = self.late.scalars(rows, shared=self.state[rows.parameter])
+            if (
+                rows.is_last or rows.part.name in self.late.banks
+            ):  # of the parts of a parameter, each has counted the step
                 kept.update({slot: state[slot] for slot in kept})
         held.release()
 
+    def _group_update(
+        self,
+        group: dict[str, Any],
+        members: Sequence[ParameterRows],
+        *,
+        place: Place,
+        access: Access,
+    ) -> tuple[GroupUpdate, FetchedTensors]:
+        states, held = self._fetch_states(members, place=place, access=access)
+        local = self._local_rows(members)
+        working = [self._float32_values(*pair, place) for pair in zip(local, states, strict=True)]
+        rounds = self.master_weights.rounds_to_nearest
+        update = GroupUpdate(
+            [rows.part.name for rows in members],
+            working,
+            (),
+            states,
+            [
+                p if w is not p and rounds and w.device == p.device else None
+                for w, p in zip(working, local, strict=True)
+            ],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            sharding=None if members[0].part.name in self.late.banks else self.matrix_sharding,
+            fused=self.fused_outputs,
+        )
+        return update, held
+
+    def _local_rows(self, members: Sequence[ParameterRows]) -> list[Tensor]:
+        return [rows_of(local_tensor(rows.parameter), rows.part) for rows in members]
+
     def _fetch_states(
-        self, members: Sequence[ParameterRows], *, place: Place
+        self, members: Sequence[ParameterRows], *, place: Place, access: Access
     ) -> tuple[list[dict[str, Tensor]], FetchedTensors]:
         """Return each member's state at ``place``, and the handle that writes it back."""
-        resident = [self.state[rows.parameter] for rows in members]
+        resident = [self.late.scalars(rows, shared=self.state[rows.parameter]) for rows in members]
         if self.tier is None:
             return resident, FetchedTensors(list[Tensor], lambda: None)
-        stored, held = self.tier.fetch(members, place=place)
+        stored, held = self.tier.fetch(members, place=place, access=access)
         for rows in members:
             size = rows_of(local_tensor(rows.parameter), rows.part).numel()
             self.tier.count_weights(size * rows.parameter.element_size(), place=place)
@@ -271,12 +268,14 @@ def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
 
     Those on the device are not copied; those on a tier are as they are now, whatever follows.
     """
+    optimizer.catch_up()
     tiered = optimizer.tier.store.freeze() if optimizer.tier else {}
     return _resident_state(optimizer) | dict(tiered)
 
 
 def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
     """Return views of every state tensor, to be read or overwritten at once."""
+    optimizer.catch_up()
     state = _resident_state(optimizer)
     for name, _, _ in _named_parameters(optimizer):
         tiered = optimizer.tier.live(name) if optimizer.tier else {}
@@ -335,6 +334,7 @@ def restore_state(
         tensors, {f"{s}/{name}": like for name in slots for s, like in slots[name].items()}
     )
     optimizer.state.clear()
+    optimizer.late.clear()
     if optimizer.tier is not None:
         optimizer.tier.clear()
     for name, parameter, rule in _named_parameters(optimizer):

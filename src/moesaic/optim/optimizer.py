@@ -15,8 +15,9 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
+from moesaic.optim.group_update import UpdateRule
 from moesaic.optim.master_weights import Float32Master, MasterWeights
-from moesaic.optim.named_optimizer import NamedOptimizer, UpdateRule
+from moesaic.optim.named_optimizer import NamedOptimizer
 from moesaic.optim.update_rules import AdamWRule, MuonRule
 
 ParameterKind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]

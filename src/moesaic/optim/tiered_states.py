@@ -75,12 +75,12 @@ class TieredStates:
         self.store.reserve([part for rows in members for part in self.parts(rows).values()])
 
     def fetch(
-        self, members: Sequence[ParameterRows], *, place: Place
+        self, members: Sequence[ParameterRows], *, place: Place, access: Access
     ) -> tuple[list[dict[str, Tensor]], FetchedTensors]:
-        """Bring the states of these rows to ``place`` to be updated: by slot, and to release."""
+        """Bring the states of these rows to ``place``: by slot, and to release."""
         named = [self.parts(rows) for rows in members]
         flat = [part for parts in named for part in parts.values()]
-        fetched = self.store.fetch(flat, access=Access.UPDATE, place=place)
+        fetched = self.store.fetch(flat, access=access, place=place)
         tensors = iter(fetched.wait())
         return [{slot: next(tensors) for slot in parts} for parts in named], fetched
 
@@ -89,7 +89,8 @@ class TieredStates:
         local = local_tensor(rows.parameter)
         parts = self.parts(rows).values()
         size = sum(self.store.specs[part.name].num_bytes for part in parts)
-        if local.dim() == 0 or 2 * size <= self.in_flight_bytes:
+        whole = rows.part.stop is None
+        if not whole or local.dim() == 0 or 2 * size <= self.in_flight_bytes:
             yield rows
             return
         step = max(1, self.in_flight_bytes * local.shape[0] // (2 * size))

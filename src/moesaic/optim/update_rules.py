@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 from moesaic.core.shapes import Float, Tensor
 from moesaic.ops.adamw import AdamWSettings, AdamWTensor
 from moesaic.ops.kernel_selection import REAL_TENSOR_TYPES, select_adamw
-from moesaic.optim.named_optimizer import GroupUpdate
+from moesaic.optim.group_update import GroupUpdate
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -121,12 +121,13 @@ class MuonRule:
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         directions = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov
         torch._foreach_mul_(params, 1 - update.lr * update.weight_decay)
-        named = dict(zip(update.names, directions, strict=True))
+        named = list(zip(update.names, directions, strict=True))
         if update.sharding is None:
-            pairs = ((each, update.fused.get(name, ())) for name, each in named.items())
+            pairs = ((each, update.fused.get(name, ())) for name, each in named)
             self._orthogonalize([one for each, widths in pairs for one in split_maps(each, widths)])
         else:
-            update.sharding.update_maps(named, fused=update.fused, function=self._orthogonalize)
+            function = self._orthogonalize
+            update.sharding.update_maps(dict(named), fused=update.fused, function=function)
         torch._foreach_add_(params, directions, alpha=-update.lr)
         update.round_masters()
 

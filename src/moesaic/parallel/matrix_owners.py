@@ -60,7 +60,7 @@ class OwnedMaps:
 
 
 class MatrixOwners:
-    """The ``MatrixSharding`` of the optimizer of a parallel model (``optim/named_optimizer.py``).
+    """The ``MatrixSharding`` of the optimizer of a parallel model (``optim/group_update.py``).
 
     Every rank of a pipeline stage gives the same names in the same order.
     """

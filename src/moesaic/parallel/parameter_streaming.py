@@ -117,6 +117,10 @@ class ParameterStream:
         """The names of all parameters that are streamed."""
         return [name for layer in self._layers for name in layer.parameters]
 
+    def resting(self, name: str) -> Tensor:
+        """Return a parameter's memory of the tier."""
+        return next(layer.resting[name] for layer in self._layers if name in layer.resting)
+
     def memory(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return memory of the tier for a parameter: zeros."""
         if name not in self.store.specs:

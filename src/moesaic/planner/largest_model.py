@@ -23,6 +23,7 @@ from moesaic.planner.plan_space import (
     Option,
 )
 from moesaic.planner.state_bytes import ShardedState
+from moesaic.planner.step_cost import inventory_of
 
 NOTE = (
     "experts are added to every MoE layer of this base until a tier is full, one row per "
@@ -83,7 +84,7 @@ def largest_models(request: PlanRequest, *, machine: Machine, limits: Limits) ->
     few = 2 ** max(1, request.space.ranks.bit_length() - 1)
     states = [_sharded(request, n) for n in (few, 2 * few)]
     widest = request.replace(model=with_experts(request.model, few))
-    inventory = ParameterInventory(request.model)
+    inventory = inventory_of(request.model)
     base = plan_model(request, inventory=inventory, machine=machine)
     models = [PlanModel(replace(base.settings, state=state), request.space) for state in states]
     degrees = list(request.space.degrees(widest.model))

@@ -36,7 +36,7 @@ from moesaic.planner.plan_model import (
 from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
 from moesaic.planner.search import Certificate, SearchResult, search
 from moesaic.planner.state_bytes import ShardedState
-from moesaic.planner.step_cost import CostSettings, step_cost
+from moesaic.planner.step_cost import CostSettings, inventory_of, step_cost
 
 RESERVE = 0.05  # of device memory: the context of the driver, libraries, fragmentation
 
@@ -164,7 +164,7 @@ def find_plans(
     keep: int = 5,
 ) -> PlanReport:
     """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
-    inventory = ParameterInventory(request.model)
+    inventory = inventory_of(request.model)
     model = plan_model(request, inventory=inventory, machine=machine)
     legal = _can_be_cut(request, inventory)
     found = search(model, limits=limits, keep=keep, legal=legal)
@@ -233,16 +233,19 @@ def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable
             return False
         return True
 
-    def legal(degrees: Degrees) -> bool:
-        if not can_be_staged(degrees.pipe):
-            return False
-        plan = CompletePlan(degrees, option).plan
+    @cache
+    def can_be_sharded(stage: Degrees) -> bool:
+        plan = CompletePlan(stage, option).plan
         try:
-            stage = request.parallel.replace(plan=plan.replace(pipe=1))
-            inventory.on_rank(stage, world=plan.stage_size)
+            inventory.on_rank(request.parallel.replace(plan=plan), world=plan.stage_size)
         except UserError:
             return False
         return True
+
+    def legal(degrees: Degrees) -> bool:
+        # micro-batches and stages do not change how layers are cut
+        stage = degrees._replace(pipe=1, rows=1, micro_batches=1)
+        return can_be_staged(degrees.pipe) and can_be_sharded(stage)
 
     return legal
 

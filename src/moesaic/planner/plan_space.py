@@ -104,8 +104,8 @@ class PlanSpace(Config):
     """The plans of ``ranks`` devices for steps of ``rows`` rows of source and target tokens.
 
     All plans train on the same rows in a step. ``folded`` False ties the experts' tensor degree to
-    that of the dense layers and their ranks to data x context, as before MoE Parallel Folding
-    (2504.14960).
+    that of the dense layers and their ranks to those of the data axis, as before MoE Parallel
+    Folding (2504.14960): context ranks, too, then multiply the devices of a replica.
     """
 
     ranks: int = Field(ge=1)
@@ -154,22 +154,22 @@ class PlanSpace(Config):
     def _with_experts(
         self, pipe: int, data: int, context: int, tensor: int, experts: tuple[int, ...]
     ) -> Iterator[Degrees]:
-        for expert, slices in self._expert_degrees(data * context, tensor, experts):
+        for expert, slices in self._expert_degrees(data, context, tensor, experts):
             for rows in _divisors(self.rows, at_most=self.max_micro_rows):
                 micro_batches, rest = divmod(self.rows, data * rows)
                 if micro_batches and not rest and (pipe == 1 or micro_batches >= pipe):
                     yield Degrees(pipe, data, context, tensor, expert, slices, rows, micro_batches)
 
     def _expert_degrees(
-        self, replicas: int, tensor: int, experts: tuple[int, ...]
+        self, data: int, context: int, tensor: int, experts: tuple[int, ...]
     ) -> Iterator[tuple[int, int]]:
         if not experts:
             yield 1, 1
             return
         for expert in _divisors(math.lcm(*experts), at_most=max(experts)):
-            slices = (tensor,) if not self.folded else _divisors(replicas * tensor, at_most=8)
-            for expert_tensor in slices:
-                ranks = replicas if not self.folded else replicas * tensor // expert_tensor
+            stage = data * context * tensor
+            for expert_tensor in _divisors(stage, at_most=8) if self.folded else (tensor,):
+                ranks = stage // expert_tensor if self.folded else data
                 if ranks % expert == 0:
                     yield expert, expert_tensor
 

@@ -117,7 +117,7 @@ class _Composition:
     @staticmethod
     def of(settings: CostSettings, *, rank: int) -> "_Composition":
         """Measure what was not measured before."""
-        inventory = _inventory_once(_KeyedModel(repr(settings.model), settings.model))
+        inventory = inventory_of(settings.model)
         parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
         counts = sorted(set(inventory.expert_modules.values()))
         small = smallest_plan(parameters.plan, expert_counts=counts)
@@ -372,6 +372,11 @@ class _Keyed:
 @lru_cache(maxsize=512)
 def _measure_once(keyed: _Keyed) -> MeasuredStep:
     return keyed.part.measure(last=keyed.last)
+
+
+def inventory_of(config: ModelConfig) -> ParameterInventory:
+    """Return the parameters of a model; equal configs have one inventory."""
+    return _inventory_once(_KeyedModel(repr(config), config))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
 
     def write() -> None:
         if parallel_model.is_replicated:
+            trainer.optimizer.catch_up()
             weights = export_weights(trainer.model)
             write_tensors(run_dir.model, tensors=weights, metadata=metadata)
         before = read_run_record(run_dir)  # has the plug-ins as they were when they were loaded

@@ -1,7 +1,21 @@
 """Memory tiers of a trainer: the stores that a memory plan asks for, given to its parts."""
 
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from moesaic.distributed.world import local_tensor
 from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tensor_store import TensorStore
+from moesaic.memory.tier import Tier
+from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher
+from moesaic.moe.experts import ExpertModule
+from moesaic.moe.layer import MoELayer
+from moesaic.ops.permute import RowGroups
 from moesaic.optim.gradients import TieredGradients
+from moesaic.optim.late_updates import ExpertBank, LateUpdates
 from moesaic.optim.named_optimizer import NamedOptimizer
 from moesaic.optim.tiered_states import TieredStates
 from moesaic.parallel.parallel_model import ParallelModel
@@ -9,19 +23,71 @@ from moesaic.parallel.parallel_model import ParallelModel
 
 def use_memory_plan(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: ParallelModel) -> None:
     """Keep gradients and optimizer states on the tiers of ``plan`` from now on."""
-    device, rank = model.mesh.device, model.mesh.rank
+
+    def opened(tier: Tier, purpose: str) -> TensorStore:
+        label = f"rank{model.mesh.rank}-{purpose}"
+        device, in_flight = model.mesh.device, plan.in_flight_bytes
+        return tier.open(device=device, label=label, in_flight_bytes=in_flight)
+
+    banks = {name: (module, p) for name, module, p in _expert_banks(model) if plan.late_steps}
     if not plan.gradients.is_device:
-        label = f"rank{rank}-gradients"
-        store = plan.gradients.open(
-            device=device, label=label, in_flight_bytes=plan.in_flight_bytes
-        )
         model.gradients = TieredGradients(
-            store, model.model.named_parameters(), dtype=model.precision.gradient_dtype
+            opened(plan.gradients, "gradients"),
+            model.model.named_parameters(),
+            dtype=model.precision.gradient_dtype,
+            banks=banks,
         )
     optimizer.gradients = model.gradients
-    if not plan.optimizer_states.is_device:
-        label = f"rank{rank}-optimizer-states"
-        store = plan.optimizer_states.open(
-            device=device, label=label, in_flight_bytes=plan.in_flight_bytes
-        )
-        optimizer.tier = TieredStates(store, plan.in_flight_bytes)
+    if plan.optimizer_states.is_device:
+        return
+    optimizer.tier = TieredStates(
+        opened(plan.optimizer_states, "optimizer-states"), plan.in_flight_bytes
+    )
+    late: dict[ExpertModule, list[ExpertBank]] = {}
+    for group in optimizer.param_groups:
+        for name in group["param_names"]:
+            if name in banks and _can_be_late(name, group, optimizer=optimizer, model=model):
+                module, parameter = banks[name]
+                stream = model.parameter_stream
+                resting = None if stream is None else stream.resting(name)
+                bank = ExpertBank(name, parameter, group["name"], resting)
+                late.setdefault(module, []).append(bank)
+    optimizer.late = LateUpdates(
+        [bank for each in late.values() for bank in each], max_steps=plan.late_steps
+    )
+    for module, each in late.items():
+        module.before_use = partial(_catch_up, optimizer, each)
+
+
+def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, ExpertModule, nn.Parameter]]:
+    """Yield weights ``[E, M, N]`` whose experts this rank reads by themselves, and their module."""
+    for path, layer in model.model.named_modules():
+        # a dispatcher that gathers weights reads them all
+        if not isinstance(layer, MoELayer) or isinstance(layer.dispatcher, AdaptiveDispatcher):
+            continue
+        for name, parameter in layer.experts.named_parameters(prefix=f"{path}.experts"):
+            if parameter.ndim == 3 and local_tensor(parameter) is parameter:
+                yield name, layer.experts, parameter
+
+
+def _can_be_late(
+    name: str, group: dict[str, Any], *, optimizer: NamedOptimizer, model: ParallelModel
+) -> bool:
+    """Whether this rank can update single experts by itself, with the bits of the whole update."""
+    placement, sync = model.sharding_plan[name], model.gradient_sync[name]
+    sliced = [sharded.axis for sharded in placement.sharded_dims if sharded.dim]
+    holders = model.mesh.size(*sliced, *sync.all_reduce_axes, num_experts=placement.num_experts)
+    alone = group["rule"].elementwise or holders == 1
+    narrow = model.precision.parameter_dtype.itemsize < 4
+    return alone and (optimizer.master_weights.rounds_to_nearest or not narrow)
+
+
+def _catch_up(optimizer: NamedOptimizer, banks: Sequence[ExpertBank], groups: RowGroups) -> None:
+    """Bring the weights of experts that have tokens up to date."""
+    if not any(any(bank.missed_by_weights) for bank in banks):
+        return
+    used = [expert for expert, rows in enumerate(groups.rows_per_expert.tolist()) if rows]
+    for bank in banks:
+        for expert in used:
+            if bank.missed_by_weights[expert]:
+                optimizer.catch_up_weights(bank, expert)
