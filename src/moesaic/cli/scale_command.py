@@ -162,6 +162,6 @@ def _show_dry_run(step: dict[str, Any], *, estimate: dict[str, Any], console: Co
     equal = all(step[kind] == estimate[other] for kind, other in kinds.items())
     console.print(
         f"\ndry run in {show_seconds(step['seconds'])}: state "
-        f"{'as estimated' if equal else 'differs from the estimate'}, sends "
-        f"{show_bytes(step['sent_total'])}, peak {show_bytes(step['peak'])} before the update"
+        f"{'as estimated' if equal else 'differs from the estimate'}; before the update: sends "
+        f"{show_bytes(step['sent_total'])}, peak {show_bytes(step['peak'])}"
     )
