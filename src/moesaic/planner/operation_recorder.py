@@ -6,6 +6,7 @@ none. Bytes are those of an operation's arguments and results, each read or writ
 cost nothing.
 """
 
+import importlib
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.simulation import tensors_in
@@ -64,6 +64,12 @@ class OperationRecorder:
 
 
 @cache
+def _flop_counter() -> Any:
+    """Return PyTorch's counter of FLOPs: imported when used, since it brings Triton in."""
+    return importlib.import_module("torch.utils.flop_counter")
+
+
+@cache
 def _is_view(func: Any) -> bool:
     """Whether an operation returns a view of an argument, or nothing of tensors at all."""
     if func.namespace == "prim":
@@ -78,7 +84,7 @@ def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind
         return OperationKind.GROUPED_PRODUCT, args[1]
     if name.startswith("_scaled_dot_product_"):
         return OperationKind.ATTENTION, _attention_flops(name, args)
-    counted = flop_registry.get(_IN_PLACE.get(packet, packet))
+    counted = _flop_counter().flop_registry.get(_IN_PLACE.get(packet, packet))
     if counted is not None:
         return OperationKind.DENSE_PRODUCT, int(counted(*args, out_val=out))
     return OperationKind.MEMORY, 0
@@ -87,7 +93,11 @@ def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind
 def _attention_flops(name: str, args: tuple[Any, ...]) -> int:
     backward = "backward" in name
     grad, tensors = args[0].shape, [a.shape for a in args[: 3 + backward]]
-    flops = sdpa_backward_flop_count(grad, *tensors[1:]) if backward else sdpa_flop_count(*tensors)
+    counter = _flop_counter()
+    if backward:
+        flops = counter.sdpa_backward_flop_count(grad, *tensors[1:])
+    else:
+        flops = counter.sdpa_flop_count(*tensors)
     query, key = tensors[backward][-2], tensors[backward + 1][-2]
     causal = query == key and any(isinstance(a, bool) and a for a in args[3 + backward :])
     return flops // 2 if causal else flops
