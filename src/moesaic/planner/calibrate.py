@@ -165,11 +165,12 @@ def _measure_machine(
     slow = {name: run.slow_down(found) for name, found in pairs.items()}
     slow.setdefault("product_collective", slow["product_copy"])
     slow.setdefault("all_devices", SlowDown(value=1, source="there is one device"))
-    cuda_bytes = torch.cuda.mem_get_info()[1] if run.cuda else host_memory_bytes()
+    devices = max(1, torch.cuda.device_count()) if run.cuda else 2  # on a CPU ranks share memory
+    device_bytes = torch.cuda.mem_get_info()[1] if run.cuda else host_memory_bytes() // devices
     return Machine(
         name=torch.cuda.get_device_name() if run.cuda else "this machine",
-        devices_per_node=run.number(max(1, torch.cuda.device_count()) if run.cuda else 2),
-        device_memory=run.number(cuda_bytes),
+        devices_per_node=run.number(devices),
+        device_memory=run.number(device_bytes),
         host_memory_per_node=run.number(host_memory_bytes()),
         disk_per_node=run.number(shutil.disk_usage(scratch).free),
         products=_measure_products(run),
