@@ -180,7 +180,9 @@ def crossing(points: list[tuple[float, float]], level: float) -> float | None:
 def main() -> None:
     """Sweep M and write the result."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming_rule.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "streaming_rule.json"
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--dim", type=int, default=192)
