@@ -62,7 +62,7 @@ def test_a_model_without_a_tokenizer_has_logits_alone(run, tmp_path):
     (tmp_path / "ids/run.json").unlink()
     model = load(tmp_path / "ids")
     assert model.logits(torch.tensor([[1]])).shape == (1, 1, 300)
-    with pytest.raises(DataError, match="no tokenizer.json"):
+    with pytest.raises(DataError, match=r"no tokenizer\.json"):
         model.generate("the")
 
 
