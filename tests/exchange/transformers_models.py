@@ -62,7 +62,13 @@ MODELS = {
     "qwen3_moe": TheirModel("Qwen3Moe", EXPERTS | {"head_dim": 12, "norm_topk_prob": True}),
     "qwen3_moe, a dense layer, tied, yarn": TheirModel(
         "Qwen3Moe",
-        EXPERTS | {"mlp_only_layers": [0], "tie_word_embeddings": True, "rope_parameters": YARN},
+        EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN,
+        },
     ),
     "qwen2_moe": TheirModel("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
     "olmoe": TheirModel(

@@ -170,7 +170,7 @@ VARIANTS |= {
     ),
 }
 VARIANTS["residual-pyramid-bias"] = BASE.replace(
-    decoder=Stack(layers=3, moe_every=1, first_dense_layers=1, experts_per_layer=(2, 5)),
+    decoder=Stack(layers=3, sparse_layers=(0, 2), experts_per_layer=(2, 5)),
     moe=MIXTURE.replace(select=SwitchTop1(), shared_experts=ResidualExpert()),
     bias=True,
 )
