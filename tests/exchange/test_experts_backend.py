@@ -54,7 +54,12 @@ def test_one_line_is_enough_also_to_generate_train_and_save(tmp_path):
 
 
 def test_experts_that_our_kernels_do_not_compute_are_named():
-    small = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "num_hidden_layers": 1}
+    small = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "num_hidden_layers": 1,
+    }
     model = TheirModel("GptOss", small).build()
     model.set_experts_implementation(register_experts_backend())
     with pytest.raises(ConfigError, match="GptOssExperts has biases, alternating rows"):

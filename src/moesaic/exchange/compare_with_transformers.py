@@ -16,27 +16,14 @@ from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.data.batch import Batch, InputRows
-from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.vocabulary import Vocabulary
 from moesaic.exchange.export_model import read_model_config
 from moesaic.exchange.hf_directory import read_hf_config
+from moesaic.exchange.stored_prompts import stored_prompts
 from moesaic.model.beam_search import Beam, Greedy, Search
 from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.transformer import Transformer
 
-SENTENCES = (
-    "The river runs under the old bridge and out to the sea.",
-    "Wer zuletzt lacht, lacht am besten.",
-    "Ils ont traversé la ville à pied pour voir la tour.",
-    "El tren de las ocho sale de la estación central.",
-    "Сегодня утром шёл дождь, а к вечеру прояснилось.",
-    "我们明天早上八点在图书馆见面。",
-    "毎朝、海のそばを散歩します。",
-    "الكتاب على الطاولة بجانب النافذة.",
-    "def add(a, b):\n    return a + b",
-    "1, 1, 2, 3, 5, 8, 13, 21,",
-)
-LENGTHS = (3, 5, 8, 12, 20)  # tokens of a sentence: 50 inputs
 BEAMS, ANSWER = 4, 12
 
 
@@ -73,7 +60,8 @@ def compare_with_transformers(theirs: Path, *, ours: Path) -> Agreement:
     other = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
     run = RunDir.open(ours)
     model = load_transformer(read_model_config(run), run.model).eval()
-    prompts, vocabulary = _prompts(run, model, their_end=read_hf_config(theirs).get("eos_token_id"))
+    end = read_hf_config(theirs).get("eos_token_id")
+    prompts, vocabulary = stored_prompts(run, rows=model.config.vocab_size, their_end=end)
     settings = {
         "do_sample": False,
         "max_new_tokens": ANSWER,
@@ -110,24 +98,6 @@ def _transformers() -> Any:
         raise UserError(
             'a comparison with transformers needs it: pip install "moesaic[hf]"'
         ) from error
-
-
-def _prompts(
-    run: RunDir, model: Transformer, *, their_end: object
-) -> tuple[list[Int[Tensor, "1 T"]], Vocabulary]:
-    """Return the beginnings of sentences as ids (random ones without a tokenizer), and the end."""
-    size = model.config.vocab_size
-    if run.tokenizer.is_file():
-        tokenizer = Tokenizer.load(run.tokenizer)
-        rows = [tokenizer.encode(text) for text in SENTENCES]
-        end = tokenizer.vocabulary.eos
-    else:
-        generator = torch.Generator().manual_seed(0)
-        shape = (len(SENTENCES), max(LENGTHS))
-        rows = torch.randint(0, size, shape, generator=generator).tolist()
-        end = their_end if isinstance(their_end, int) and 0 <= their_end < size else size - 1
-    prompts = [torch.tensor([row[:length]]) for row in rows for length in LENGTHS]
-    return prompts, Vocabulary(size, end)
 
 
 def _logits(model: Transformer, rows: Int[Tensor, "B T"]) -> Tensor:

@@ -77,9 +77,7 @@ def experts_forward(
 
 def _routing(index: Tensor, weight: Tensor, *, num_experts: int) -> Routing:
     weight = weight.float().where(index < num_experts, 0.0)
-    return Routing.from_topk(
-        weight, expert=index.clamp(max=num_experts), num_experts=num_experts
-    )
+    return Routing.from_topk(weight, expert=index.clamp(max=num_experts), num_experts=num_experts)
 
 
 def _activation(experts: Any) -> Activation:
