@@ -247,13 +247,12 @@ _GRANITE = (
 _GRANITE_LAYER = f"{_LAYER}block_sparse_moe."
 
 
-def _granite_experts(router: str, up: str, down: str) -> TensorTable:
-    names = (f"{_GRANITE_LAYER}{name}" for name in (router, up, down))
-    router, up, down = names
+def _granite_tensors(router: str, up: str, down: str) -> TensorTable:
     return {
-        f"{_ROUTED}router.gate.weight": Rows(router),
-        f"{_ROUTED}experts.up": FusedExperts(up),
-        f"{_ROUTED}experts.down": FusedExperts(down),
+        **LLAMA_TENSORS,
+        f"{_ROUTED}router.gate.weight": Rows(_GRANITE_LAYER + router),
+        f"{_ROUTED}experts.up": FusedExperts(_GRANITE_LAYER + up),
+        f"{_ROUTED}experts.down": FusedExperts(_GRANITE_LAYER + down),
     }
 
 
@@ -274,10 +273,10 @@ GRANITE_MOE = _family(
         ),
     ),
     {
-        PUBLISHED: LLAMA_TENSORS
-        | _granite_experts("router.layer.weight", "input_linear.weight", "output_linear.weight"),
-        FUSED: LLAMA_TENSORS
-        | _granite_experts("router.weight", "experts.gate_up_proj", "experts.down_proj"),
+        PUBLISHED: _granite_tensors(
+            "router.layer.weight", "input_linear.weight", "output_linear.weight"
+        ),
+        FUSED: _granite_tensors("router.weight", "experts.gate_up_proj", "experts.down_proj"),
     },
 )
 _DENSE_SIZES = (*_SIZES, _HIDDEN, _epsilon(), RotaryPositions())
