@@ -13,6 +13,7 @@ from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.tensor_store import Access, Part, Place
 from moesaic.model.transformer import Transformer
+from moesaic.model.weights import export_weights
 from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.optim.gradients import Gradients, ResidentGradients
@@ -57,6 +58,7 @@ class ParallelModel:
         self.precision = precision
         self.gradient_sync, self.pipeline = dict(gradient_sync), pipeline
         self.gradients: Gradients = ResidentGradients()
+        self.unsaved: frozenset[str] = frozenset()  # parameters that checkpoints leave out
         self.parameter_stream: ParameterStream | None = None  # of a plan with parameters on a tier
         self._on_complete: Callable[[nn.Parameter], None] | None = None
         self._complete: list[nn.Parameter] = []  # but still on the device, to be released
@@ -197,7 +199,13 @@ class ParallelModel:
     def expert_parameters(self) -> dict[str, int]:
         """The parameters whose first dim is a layer's experts, with the number of experts."""
         plan = self.sharding_plan.items()
-        return {name: each.num_experts for name, each in plan if each.num_experts}
+        saved = ((name, each) for name, each in plan if name not in self.unsaved)
+        return {name: each.num_experts for name, each in saved if each.num_experts}
+
+    def saved_weights(self) -> dict[str, Tensor]:
+        """Return the weights and buffers of this rank that are saved, by name. Not copied."""
+        weights = export_weights(self.model).items()
+        return {name: tensor for name, tensor in weights if name not in self.unsaved}
 
     def local_spans(self, name: str, *, rank: int | None = None) -> tuple[Spans, ...]:
         """Return the spans of each dim of a parameter that this rank holds, or another ``rank``."""

@@ -22,7 +22,7 @@ from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, mark_phase
 from moesaic.distributed.world import World
 from moesaic.memory.disk_store import DiskFullError
 from moesaic.model.transformer import Transformer
-from moesaic.model.weights import export_weights, restore_weights
+from moesaic.model.weights import restore_tensors
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
@@ -91,6 +91,7 @@ class Trainer:
         """``fill`` gives values to the shards of a model without any; None: it has values."""
         self.run, self.world, self.data = run, world, data
         self.model = model
+        run.trainable.attach(model)
         fused = fused_outputs(model)  # of the whole model, before it is sharded
         self.parallel_model = parallelize(
             model,
@@ -277,7 +278,7 @@ class Trainer:
         if not self.parallel_model.is_replicated:
             shards = local_shards(self.parallel_model, optimizer_state)
             return RankSnapshot(self.step, shards | files, state, **about)
-        files["model"] = export_weights(self.model) | masters_of(optimizer_state)
+        files["model"] = self.parallel_model.saved_weights() | masters_of(optimizer_state)
         files["optimizer"] = without_masters(optimizer_state)
         return Snapshot(self.step, files, state, **about)
 
@@ -304,7 +305,7 @@ class Trainer:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a full snapshot (every rank holds every parameter)."""
-        restore_weights(self.model, snapshot.files["model"])
+        restore_tensors(self.parallel_model.saved_weights(), snapshot.files["model"])
         restore_state(self.optimizer, snapshot.files["optimizer"], weights=snapshot.files["model"])
         self._restore_host_state(snapshot)
 
