@@ -69,7 +69,7 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_numbers(cls, value: object, info: Any) -> object:
-        allowed = _leaf_types(cls.model_fields[info.field_name].annotation)
+        allowed = _allowed_types(cls, info.field_name)
         if not allowed & {int, float}:
             return value
         for number in value if isinstance(value, list | tuple) else [value]:
@@ -257,9 +257,14 @@ def _to_json_value(value: Any) -> JsonValue:
 
 
 @cache
-def _leaf_types(annotation: Any) -> frozenset[Any]:
-    """Return ``int`` of ``Annotated[int, ...] | None``, without the fields of records."""
+def _allowed_types(cls: type[Config], field: str) -> frozenset[Any]:
+    return frozenset(_leaf_types(cls.model_fields[field].annotation))
+
+
+def _leaf_types(annotation: Any) -> Iterator[Any]:
+    """Yield ``int`` of ``Annotated[int, ...] | None``, without the fields of records."""
     inner = get_args(annotation)
     if not inner:
-        return frozenset([annotation])
-    return frozenset().union(*map(_leaf_types, inner))
+        yield annotation
+    for part in inner:
+        yield from _leaf_types(part)
