@@ -38,7 +38,7 @@ from moesaic.core.config_text import (
 from moesaic.core.config_upgrade import earlier_version_problem, upgrade_config
 from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.core.file_reader import MAX_INT
-from moesaic.core.schema import json_schema, describe_fields
+from moesaic.core.schema import describe_fields, json_schema
 from moesaic.core.yaml_reader import read_yaml
 
 

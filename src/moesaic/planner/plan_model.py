@@ -344,7 +344,15 @@ class PlanModel:
 
 @lru_cache(maxsize=_RECENT)
 def _plan_of(axes: tuple[int, ...]) -> ParallelPlan:
-    return ParallelPlan(**dict(zip(Degrees._fields, axes, strict=False)))
+    pipe, data, context, tensor, expert, expert_tensor = axes
+    return ParallelPlan(
+        pipe=pipe,
+        data=data,
+        context=context,
+        tensor=tensor,
+        expert=expert,
+        expert_tensor=expert_tensor,
+    )
 
 
 def dtype_name(precision: Precision) -> str:

@@ -21,8 +21,8 @@ from moesaic.moe.config import MoE
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.parallelize import check_parallel
+from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, Precision
 from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose

@@ -140,7 +140,11 @@ def _open(
 ) -> None:
     """Offer the fastest option of some degrees that fits; if nothing has yet, the nearest."""
     fits: list[PlanForecast] = []
-    slower = {each for each in (False, True) if model.bound_seconds(degrees, recomputes=each) >= kept.slowest}
+    slower = {
+        each
+        for each in (False, True)
+        if model.bound_seconds(degrees, recomputes=each) >= kept.slowest
+    }
     for option in _distinct(options, degrees):
         if option.recomputes in slower:
             continue
