@@ -2,6 +2,8 @@
 
 from moesaic.core.errors import CheckpointError, did_you_mean
 from moesaic.exchange.decoder_families import (
+    GRANITE,
+    GRANITE_MOE,
     LLAMA,
     MISTRAL,
     MIXTRAL,
@@ -13,8 +15,8 @@ from moesaic.exchange.decoder_families import (
 )
 from moesaic.exchange.family import Family
 
-_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE)
-_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3)
+_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE)
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)
 FAMILIES = {family.model_type: family for family in (*_SPARSE, *_DENSE)}
 
 
