@@ -6,8 +6,14 @@ from typing import Any
 from moesaic.core.config_errors import show_value
 from moesaic.core.errors import ConfigError
 from moesaic.exchange.config_entries import RotaryPositions
-from moesaic.exchange.config_mapping import ConfigEntry, ConfigMapping, FixedKey, Key, Theirs
-from moesaic.exchange.config_mapping import field_of
+from moesaic.exchange.config_mapping import (
+    ConfigEntry,
+    ConfigMapping,
+    FixedKey,
+    Key,
+    Theirs,
+    field_of,
+)
 from moesaic.exchange.decoder_families import (
     CHOSEN,
     FUSED_EXPERTS,
