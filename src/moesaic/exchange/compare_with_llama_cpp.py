@@ -171,11 +171,7 @@ def _ask(question: _Question) -> _Answers:
         raise CheckpointError(f"{question.path}: llama.cpp cannot load it: {error}") from error
     following = [_following(server, row, question) for row in question.rows]
     ids = [_tokenize(server.listening_address, text) for text in question.texts]
-    return _Answers(_version(library), following, [row for row in ids if row is not None])
-
-
-def _version(library: Any) -> str:
-    return str(getattr(library, "__version__", "?"))
+    return _Answers(library.__version__, following, [row for row in ids if row is not None])
 
 
 def _following(server: Any, row: Sequence[int], question: _Question) -> Likeliest:
