@@ -13,6 +13,8 @@ import torch
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import local_tensor
+from moesaic.memory.disk_store import DiskFullError
+from moesaic.memory.tensor_store import Access, Part
 from moesaic.optim.group_update import UpdateRule
 from moesaic.optim.named_optimizer import MASTER, NamedOptimizer
 
@@ -22,9 +24,36 @@ def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
 
     Those on the device are not copied; those on a tier are as they are now, whatever follows.
     """
-    optimizer.catch_up()
+    is_full = False
+    try:
+        optimizer.catch_up()
+    except DiskFullError:  # the last checkpoint of a run needs none of the tier's room
+        is_full = True
     tiered = optimizer.tier.store.freeze() if optimizer.tier else {}
-    return _resident_state(optimizer) | dict(tiered)
+    state = _resident_state(optimizer) | dict(tiered)
+    return state | (_late_in_memory(optimizer) if is_full else {})
+
+
+def _late_in_memory(optimizer: NamedOptimizer) -> dict[str, Tensor]:
+    """Return copies of the states of banks with late experts, brought up to date.
+
+    What no update has reached yet is read, not mapped: a mapping may need room on its disk.
+    """
+    assert optimizer.tier is not None
+    found: dict[str, Tensor] = {}
+    for bank in optimizer.late.banks.values():
+        for expert in bank.late:
+            for slot, tensor in optimizer.catch_up_weights(bank, expert).items():
+                name = f"{slot}/{bank.name}"
+                if not tensor.dim():
+                    found[name] = tensor
+                    continue
+                if name not in found:
+                    part = [Part(name)]
+                    with optimizer.tier.store.fetch(part, access=Access.READ) as (whole,):
+                        found[name] = whole.clone()
+                found[name][expert].copy_(tensor[0])
+    return found
 
 
 def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
