@@ -11,7 +11,7 @@ write it there. In use it is a buffer on the device whose memory is released aft
 autograd saved of it are valid again once it is refilled.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from moesaic.core.shapes import Int, Tensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, MoEOutput
-from moesaic.ops.moe_kernel import Edges
+from moesaic.ops.permute import RowGroups
 
 
 @dataclass(eq=False, slots=True)
@@ -169,6 +169,10 @@ class ParameterStream:
             layer.noted = None
             self._use(number, then=number - 1 if _in_backward() else number + 1)
 
+        def note(groups: RowGroups) -> None:
+            if not _in_backward():
+                layer.noted = [*(layer.noted or []), UsedExperts(groups.rows_per_expert)]
+
         def after(_module: nn.Module, _inputs: Any, output: MoEOutput) -> None:
             if _in_backward():  # recomputed: the backward of the layer comes next
                 return
@@ -181,7 +185,7 @@ class ParameterStream:
         layer.module.register_forward_pre_hook(before)
         layer.module.register_forward_hook(after)
         if type(experts := layer.module.experts) is GroupedExperts:
-            setattr(experts, "forward_edges", _noting(layer, experts.forward_edges))  # noqa: B010
+            experts.call_before_use(note)
 
     def _start_backward(self, number: int) -> None:
         layer = self._layers[number]
@@ -260,17 +264,6 @@ class ParameterStream:
             layer.buffers[name].untyped_storage().resize_(0)
         layer.in_use, layer.present = False, []
         self._count_bytes(-layer.num_bytes)
-
-
-def _noting(layer: StreamedLayer, forward_edges: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a method that notes the experts of its edges; they are not known of other methods."""
-
-    def run(x: Tensor, *, edges: Edges) -> Tensor:
-        if not _in_backward():
-            layer.noted = [*(layer.noted or []), UsedExperts(edges.groups.rows_per_expert)]
-        return forward_edges(x, edges=edges)
-
-    return run
 
 
 def _in_backward() -> bool:
