@@ -17,6 +17,7 @@ from moesaic.memory.disk_store import DiskFullError
 from moesaic.memory.tensor_store import Access, Part
 from moesaic.optim.group_update import UpdateRule
 from moesaic.optim.named_optimizer import MASTER, NamedOptimizer
+from moesaic.optim.tiered_states import ParameterRows
 
 
 def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
@@ -42,17 +43,16 @@ def _late_in_memory(optimizer: NamedOptimizer) -> dict[str, Tensor]:
     assert optimizer.tier is not None
     found: dict[str, Tensor] = {}
     for bank in optimizer.late.banks.values():
-        for expert in bank.late:
-            for slot, tensor in optimizer.catch_up_weights(bank, expert).items():
-                name = f"{slot}/{bank.name}"
-                if not tensor.dim():
-                    found[name] = tensor
-                    continue
-                if name not in found:
-                    part = [Part(name)]
-                    with optimizer.tier.store.fetch(part, access=Access.READ) as (whole,):
-                        found[name] = whole.clone()
-                found[name][expert].copy_(tensor[0])
+        if bank.late:
+            parts = optimizer.tier.parts(ParameterRows(Part(bank.name), bank.parameter))
+            with optimizer.tier.store.fetch(list(parts.values()), access=Access.READ) as whole:
+                copies = {slot: each.clone() for slot, each in zip(parts, whole, strict=True)}
+            for expert in bank.late:
+                state = optimizer.catch_up_weights(bank, expert)
+                for slot in parts:
+                    copies[slot][expert].copy_(state[slot][0])
+                copies |= {slot: t for slot, t in state.items() if not t.dim()}
+            found |= {f"{slot}/{bank.name}": copy for slot, copy in copies.items()}
     return found
 
 
