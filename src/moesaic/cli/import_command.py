@@ -17,6 +17,7 @@ with deferred():
     from moesaic.data.tokenizer_source import TokenizerSource
     from moesaic.exchange.compare_with_transformers import compare_with_transformers
     from moesaic.exchange.import_model import add_to_card, import_model
+    from moesaic.exchange.peft_format import import_adapter
     from moesaic.model.parameter_flop_count import count_parameters
 
 app = command_app()
@@ -45,6 +46,10 @@ def import_(
         str | None,
         typer.Option(metavar="SOURCE", help='Another tokenizer: "FromFile(path=..., eos=...)".'),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="DIR is an adapter of PEFT, for this model."),
+    ] = None,
     verify: VerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,6 +59,11 @@ def import_(
 
     Example: [cyan]moesaic import Qwen3-30B-A3B --out models/qwen3[/]
     """
+    if base is not None:
+        value = {"run": str(out), "matrices": import_adapter(directory, base=base, out=out)}
+        text = f"{out}: an adapter of {value['matrices']} matrices; next: moesaic ckpt merge {out}"
+        print_result(value, as_json=as_json, show=lambda console: console.print(text))
+        return
     found = import_model(
         directory,
         out=out,
