@@ -50,6 +50,10 @@ def import_(
         Path | None,
         typer.Option(metavar="MODEL", help="DIR is an adapter of PEFT, for this model."),
     ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help='Tensors to leave out: "model.layers.61.*" (MTP).'),
+    ] = None,
     verify: VerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -70,6 +74,7 @@ def import_(
         layout=layout,
         tokenizer=None if tokenizer is None else TokenizerSource.from_dict(tokenizer),
         languages=[code.strip() for code in languages.split(",") if code.strip()],
+        drop=drop or (),
     )
     for note in found.notes:
         show_progress(note)
