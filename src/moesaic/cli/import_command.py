@@ -27,6 +27,9 @@ VerifyOption = Annotated[
         "--verify", help='Compare logits and answers with transformers (pip "moesaic[hf]").'
     ),
 ]
+BaseOption = Annotated[
+    Path | None, typer.Option(metavar="MODEL", help="DIR is an adapter of PEFT, for this model.")
+]
 
 
 @app.command("import")
@@ -46,10 +49,7 @@ def import_(
         str | None,
         typer.Option(metavar="SOURCE", help='Another tokenizer: "FromFile(path=..., eos=...)".'),
     ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="MODEL", help="DIR is an adapter of PEFT, for this model."),
-    ] = None,
+    base: BaseOption = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help='Tensors to leave out: "model.layers.61.*" (MTP).'),
@@ -64,9 +64,7 @@ def import_(
     Example: [cyan]moesaic import Qwen3-30B-A3B --out models/qwen3[/]
     """
     if base is not None:
-        value = {"run": str(out), "matrices": import_adapter(directory, base=base, out=out)}
-        text = f"{out}: an adapter of {value['matrices']} matrices; next: moesaic ckpt merge {out}"
-        print_result(value, as_json=as_json, show=lambda console: console.print(text))
+        _import_adapter(directory, base=base, out=out, as_json=as_json)
         return
     found = import_model(
         directory,
@@ -93,6 +91,12 @@ def import_(
         add_to_card(out, "comparison", agreement.text())
         value["verify"] = asdict(agreement) | {"text": agreement.text()}
     print_result(value, as_json=as_json, show=partial(_show, value))
+
+
+def _import_adapter(directory: Path, *, base: Path, out: Path, as_json: bool) -> None:
+    value = {"run": str(out), "matrices": import_adapter(directory, base=base, out=out)}
+    text = f"{out}: an adapter of {value['matrices']} matrices; next: moesaic ckpt merge {out}"
+    print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 
 def _show(value: dict[str, Any], console: Console) -> None:
