@@ -38,10 +38,14 @@ class AdapterChoice(TrainableParameters):
             self.targets, adaptable_matrices(model), key="trainable.targets"
         )
 
+    def is_target(self, name: str) -> bool:
+        """Whether the matrix of this name has an adapter, if it can have one."""
+        return matches(name, self.targets)
+
     def attach(self, model: Transformer) -> None:
         named, targets = dict(model.named_modules()), {}
         for name in adaptable_matrices(model):
-            if matches(name, self.targets):
+            if self.is_target(name):
                 path, _, matrix = name.rpartition(".")
                 targets.setdefault(path, []).append(matrix)
         for path, matrices in targets.items():
