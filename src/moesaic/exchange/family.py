@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from moesaic.data.language_tag import FirstTargetToken, NoTag
 from moesaic.exchange.config_mapping import ConfigMapping
 from moesaic.exchange.tensor_table import (
     TensorPiece,
@@ -25,7 +26,8 @@ class Family:
     ``layouts`` are the tables of tensor names, the one that the family is published in first.
     ``copies`` are names that may hold another tensor once more (tied tables), with the name of the
     other; ``derived`` are patterns of tensors that a model computes. ``rotated`` is the pattern of
-    the tensors whose rows are the channels of queries and keys.
+    the tensors whose rows are the channels of queries and keys; ``tag`` is where an encoder-decoder
+    has the tags of languages.
     """
 
     model_type: str
@@ -35,6 +37,7 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
     rotated: str = ""
+    tag: FirstTargetToken | NoTag = field(default_factory=NoTag)
 
     def pieces(self, model: ModelConfig, *, layout: str) -> list[TensorPiece]:
         """Return the pieces of all tensors of a model, ours as targets."""
