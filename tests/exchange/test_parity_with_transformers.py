@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers_models import DENSE, LAYOUTS, MODELS
+from transformers_models import DENSE, LAYOUTS, MODELS, layout_of
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import write_run_record
@@ -64,7 +64,7 @@ def test_an_imported_model_computes_and_routes_as_in_transformers(name, layout, 
     theirs = MODELS[name].build()
     LAYOUTS[layout](theirs, tmp_path / "theirs")
     found = import_model(tmp_path / "theirs", out=tmp_path / "ours")
-    assert found.layout == ("dense" if name in DENSE else layout)
+    assert found.layout == layout_of(theirs, layout)
     assert not any("nothing here reads" in note for note in found.notes)
     ours, rows = imported(tmp_path / "ours"), torch.randint(0, 96, (2, 12))
     routed = {} if name in DENSE else {"output_router_logits": True}
@@ -105,7 +105,7 @@ def test_an_exported_model_is_loaded_without_a_missing_or_unexpected_key(name, l
     theirs = MODELS[name].build()
     LAYOUTS["per-expert"](theirs, tmp_path / "theirs")
     import_model(tmp_path / "theirs", out=tmp_path / "ours")
-    layout = "dense" if name in DENSE else layout
+    layout = layout_of(theirs, layout)
     export_model(tmp_path / "ours", out=tmp_path / "exported", layout=layout, shard_bytes=20_000)
     again, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "exported", output_loading_info=True, attn_implementation="eager"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moesaic.exchange.families import FAMILIES
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -54,6 +56,12 @@ class TheirModel:
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+}
 MODELS = {
     "mixtral": TheirModel("Mixtral", {"num_local_experts": 4}),
     "mixtral with a window": TheirModel(
@@ -62,14 +70,22 @@ MODELS = {
     "qwen3_moe": TheirModel("Qwen3Moe", EXPERTS | {"head_dim": 12, "norm_topk_prob": True}),
     "qwen3_moe, a dense layer, tied, yarn": TheirModel(
         "Qwen3Moe",
-        EXPERTS | {"mlp_only_layers": [0], "tie_word_embeddings": True, "rope_parameters": YARN},
+        EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN,
+        },
     ),
     "qwen2_moe": TheirModel("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
     "olmoe": TheirModel(
         "Olmoe",
         {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.7, "pad_token_id": None},
     ),
+    "granitemoe": TheirModel("GraniteMoe", {"num_local_experts": 4} | GRANITE),
     "llama": TheirModel("Llama", {"rope_parameters": LLAMA3}),
+    "granite": TheirModel("Granite", GRANITE | {"tie_word_embeddings": True}),
     "mistral": TheirModel("Mistral", {"sliding_window": 5, "tie_word_embeddings": True}),
     "qwen2": TheirModel("Qwen2"),
     "qwen3": TheirModel(
@@ -77,7 +93,7 @@ MODELS = {
         {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
     ),
 }
-DENSE = ("llama", "mistral", "qwen2", "qwen3")
+DENSE = ("llama", "granite", "mistral", "qwen2", "qwen3")
 Save = Callable[[Any, Path], None]
 
 
@@ -89,6 +105,12 @@ def save_per_expert(model: Any, path: Path) -> None:
 def save_fused(model: Any, path: Path) -> None:
     """Save a model with the names of transformers 5, in several files."""
     model.save_pretrained(path, save_original_format=False, max_shard_size="20KB")
+
+
+def layout_of(model: Any, saved: str) -> str:
+    """Return the name of the layout that a family has for one of ``LAYOUTS``."""
+    layouts = list(FAMILIES[model.config.model_type].layouts)
+    return layouts[0 if saved == "per-expert" else -1]
 
 
 LAYOUTS: dict[str, Save] = {"per-expert": save_per_expert, "fused": save_fused}

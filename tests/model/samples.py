@@ -14,7 +14,7 @@ from moesaic.data.batch import (
     InputRows,
 )
 from moesaic.data.vocabulary import Vocabulary
-from moesaic.model.block_layout import ParallelResidual
+from moesaic.model.block_layout import ParallelResidual, SequentialResidual
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.generate import DecodingRules
 from moesaic.model.transformer import Transformer
@@ -170,8 +170,10 @@ VARIANTS |= {
     ),
 }
 VARIANTS["residual-pyramid-bias"] = BASE.replace(
-    decoder=Stack(layers=3, moe_every=1, first_dense_layers=1, experts_per_layer=(2, 5)),
+    decoder=Stack(layers=3, sparse_layers=(0, 2), experts_per_layer=(2, 5)),
     moe=MIXTURE.replace(select=SwitchTop1(), shared_experts=ResidualExpert()),
+    embedding=EmbeddingConfig(multiplier=2.0, logits_scaling=3.0),
+    block_layout=SequentialResidual(residual_multiplier=0.5),
     bias=True,
 )
 VARIANTS |= {f"mixer-{name}": alone(BASE, name) for name in MIXERS}

@@ -13,6 +13,7 @@ from moesaic.memory.tier import HostMemory
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.loop import training_loop
+from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.run_checks import check_run
 from moesaic.train.run_training import seeded_trainer
 from moesaic.train.trainable_parameters import MatchingParameters
@@ -25,23 +26,27 @@ EXPERTS = MatchingParameters(patterns=("*.experts.*",))
 AWAY = MemoryPlan(parameters=HostMemory(), gradients=HostMemory(), optimizer_states=HostMemory())
 PLANS = (
     ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=3)),
-    ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
-    ParallelConfig(plan=ParallelPlan(data=2, zero=1)),
     ParallelConfig(plan=ParallelPlan(data=2, expert=2), memory=AWAY),
     ParallelConfig(plan=ParallelPlan(pipe=2, data=1)),
 )
+ADAPTER_PLANS = (
+    *PLANS,
+    ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
+    ParallelConfig(plan=ParallelPlan(data=1, context=2, expert_tensor=2)),
+)
 
 
-def setup():
+def setup(trainable):
     model = tiny_model_config(layers=2)
     stack = model.decoder.replace(first_dense_layers=0)
     run = shrink_config(tiny_run(model=model.replace(encoder=stack, decoder=stack))).run
-    return make_setup(run.replace(gradient_accumulation_steps=2, trainable=EXPERTS))
+    return make_setup(run.replace(gradient_accumulation_steps=2, trainable=trainable))
 
 
-def trained(parallel):
+def trained(case):
     """Return all weights before and after two steps, and the parameters that have states."""
-    made = setup()
+    trainable, parallel = case
+    made = setup(trainable)
     world = ProcessGroupWorld() if distributed.is_initialized() else SingleProcess()
     trainer = seeded_trainer(
         made.run.replace(parallel=parallel),
@@ -53,8 +58,8 @@ def trained(parallel):
 
     def weights():
         named = dict(trainer.model.named_parameters())
-        shapes = made.model.shapes
         part = trainer.parallel_model
+        shapes = {name: placement.shape for name, placement in part.sharding_plan.items()}
         return gather_full_tensors(named, parallel_model=part, shapes=shapes)[0]
 
     before = weights()
@@ -63,11 +68,15 @@ def trained(parallel):
     return before, weights(), {name for group in groups for name in group["param_names"]}
 
 
-def test_only_what_matches_is_trained_under_every_plan():
-    before, after, states = trained(ParallelConfig())
+@pytest.mark.parametrize(
+    ("trainable", "part", "plans"),
+    [(EXPERTS, ".experts.", PLANS), (LoRA(rank=2), ".adapter.", ADAPTER_PLANS)],
+)
+def test_only_what_is_chosen_is_trained_under_every_plan(trainable, part, plans):
+    before, after, states = trained((trainable, ParallelConfig()))
     assert {n for n in before if not torch.equal(before[n], after[n])} == states
-    assert states == {name for name in before if ".experts." in name}
-    for ranks in run_cases_on_ranks(2, trained, PLANS):
+    assert states == {name for name in before if part in name}
+    for ranks in run_cases_on_ranks(2, trained, [(trainable, plan) for plan in plans]):
         assert isinstance(ranks, list), ranks
         _, found, _ = ranks[0]
         assert set().union(*(held for *_, held in ranks)) == states
@@ -85,7 +94,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_names_that_are_near():
 
 def test_a_stage_without_trained_parameters_is_refused():
     part = MatchingParameters(patterns=("decoder.1.*",))
-    made = setup()
+    made = setup(EXPERTS)
     run = made.run.replace(trainable=part, parallel=PLANS[-1])
 
     def start(_):

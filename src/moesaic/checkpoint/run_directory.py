@@ -40,6 +40,7 @@ class RunDir:
     vocabulary = _PathIn("vocabulary.json")  # roles of a tokenizer that moesaic did not train
     text_rules = _PathIn("text_rules.json")  # of the corpus: what the model's text passes
     model = _PathIn("model.safetensors")  # the exported weights, independent of the checkpoints
+    adapter = _PathIn("adapter.safetensors")  # what was trained beside the weights of another run
     card = _PathIn("README.md")
     directions = _PathIn("directions.json")  # what was trained: streams of the data mixture
     checkpoints = _PathIn("checkpoints")
@@ -97,6 +98,11 @@ class RunDir:
 
     def _require(self, names: tuple[str, ...]) -> None:
         missing = [name for name in names if not (self.path / name).is_file()]
+        if missing and self.adapter.is_file():
+            raise CheckpointError(
+                f"{self.path}: it has an adapter without the weights that it changes: "
+                f"moesaic ckpt merge {self.path}"
+            )
         if missing:
             raise CheckpointError(
                 f"{self.path}: {', '.join(missing)} missing, expected a trained model. "

@@ -167,16 +167,15 @@ class SparseLayers(ConfigEntry):
     """``decoder_sparse_step`` and ``mlp_only_layers``: which layers have experts (Qwen)."""
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
-        dense = list(theirs.get("mlp_only_layers") or ())
-        if sorted(dense) != list(range(len(dense))):
-            found = show_value(dense)
-            raise ConfigError([f"mlp_only_layers: found {found}, expected the first layers"])
-        step = theirs.get("decoder_sparse_step", 1)
-        return {"decoder.moe_every": step, "decoder.first_dense_layers": len(dense)}
+        dense, step = set(theirs.get("mlp_only_layers") or ()), theirs.get("decoder_sparse_step", 1)
+        layers = range(theirs.get("num_hidden_layers", 0))
+        sparse = [i for i in layers if i not in dense and step and (i + 1) % step == 0]
+        return {"decoder.sparse_layers": None if sparse == list(layers) else sparse}
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
-        dense = list(range(ours.decoder.first_dense_layers))
-        return {"decoder_sparse_step": ours.decoder.moe_every, "mlp_only_layers": dense}
+        sparse = ours.decoder.moe_layers
+        dense = [layer for layer in range(ours.decoder.layers) if layer not in sparse]
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from moesaic.exchange.config_entries import (
     WindowOfAllLayers,
 )
 from moesaic.exchange.config_mapping import ConfigEntry, ConfigMapping, FixedKey, Key
-from moesaic.exchange.family import DENSE, FUSED, PER_EXPERT, Family
+from moesaic.exchange.family import DENSE, FUSED, PER_EXPERT, PUBLISHED, Family
 from moesaic.exchange.tensor_table import ExpertMatrices, FusedExperts, Rows, TensorTable
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
@@ -237,6 +237,49 @@ OLMOE = _family(
         FUSED: LLAMA_TENSORS | _QK_NORMS | FUSED_EXPERTS,
     },
 )
+_GRANITE = (
+    _NO_BIAS,
+    Key("embedding_multiplier", "embedding.multiplier", default=1.0),
+    Key("logits_scaling", "embedding.logits_scaling", default=1.0),
+    Key("residual_multiplier", "block_layout.residual_multiplier", default=1.0),
+    Key("attention_multiplier", "attention.scale", default=1.0),
+)
+_GRANITE_LAYER = f"{_LAYER}block_sparse_moe."
+
+
+def _granite_experts(router: str, up: str, down: str) -> TensorTable:
+    names = (f"{_GRANITE_LAYER}{name}" for name in (router, up, down))
+    router, up, down = names
+    return {
+        f"{_ROUTED}router.gate.weight": Rows(router),
+        f"{_ROUTED}experts.up": FusedExperts(up),
+        f"{_ROUTED}experts.down": FusedExperts(down),
+    }
+
+
+GRANITE_MOE = _family(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
+    ConfigMapping(
+        SPARSE_MODEL,
+        (
+            *_SIZES,
+            _EXPERTS_AS_WIDE,
+            Key("num_local_experts", "moe.experts", also="num_experts"),
+            _CHOSEN,
+            _epsilon(),
+            RotaryPositions(),
+            BalanceLoss(),
+            *_GRANITE,
+        ),
+    ),
+    {
+        PUBLISHED: LLAMA_TENSORS
+        | _granite_experts("router.layer.weight", "input_linear.weight", "output_linear.weight"),
+        FUSED: LLAMA_TENSORS
+        | _granite_experts("router.weight", "experts.gate_up_proj", "experts.down_proj"),
+    },
+)
 _DENSE_SIZES = (*_SIZES, _HIDDEN, _epsilon(), RotaryPositions())
 LLAMA = _family(
     "llama",
@@ -244,6 +287,12 @@ LLAMA = _family(
     ConfigMapping(
         LLAMA_MODEL, (*_DENSE_SIZES, _HEAD_DIM, _NO_BIAS, FixedKey("mlp_bias", value=False))
     ),
+    {DENSE: LLAMA_TENSORS},
+)
+GRANITE = _family(
+    "granite",
+    "GraniteForCausalLM",
+    ConfigMapping(LLAMA_MODEL, (*_DENSE_SIZES, FixedKey("mlp_bias", value=False), *_GRANITE)),
     {DENSE: LLAMA_TENSORS},
 )
 MISTRAL = _family(

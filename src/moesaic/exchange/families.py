@@ -2,6 +2,8 @@
 
 from moesaic.core.errors import CheckpointError, did_you_mean
 from moesaic.exchange.decoder_families import (
+    GRANITE,
+    GRANITE_MOE,
     LLAMA,
     MISTRAL,
     MIXTRAL,
@@ -14,8 +16,8 @@ from moesaic.exchange.decoder_families import (
 from moesaic.exchange.encoder_decoder_families import M2M100, NLLB_MOE, SWITCH, T5
 from moesaic.exchange.family import Family
 
-_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE)
-_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3)
+_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE)
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)
 _ENCODER_DECODER = (NLLB_MOE, M2M100, SWITCH, T5)
 FAMILIES = {f.model_type: f for f in (*_SPARSE, *_DENSE, *_ENCODER_DECODER)}
 

@@ -16,7 +16,7 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.nn.positional_encoding import Rotary
 
-PER_EXPERT, FUSED, DENSE = "per-expert", "fused", "dense"
+PER_EXPERT, FUSED, DENSE, PUBLISHED = "per-expert", "fused", "dense", "published"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """Hugging Face directory: its config, the files of its weights, and the files carried over."""
 
-import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,14 +72,6 @@ def carried_files(directory: Path) -> list[Path]:
     """Return the files beside the weights that a model is exported with again."""
     named = [directory / name for name in CARRIED]
     return [path for path in (*named, *sorted(directory.glob("*.model"))) if path.is_file()]
-
-
-def copy_files(paths: Sequence[Path], *, to: Path) -> None:
-    """Copy files into a directory, which is made if there is none."""
-    to.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        shutil.copyfile(path, to / path.name, follow_symlinks=True)
-        os.utime(to / path.name)
 
 
 def require_same_tensors(

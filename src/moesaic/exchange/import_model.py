@@ -4,9 +4,7 @@ The config is translated and every tensor accounted for before anything is writt
 are read and written some rows at a time. The directory appears when it is complete.
 """
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import weights_metadata, write_run_record
 from moesaic.checkpoint.safetensors_io import serialize_chunks
 from moesaic.core.errors import CheckpointError, ConfigError
-from moesaic.core.files import atomic_write
+from moesaic.core.files import atomic_write, copy_files, new_directory
 from moesaic.core.units import show_bytes
 from moesaic.data.collators import Collator, DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.document_packing import Concatenated
@@ -33,7 +31,6 @@ from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
     carried_files,
-    copy_files,
     read_hf_config,
     require_same_tensors,
     weight_files,
@@ -80,11 +77,10 @@ def import_model(
 
     Raises:
         CheckpointError: The family is unknown, or the tensors are not those of the config.
+        FileError: ``out`` exists.
         ConfigError: Something that the config asks for does not exist here.
         DataError: The tokenizer cannot be read.
     """
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already, expected a new directory")
     theirs = read_hf_config(directory)
     family = family_of(theirs.get("model_type"))
     model = _read_config(family, theirs, where=directory / CONFIG)
@@ -93,7 +89,8 @@ def import_model(
     require_same_tensors(family, files, expected=source_shapes(pieces), where=directory)
     unread = family.mapping.unread_keys(theirs)
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
-    with _new_directory(out) as part:
+    with new_directory(out) as path:
+        part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
             source = tokenizer or FromFile(path=str(directory), tags={})
             source.make({}, languages=languages, notify=notes.append).save(part.tokenizer)
@@ -178,20 +175,6 @@ def _read_config(family: Family, theirs: Mapping[str, Any], *, where: Path) -> M
         return family.mapping.read(theirs)
     except ConfigError as error:
         raise ConfigError(f"{where}: {problem}" for problem in error.problems) from error
-
-
-@contextmanager
-def _new_directory(out: Path) -> Iterator[RunDir]:
-    """Make a directory that gets its name at the end, if nothing fails."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield RunDir(part)
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _write_model(part: RunDir, run: Run, put_together: PutTogether) -> int:

@@ -63,11 +63,8 @@ def resolved(model: ModelConfig) -> ModelConfig:
 def _canonical_stack(model: ModelConfig, stack: Stack) -> Stack:
     if not stack.layers:
         return Stack(layers=0)
-    if isinstance(model.moe_of_stack(stack), NoMoE) or not stack.moe_layers:
-        return stack.replace(moe_every=0, first_dense_layers=0)
-    first = min(stack.first_dense_layers, stack.layers)
-    rest = all(stack.is_moe_layer(layer) for layer in range(first, stack.layers))
-    return stack.replace(moe_every=1 if rest else stack.moe_every, first_dense_layers=first)
+    sparse = () if isinstance(model.moe_of_stack(stack), NoMoE) else stack.moe_layers
+    return stack.replace(moe_every=1, first_dense_layers=0, sparse_layers=sparse)
 
 
 def _canonical_select(select: Select, *, dropless: bool) -> Select:

@@ -117,6 +117,12 @@ class ParameterStream:
         """The names of all parameters that are streamed."""
         return [name for layer in self._layers for name in layer.parameters]
 
+    @property
+    def in_use(self) -> frozenset[nn.Parameter]:
+        """The parameters that are on the device."""
+        used = (layer for layer in self._layers if layer.in_use)
+        return frozenset(p for layer in used for p in layer.parameters.values())
+
     def resting(self, name: str) -> Tensor:
         """Return a parameter's memory of the tier."""
         return next(layer.resting[name] for layer in self._layers if name in layer.resting)

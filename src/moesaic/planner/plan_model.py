@@ -48,6 +48,7 @@ from moesaic.planner.step_time import (
 )
 from moesaic.planner.tier_bytes import moved_bytes, resident_weights
 
+_RECENT = 64  # degrees of which times are kept: the options of one degrees share them
 EXCHANGES = ("tensor", "context", "expert", "expert_tensor")  # axes between layers
 
 
@@ -115,6 +116,8 @@ class PlanModel:
         self._dims = max(1, self._config.dim)
         self._num_experts = max(expert_numbers(self._config), default=1)
         self.evaluations = 0
+        self._compute = lru_cache(maxsize=_RECENT)(self._compute_seconds)
+        self._exchange_seconds = lru_cache(maxsize=_RECENT)(self._sum_exchanges)
         self._kind_seconds = lru_cache(maxsize=None)(self._compute_kind)
         self._is_legal = lru_cache(maxsize=None)(self._check)
         self._exchange_bytes = lru_cache(maxsize=None)(self._exchanges)
@@ -123,14 +126,15 @@ class PlanModel:
 
     # --- bounds and forecasts -----------------------------------------------------------------
 
-    def bound_seconds(self, degrees: Degrees) -> float:
+    def bound_seconds(self, degrees: Degrees, *, recomputes: bool = False) -> float:
         """Return a time that no option of these degrees is under: compute and exchanges alone.
 
-        It is infinite where the model cannot be cut so.
+        With ``recomputes``, no option with checkpointing. It is infinite where the model cannot be
+        cut so.
         """
         if self._exchange_bytes(*degrees[2:6]) is None:
             return math.inf
-        compute = sum(self._compute(degrees, recomputes=False).values())
+        compute = sum(self._compute(degrees, recomputes).values())
         exchanges = sum(self._exchange_seconds(degrees).values())
         return (compute + exchanges) / (1 - _bubble(degrees))
 
@@ -161,7 +165,7 @@ class PlanModel:
         degrees, option = choice.degrees, choice.option
         state = self._state(degrees, option)
         time = StepTime(
-            self._compute(degrees, recomputes=option.recomputes),
+            self._compute(degrees, option.recomputes),
             self._exchange_seconds(degrees),
             self._transfers(degrees, option, state),
             update=self._update(degrees, option, state),
@@ -184,7 +188,7 @@ class PlanModel:
         """Tokens of a micro-batch on a rank, as a share of the reference's."""
         return degrees.rows / (degrees.context * degrees.tensor)
 
-    def _compute(self, degrees: Degrees, *, recomputes: bool) -> dict[str, float]:
+    def _compute_seconds(self, degrees: Degrees, recomputes: bool) -> Mapping[str, float]:  # noqa: FBT001
         machine, often = self.settings.machine, degrees.micro_batches * self._share(degrees)
         if min(self.space.ranks, machine.devices_per_node.value) > 1:
             often *= machine.contended.all_devices.value
@@ -210,7 +214,7 @@ class PlanModel:
                 found[op.phase] += op.count * seconds
         return found[Phase.FORWARD], found[Phase.BACKWARD]
 
-    def _exchange_seconds(self, degrees: Degrees) -> dict[str, float]:
+    def _sum_exchanges(self, degrees: Degrees) -> Mapping[str, float]:
         often = degrees.micro_batches * self._share(degrees)
         found: dict[str, float] = {}
         tokens = self._tokens(degrees)
@@ -237,10 +241,8 @@ class PlanModel:
         )
 
     def _group(self, axis: str, axes: tuple[int, ...]) -> GroupShape:
-        pipe, *stage = axes
-        plan = PlanKey(*stage, zero=0).plan.replace(pipe=pipe)
         node = int(self.settings.machine.devices_per_node.value)
-        return group_shape(plan, axis, devices_per_node=node)
+        return group_shape(_plan_of(axes), axis, devices_per_node=node)
 
     def _exchanges(
         self, context: int, tensor: int, expert: int, expert_tensor: int
@@ -338,6 +340,19 @@ class PlanModel:
         )
         inputs = row * self._layers * self._tokens(degrees)
         return block, round(min(inputs, whole) * flying)
+
+
+@lru_cache(maxsize=_RECENT)
+def _plan_of(axes: tuple[int, ...]) -> ParallelPlan:
+    pipe, data, context, tensor, expert, expert_tensor = axes
+    return ParallelPlan(
+        pipe=pipe,
+        data=data,
+        context=context,
+        tensor=tensor,
+        expert=expert,
+        expert_tensor=expert_tensor,
+    )
 
 
 def dtype_name(precision: Precision) -> str:

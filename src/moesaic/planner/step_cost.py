@@ -27,6 +27,7 @@ from moesaic.planner.block_chain import BlockChain, ChainPlace
 from moesaic.planner.cost_entries import (
     DEVICE,
     DISK,
+    HOST,
     HeldBytes,
     MovedBytes,
     OperationCost,
@@ -186,6 +187,9 @@ class _Composition:
         yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
         yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.stored)
         yield HeldBytes(DEVICE, Purpose.STATES, state.counters)
+        if self.parameters.stages is None and not memory.optimizer_states.is_device:
+            kept = min(memory.run_ahead_bytes, state.overwritten)
+            yield HeldBytes(HOST, Purpose.OVERWRITTEN, kept)
 
     @property
     def _memory(self) -> MemoryPlan:

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from moesaic.core.shapes import Tensor
-from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.communication_volume import gradient_buckets
 from moesaic.parallel.gradient_sums import IN_FLIGHT
-from moesaic.parallel.parameter_inventory import ParameterShard, RankParameters
+from moesaic.parallel.parameter_inventory import RankParameters
 from moesaic.parallel.partial_forward import BlockRange
 from moesaic.planner.block_chain import STACKS, BlockChain, ChainPlace
 from moesaic.planner.cost_entries import Phase
@@ -30,7 +29,8 @@ class StateBytes:
     """Bytes of a rank's weights, gradients and optimizer states, exact, in whichever tier.
 
     ``counters`` are those of the states that are one number, which stay on the device; ``experts``
-    those of the weights of experts, by module.
+    those of the weights of experts, by module. ``overwritten`` are the old values of updates that
+    may run ahead of the gradient norm.
     """
 
     weights: int
@@ -38,6 +38,7 @@ class StateBytes:
     states: int
     counters: int
     experts: Mapping[str, int]
+    overwritten: int = 0
 
     @property
     def stored(self) -> int:
@@ -54,27 +55,28 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
     precision = settings.precision
     weight, gradient = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
     master = precision.master_weights.bytes_per_value if weight < FLOAT32_BYTES else 0
-    values, experts = 0, dict[str, int]()
+    values, overwritten, experts = 0, 0, dict[str, int]()
+    slots: list[Tensor] = []
     for shard in parameters.shards:
         size = math.prod(shard.shape)
         values += size
         if shard.parameter.placement.num_experts is not None:
             module = shard.parameter.fsdp_unit
             experts[module] = experts.get(module, 0) + weight * size
-    slots = [s for shard in parameters.shards for s in _slots(shard, settings.optimizer)]
+        parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
+        rule = settings.optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
+        own = list(rule.initial_state(parameter).values())
+        slots += own
+        if rule.elementwise:
+            overwritten += FLOAT32_BYTES * size + sum(slot.nbytes for slot in own if slot.dim())
     return StateBytes(
         weight * values,
         gradient * values,
         master * values + sum(slot.nbytes for slot in slots),
         sum(slot.nbytes for slot in slots if not slot.dim()),
         experts,
+        overwritten,
     )
-
-
-def _slots(shard: ParameterShard, optimizer: Optimizer) -> Iterable[Tensor]:
-    parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
-    rule = optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
-    return rule.initial_state(parameter).values()
 
 
 def stage_spans(

@@ -22,7 +22,7 @@ from moesaic.model.beam_search import Array, Hypothesis
 from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.sampling import Sample
 from moesaic.model.transformer import Transformer
-from moesaic.serve.open_run import open_run
+from moesaic.serve.open_run import OpenedRun, open_run
 from moesaic.serve.source_text import require_texts
 from moesaic.serve.text_stream import TextStream
 
@@ -93,7 +93,11 @@ class TextGenerator:
         Raises CheckpointError naming what is missing or does not fit, DataError for a run that is
         no language model.
         """
-        run = open_run(Path(path), weights=weights, device=device)
+        return cls.of(open_run(Path(path), weights=weights, device=device))
+
+    @classmethod
+    def of(cls, run: OpenedRun) -> "TextGenerator":
+        """Return the generator of an opened run. Raises DataError: no language model."""
         return cls(
             run.model,
             tokenizer=run.tokenizer,

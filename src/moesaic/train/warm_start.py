@@ -7,18 +7,21 @@ schedule, the data and the counters start anew.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import read_run_record
 from moesaic.checkpoint.stored_weights import StoredWeights, open_weights
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
+from moesaic.core.files import sha256
 from moesaic.data.vocabulary_file import copy_tokenizer
 from moesaic.model.config import ModelConfig
 from moesaic.model.inputs import TokenIds
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import require_fitting_weights
+from moesaic.nn.adapter import is_of_adapter
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.weight_start import draw_shards, weight_shards
 
@@ -43,6 +46,13 @@ class InitialWeights(Choice):
         """Give this rank's parameters, which have memory, their values at step 0."""
         raise NotImplementedError
 
+    def pinned(self) -> Self:
+        """Return these weights with their hash, for what is trained beside them.
+
+        Raises CheckpointError if they have another hash already.
+        """
+        return self
+
 
 class RandomWeights(InitialWeights):
     """Weights drawn at random (``model.init``)."""
@@ -59,6 +69,7 @@ class WeightsOfRun(InitialWeights):
     """The final weights of the run directory ``path``, with its tokenizer.
 
     The vocabulary stays as it is, so the languages of the data must be among those of the run.
+    ``sha256`` is the hash of the weights where adapters are trained beside them.
     """
 
     way_out: ClassVar[str] = (
@@ -66,9 +77,22 @@ class WeightsOfRun(InitialWeights):
         "(--set data.languages=[...]), or train the new ones without --init"
     )
     path: str
+    sha256: str | None = None
+
+    def pinned(self) -> Self:
+        source = self.open()
+        record = read_run_record(source)
+        entry = None if record is None else record.files.get(source.model.name)
+        found = sha256(source.model) if entry is None else entry.sha256
+        if self.sha256 not in (None, found):
+            raise CheckpointError(
+                f"{source.model}: it has the hash {found[:12]}, expected {str(self.sha256)[:12]}: "
+                "the adapters were trained beside other weights. Restore that file"
+            )
+        return self.replace(sha256=found)
 
     def prepare(self, run_dir: RunDir, *, model: ModelConfig) -> str:
-        source = self._open()
+        source = self.open()
         if isinstance(model.input, TokenIds):
             source.require_text_model()
         with self._open_weights(source) as stored:
@@ -82,9 +106,10 @@ class WeightsOfRun(InitialWeights):
         return f"starting from the weights and the tokenizer of {self.path}"
 
     def fill(self, parallel_model: ParallelModel, *, seed: int) -> None:
-        del seed
-        with self._open_weights(self._open()) as stored:
-            stored.read_into(weight_shards(parallel_model))
+        with self._open_weights(self.open()) as stored:
+            shards = weight_shards(parallel_model).items()
+            stored.read_into({name: shard for name, shard in shards if not is_of_adapter(name)})
+        draw_shards(parallel_model, seed=seed, includes=is_of_adapter)
 
     @contextmanager
     def _open_weights(self, source: RunDir) -> Iterator[StoredWeights]:
@@ -97,7 +122,8 @@ class WeightsOfRun(InitialWeights):
                 "the recipe, or change only what has no weights"
             ) from error
 
-    def _open(self) -> RunDir:
+    def open(self) -> RunDir:
+        """Return the run directory. Raises CheckpointError if it has no weights."""
         source = RunDir.open(Path(self.path))
         source.require_weights()
         return source
