@@ -12,6 +12,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.data.batch import Batch, InputRows
+from moesaic.exchange import compare_with_transformers
 from moesaic.exchange.export_model import export_model, read_model_config
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.same_model import resolved
@@ -137,3 +138,18 @@ def test_an_exported_model_is_loaded_without_a_missing_or_unexpected_key(name, t
     assert all(before[key].equal(after[key]) for key in before)
     one, two = (read_model_config(RunDir(tmp_path / p)) for p in ("ours", "once more"))
     assert resolved(one) == resolved(two)
+
+
+@pytest.mark.parametrize("name", ["nllb-moe", "switch"])
+def test_a_comparison_finds_the_same_logits_and_answers_of_an_encoder_decoder(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compare_with_transformers, "LENGTHS", (4,))
+    monkeypatch.setattr(compare_with_transformers, "ANSWER", 6)
+    brought(name, tmp_path)
+    found = compare_with_transformers.compare_with_transformers(
+        tmp_path / "theirs", ours=tmp_path / "ours"
+    )
+    assert found.logit_difference <= 1e-5 * max(1, found.largest_logit)
+    assert found.inputs == found.greedy == found.beam == 10
+    assert ("NllbMoeExperts.forward repaired" in found.text()) == (name == "nllb-moe")

@@ -1,6 +1,6 @@
 """Config entries of encoder-decoders: positions behind padding, NLLB's router, sparse layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,9 @@ class PositionsBehindPadding(ConfigEntry):
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
         position = ours.position
-        inside = isinstance(position, Sinusoidal) and position.offset > 0
-        return {"pad_token_id": position.offset - 1} if inside else {}
+        if not isinstance(position, Sinusoidal) or not position.offset:
+            return {}
+        return {"pad_token_id": position.offset - 1}
 
 
 @dataclass(frozen=True)
@@ -113,47 +114,46 @@ class RouterLosses(ConfigEntry):
 
 
 @dataclass(frozen=True)
-class SparseLayersOfSwitch(ConfigEntry):
-    """``num_sparse_encoder_layers``: block i has experts where ``i % step == 1``, or step is 1.
+class StackLayers(ConfigEntry):
+    """Number of a stack's layers (``count``, or ``also``), and one that says which have experts.
 
-    The step is the number of layers divided by theirs, as transformers computes it: zero sparse
-    layers make the step that of all layers, and block 1 sparse.
+    ``chosen`` returns their indices of both numbers.
     """
 
     side: str
+    count: str
+    number: str
+    default: int
+    chosen: Callable[[int, int], Sequence[int]]
+    also: str = ""
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
-        layers = theirs["num_layers"]
-        if self.side == "decoder":
-            layers = theirs.get("num_decoder_layers") or layers
-        number = theirs.get(self._key, 3)
-        found = _sparse_layers(layers, number)
-        every = next((n for n in range(layers + 1) if _every(layers, n) == found), None)
-        if every is None:
-            raise ConfigError(
-                [f"{self._key}: found {number} of {layers}, expected every layer or every second"]
-            )
-        return {f"{self.side}.moe_every": every, f"{self.side}.layers": layers}
+        layers = theirs.get(self.count) or theirs.get(self.also)
+        if type(layers) is not int or layers < 1:
+            raise ConfigError([f"{self.count}: found {show_value(layers)}, expected a number"])
+        sparse = self.chosen(layers, theirs.get(self.number, self.default))
+        return {f"{self.side}.layers": layers, f"{self.side}.sparse_layers": sparse}
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
         stack = ours.stack_of(self.side)
         numbers = range(stack.layers + 1)
-        fitting = [n for n in numbers if _sparse_layers(stack.layers, n) == stack.moe_layers]
-        layers = "num_layers" if self.side == "encoder" else "num_decoder_layers"
-        return {layers: stack.layers} | ({self._key: fitting[-1]} if fitting else {})
-
-    @property
-    def _key(self) -> str:
-        return f"num_sparse_{self.side}_layers"
+        fitting = [n for n in numbers if self.chosen(stack.layers, n) == stack.moe_layers]
+        return {self.count: stack.layers} | ({self.number: fitting[-1]} if fitting else {})
 
 
-def _sparse_layers(layers: int, number: int) -> Sequence[int]:
+def every_nth(layers: int, step: int) -> Sequence[int]:
+    """Return the last of each ``step`` layers: NLLB-MoE."""
+    return Stack(layers=layers, moe_every=step).moe_layers
+
+
+def second_of_step(layers: int, number: int) -> Sequence[int]:
+    """Return each i with ``i % step == 1``, or all where the step is 1: Switch Transformers.
+
+    The step is the layers divided by ``number``, as transformers computes it: of zero sparse layers
+    it is all layers, and layer 1 has experts.
+    """
     step = layers // number if number else layers
     return tuple(i for i in range(layers) if step == 1 or (step and i % step == 1))
-
-
-def _every(layers: int, every: int) -> Sequence[int]:
-    return Stack(layers=layers, moe_every=every).moe_layers
 
 
 @dataclass(frozen=True)

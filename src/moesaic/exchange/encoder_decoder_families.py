@@ -6,8 +6,10 @@ from moesaic.exchange.encoder_decoder_entries import (
     NllbRouting,
     PositionsBehindPadding,
     RouterLosses,
-    SparseLayersOfSwitch,
+    StackLayers,
     TiedTable,
+    every_nth,
+    second_of_step,
 )
 from moesaic.exchange.family import DENSE, PER_EXPERT, Family
 from moesaic.exchange.tensor_table import (
@@ -157,8 +159,6 @@ _M2M_WIDTHS = ("encoder_ffn_dim", "decoder_ffn_dim")
 _M2M_ENTRIES: tuple[ConfigEntry, ...] = (
     Key("vocab_size", "vocab_size"),
     Key("d_model", "dim"),
-    Key("encoder_layers", "encoder.layers"),
-    Key("decoder_layers", "decoder.layers"),
     EqualKeys(("encoder_attention_heads", "decoder_attention_heads"), ("attention.heads",)),
     Key("activation_function", "feed_forward.activation", default="relu", values=_ACTIVATIONS),
     Key("scale_embedding", "embedding.scaled", default=True),
@@ -205,7 +205,14 @@ M2M100 = Family(
     "m2m_100",
     "M2M100ForConditionalGeneration",
     ConfigMapping(
-        M2M_MODEL, (*_M2M_ENTRIES, EqualKeys(_M2M_WIDTHS, ("feed_forward.hidden",))), _M2M_OTHER
+        M2M_MODEL,
+        (
+            *_M2M_ENTRIES,
+            Key("encoder_layers", "encoder.layers"),
+            Key("decoder_layers", "decoder.layers"),
+            EqualKeys(_M2M_WIDTHS, ("feed_forward.hidden",)),
+        ),
+        _M2M_OTHER,
     ),
     {DENSE: _m2m_tensors(cross="encoder_attn", feed_forward="", norm="final_layer_norm")},
     copies=_M2M_COPIES,
@@ -228,8 +235,10 @@ NLLB_MOE = Family(
             *_M2M_ENTRIES,
             EqualKeys(_M2M_WIDTHS, ("feed_forward.hidden", "moe.hidden")),
             Key("num_experts", "moe.experts"),
-            Key("encoder_sparse_step", "encoder.moe_every", default=4),
-            Key("decoder_sparse_step", "decoder.moe_every", default=4),
+            *(
+                StackLayers(side, f"{side}_layers", f"{side}_sparse_step", 4, every_nth)
+                for side in _STACKS
+            ),
             NllbRouting(),
             RouterLosses(FirstChoiceBalance),
             FixedKey("router_bias", value=False),
@@ -239,8 +248,10 @@ NLLB_MOE = Family(
         | {"expert_capacity", "router_ignore_padding_tokens", "router_z_loss_coef", "router_type"},
     ),
     {
-        PER_EXPERT: _m2m_tensors(cross="cross_attention", feed_forward="ffn.", norm="ff_layer_norm")
-        | _nllb_experts()
+        PER_EXPERT: {
+            **_m2m_tensors(cross="cross_attention", feed_forward="ffn.", norm="ff_layer_norm"),
+            **_nllb_experts(),
+        }
     },
     copies=_M2M_COPIES,
     derived=POSITIONS,
@@ -282,8 +293,12 @@ SWITCH = Family(
         T5_MODEL.replace(moe=MoE(experts=2, select=SwitchTop1(), limit=RowCapacity(), balance=())),
         (
             *_T5_ENTRIES,
-            SparseLayersOfSwitch("encoder"),
-            SparseLayersOfSwitch("decoder"),
+            *(
+                StackLayers(
+                    side, count, f"num_sparse_{side}_layers", 3, second_of_step, also="num_layers"
+                )
+                for side, count in (("encoder", "num_layers"), ("decoder", "num_decoder_layers"))
+            ),
             Key("d_ff", ("feed_forward.hidden", "moe.hidden")),
             Key("dense_act_fn", "feed_forward.activation", default="relu", values=_ACTIVATIONS),
             Key("num_experts", "moe.experts", default=8),
