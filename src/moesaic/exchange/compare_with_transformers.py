@@ -181,7 +181,7 @@ def _framed(
         none = torch.zeros(1, 0, dtype=torch.long)
         return [_Input(none, text, none) for text in texts]
     config, _ = upgrade_config(read_yaml_file(run.config))
-    collator = read_collator(config) or EncoderDecoderCollator()
+    collator = isinstance(config, dict) and read_collator(config) or EncoderDecoderCollator()
     start, prompt = (
         torch.tensor([[roles[name] for name in names if name in roles]], dtype=torch.long)
         for names in (collator.frame.source_start, collator.frame.prompt)
