@@ -12,7 +12,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.data.batch import Batch, InputRows
-from moesaic.exchange import compare_with_transformers
+from moesaic.exchange import compare_with_transformers, stored_prompts
 from moesaic.exchange.export_model import export_model, read_model_config
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.same_model import resolved
@@ -144,7 +144,7 @@ def test_an_exported_model_is_loaded_without_a_missing_or_unexpected_key(name, t
 def test_a_comparison_finds_the_same_logits_and_answers_of_an_encoder_decoder(
     name, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(compare_with_transformers, "LENGTHS", (4,))
+    monkeypatch.setattr(stored_prompts, "LENGTHS", (4,))
     monkeypatch.setattr(compare_with_transformers, "ANSWER", 6)
     brought(name, tmp_path)
     found = compare_with_transformers.compare_with_transformers(

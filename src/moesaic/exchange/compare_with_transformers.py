@@ -13,10 +13,8 @@ import torch
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.stored_weights import load_transformer
-from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.data.batch import Batch, InputRows
 from moesaic.data.collators import EncoderDecoderCollator
 from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
@@ -24,25 +22,13 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.vocabulary import Vocabulary
 from moesaic.exchange.export_model import read_model_config
 from moesaic.exchange.hf_directory import read_hf_config
+from moesaic.exchange.stored_prompts import stored_prompts
 from moesaic.exchange.transformers_repairs import repair_forward
 from moesaic.model.beam_search import Beam, Greedy, Search
 from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.transformer import Transformer
 from moesaic.serve.open_run import read_collator
 
-SENTENCES = (
-    "The river runs under the old bridge and out to the sea.",
-    "Wer zuletzt lacht, lacht am besten.",
-    "Ils ont traversé la ville à pied pour voir la tour.",
-    "El tren de las ocho sale de la estación central.",
-    "Сегодня утром шёл дождь, а к вечеру прояснилось.",
-    "我们明天早上八点在图书馆见面。",
-    "毎朝、海のそばを散歩します。",
-    "الكتاب على الطاولة بجانب النافذة.",
-    "def add(a, b):\n    return a + b",
-    "1, 1, 2, 3, 5, 8, 13, 21,",
-)
-LENGTHS = (3, 5, 8, 12, 20)  # tokens of a sentence: 50 inputs
 BEAMS, ANSWER = 4, 12
 
 
@@ -152,46 +138,31 @@ def _transformers() -> Any:
 def _inputs(
     run: RunDir, model: Transformer, *, theirs: Mapping[str, Any]
 ) -> tuple[list[_Input], Vocabulary]:
-    """Return the beginnings of sentences as ids (random ones without a tokenizer), and the end."""
-    size, roles = model.config.vocab_size, {}
-    if run.tokenizer.is_file():
-        tokenizer = Tokenizer.load(run.tokenizer)
-        rows = [tokenizer.encode(text) for text in SENTENCES]
-        known = tokenizer.vocabulary
-        end, roles = known.eos, known.roles
-        tags = list(known.tags.values())
-        roles |= dict(zip((SOURCE_TAG, TARGET_TAG), (tags[:2] * 2)[:2], strict=False))
-    else:
-        generator = torch.Generator().manual_seed(0)
-        shape = (len(SENTENCES), max(LENGTHS))
-        rows = torch.randint(min(8, size - 1), size, shape, generator=generator).tolist()
-        names = ("pad", "bos", "eos")
-        found = {name: theirs.get(f"{name}_token_id") for name in names}
-        roles = {n: i for n, i in found.items() if isinstance(i, int) and 0 <= i < size}
-        end = roles.get("eos", size - 1)
-    texts = [torch.tensor([row[:length]]) for row in rows for length in LENGTHS]
-    return _framed(run, model, texts, roles=roles | {"eos": end}), Vocabulary(size, end)
-
-
-def _framed(
-    run: RunDir, model: Transformer, texts: Sequence[Int[Tensor, "1 T"]], *, roles: dict[str, int]
-) -> list[_Input]:
-    """Return texts as prompts; of an encoder-decoder as sources, in the frame of the run's rows."""
+    """Return stored prompts; of an encoder-decoder as sources, in the frame of the run's rows."""
+    rows = model.config.vocab_size
+    texts, vocabulary = stored_prompts(run, rows=rows, their_end=theirs.get("eos_token_id"))
     if not model.config.encoder.layers:
         none = torch.zeros(1, 0, dtype=torch.long)
-        return [_Input(none, text, none) for text in texts]
-    config, _ = upgrade_config(read_yaml_file(run.config))
-    collator = isinstance(config, dict) and read_collator(config) or EncoderDecoderCollator()
-    start, prompt = (
-        torch.tensor([[roles[name] for name in names if name in roles]], dtype=torch.long)
-        for names in (collator.frame.source_start, collator.frame.prompt)
+        return [_Input(none, text, none) for text in texts], vocabulary
+    if run.tokenizer.is_file():
+        known = Tokenizer.load(run.tokenizer).vocabulary
+        tags = list(known.tags.values())
+        ids = {**known.roles, **dict(zip((SOURCE_TAG, TARGET_TAG), (tags * 2)[:2], strict=False))}
+    else:
+        found = {name: theirs.get(f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        ids = {name: i for name, i in found.items() if isinstance(i, int)}
+        # random ids; the first ones have roles, and padding inside of a text shifts its positions
+        texts = [text.clamp(min=min(8, rows - 1)) for text in texts]
+    frame = (read_collator(run) or EncoderDecoderCollator()).frame
+    start, prompt, end = (
+        torch.tensor([[ids[name] for name in names if name in ids]], dtype=torch.long)
+        for names in (frame.source_start, frame.prompt, ("eos",))
     )
-    end = torch.tensor([[roles["eos"]]])
     others = [*texts[-1:], *texts[:-1]]
     return [
         _Input(torch.cat([start, text, end], 1), prompt, other)
         for text, other in zip(texts, others, strict=True)
-    ]
+    ], vocabulary
 
 
 def _logits(model: Transformer, given: _Input) -> Float[Tensor, "T V"]:
