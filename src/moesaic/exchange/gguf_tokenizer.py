@@ -94,7 +94,7 @@ def gguf_tokens(run: RunDir, *, rows: int) -> GGUFTokens:
 def _without_text(rows: int, why: str) -> GGUFTokens:
     """Return tokens that no text has: llama.cpp computes with ids only if each has a name."""
     names = [f"<no token {i}>" for i in range(rows)]
-    return GGUFTokens("llama", (f"{why}: the file reads ids",), names, [UNUSED] * rows)
+    return GGUFTokens("llama", (f"{why}: the file has ids alone",), names, [UNUSED] * rows)
 
 
 def _names_and_types(
