@@ -4,8 +4,9 @@ The config is translated and every tensor accounted for before anything is writt
 are read and written some rows at a time. The directory appears when it is complete.
 """
 
+import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from moesaic.core.units import show_bytes
 from moesaic.data.collators import Collator, DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.document_packing import Concatenated
 from moesaic.data.imported_tokenizer import FromFile
-from moesaic.data.language_tag import FirstTargetToken, NoTag
+from moesaic.data.language_tag import FirstTargetToken, LanguageTag, NoTag
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
 from moesaic.data.tokenizer_source import TokenizerSource
 from moesaic.exchange.config_entries import LENGTH
-from moesaic.exchange.families import family_of
+from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
@@ -65,6 +66,7 @@ def import_model(
     layout: str = "auto",
     tokenizer: TokenizerSource | None = None,
     languages: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> ImportedModel:
     """Write the model directory ``out`` with the model of a Hugging Face directory.
 
@@ -74,6 +76,8 @@ def import_model(
         layout: The names of expert tensors, ``fused`` or ``per-expert``; ``auto`` looks.
         tokenizer: Where the tokenizer is; None: in the directory, if there is one.
         languages: Codes of the languages whose tags the tokenizer has.
+        drop: Patterns (``model.layers.61.*``) of tensors to leave out, if the model has no
+            such part here (multi-token prediction).
 
     Raises:
         CheckpointError: The family is unknown, or the tensors are not those of the config.
@@ -86,9 +90,11 @@ def import_model(
     model = _read_config(family, theirs, where=directory / CONFIG)
     files = TensorFiles(weight_files(directory))
     layout, pieces = find_pieces(family, model, files, layout=layout)
-    require_same_tensors(family, files, expected=source_shapes(pieces), where=directory)
+    dropped = replace(family, derived=(*family.derived, *map(fnmatch.translate, drop)))
+    require_same_tensors(dropped, files, expected=source_shapes(pieces), where=directory)
     unread = family.mapping.unread_keys(theirs)
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
+    notes += [f"left out on request: the tensors {pattern}" for pattern in drop]
     with new_directory(out) as path:
         part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
@@ -131,7 +137,7 @@ def imported_run(
     collator: Collator = DecoderOnlyCollator(tag=NoTag(start=start))
     task = WeightedTask(task=CausalLM(packing=Concatenated()))
     if encoder:
-        collator = EncoderDecoderCollator(tag=FirstTargetToken())
+        collator = EncoderDecoderCollator(tag=_tag_of(theirs))
         task = WeightedTask(task=Translation())
     return Run(
         name=out.name,
@@ -150,6 +156,18 @@ def imported_run(
         model=model,
         steps=1000,
     )
+
+
+def _tag_of(theirs: Mapping[str, Any]) -> LanguageTag:
+    """Return the tag of an encoder-decoder, whose decoder starts with the token of its config."""
+    family = FAMILIES.get(theirs.get("model_type", ""))
+    tag = family.tag if family else FirstTargetToken()
+    first = theirs.get("decoder_start_token_id")
+    if first is None:
+        return tag
+    roles = ("eos", "bos", "pad")
+    start = next((role for role in roles if theirs.get(f"{role}_token_id") == first), tag.start)
+    return tag.replace(start=start)
 
 
 def add_to_card(model: Path, name: str, text: str) -> None:
