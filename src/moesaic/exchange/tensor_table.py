@@ -89,6 +89,29 @@ class Rows(TensorRule):
             start += width
 
 
+class GatedRows(TensorRule):
+    """One tensor of theirs, or two (gate, value) where our activation is gated."""
+
+    def __init__(self, plain: str, gate: str, value: str) -> None:
+        self._plain, self._gated = Rows(plain), Rows(gate, value)
+
+    def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
+        yield from (self._gated if len(ours.widths) > 1 else self._plain).pieces(ours, layer=layer)
+
+
+class ExpertVectors(TensorRule):
+    """A vector [F] for each expert, ``{expert}`` in the name: ours is [E, F]."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
+        experts, width = ours.shape
+        for expert in range(experts):
+            theirs = _in_layer(self.name, layer).replace("{expert}", str(expert))
+            yield TensorPiece(Region(ours.name, (expert, 0), (1, width)), _whole(theirs, (width,)))
+
+
 class ExpertMatrices(TensorRule):
     """A matrix [F, D] for each expert and map, ``{expert}`` in the name: ours is [E, D, F]."""
 
