@@ -31,6 +31,14 @@ CARRIED = (
     "chat_template.jinja",
 )
 MAX_SHOWN = 20
+_TORCH = "a distributed checkpoint of torch (torchtitan, Megatron-Core), whose metadata are"
+FOREIGN_FILES = {  # of programs whose checkpoints are pickles, wholly or in part
+    ".metadata": _TORCH,
+    "*.distcp": _TORCH,
+    "mp_rank_*.pt": "a checkpoint of DeepSpeed or Megatron-LM, whose files are",
+    "*expert_*_model_states.pt": "a checkpoint of DeepSpeed-MoE, whose files are",
+    "checkpoint*.pt": "a checkpoint of fairseq, whose files are",
+}
 
 
 class _IndexShape(FileShape):
@@ -42,8 +50,11 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """Return the config of a directory. Raises CheckpointError."""
     path = directory / CONFIG
     if not path.is_file():
+        found = [kind for pattern, kind in FOREIGN_FILES.items() if any(directory.glob(pattern))]
+        what = f": this is {found[0]} pickled objects, which can run code" if found else ""
+        way = "; convert it where you trust it" if found else ""
         raise CheckpointError(
-            f"{directory}: no {CONFIG}, expected a directory of a Hugging Face model"
+            f"{directory}{what}: no {CONFIG}, expected a directory of a Hugging Face model{way}"
         )
     found = read_json_mapping(path, HF_CONFIG_FILE)
     if found.get("quantization_config"):
@@ -94,7 +105,8 @@ def require_same_tensors(
         more = f"and {len(rows) - MAX_SHOWN} more\n" if len(rows) > MAX_SHOWN else ""
         raise CheckpointError(
             f"{where}: {len(rows)} tensors are not those of its config ({family.model_type}); "
-            f"nothing was written. --drop PATTERN leaves unexpected ones out\n{table}{more}".rstrip()
+            "nothing was written. --drop PATTERN leaves unexpected ones out\n"
+            f"{table}{more}".rstrip()
         )
 
 
