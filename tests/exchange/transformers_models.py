@@ -52,10 +52,25 @@ class TheirModel:
             for parameter in model.parameters():
                 one = parameter.dim() == 1
                 parameter.normal_(1.0 if one else 0.0, 0.3 if one else 0.2)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):
+                    buffer.normal_(0.0, 0.3)
         return model
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 4.0,
@@ -84,6 +99,29 @@ MODELS = {
         {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.7, "pad_token_id": None},
     ),
     "granitemoe": TheirModel("GraniteMoe", {"num_local_experts": 4} | GRANITE),
+    "deepseek_v2": TheirModel("DeepseekV2", LATENT | {"n_shared_experts": 2}),
+    "deepseek_v2, groups, yarn, no latent queries": TheirModel(
+        "DeepseekV2",
+        LATENT
+        | {
+            "q_lora_rank": None,
+            "n_shared_experts": 1,
+            "topk_method": "group_limited_greedy",
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "routed_scaling_factor": 3.0,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2},
+        },
+    ),
+    "deepseek_v3": TheirModel(
+        "DeepseekV3",
+        LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": YARN | {"mscale_all_dim": 1.0}},
+    ),
+    "deepseek_v3, unnormalised, halves": TheirModel(
+        "DeepseekV3",
+        LATENT | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
+    ),
     "llama": TheirModel("Llama", {"rope_parameters": LLAMA3}),
     "granite": TheirModel("Granite", GRANITE | {"tie_word_embeddings": True}),
     "mistral": TheirModel("Mistral", {"sliding_window": 5, "tie_word_embeddings": True}),

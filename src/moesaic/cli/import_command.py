@@ -45,6 +45,10 @@ def import_(
         str | None,
         typer.Option(metavar="SOURCE", help='Another tokenizer: "FromFile(path=..., eos=...)".'),
     ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help='Tensors to leave out: "model.layers.61.*" (MTP).'),
+    ] = None,
     verify: VerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,6 +64,7 @@ def import_(
         layout=layout,
         tokenizer=None if tokenizer is None else TokenizerSource.from_dict(tokenizer),
         languages=[code.strip() for code in languages.split(",") if code.strip()],
+        drop=drop or (),
     )
     for note in found.notes:
         show_progress(note)

@@ -144,10 +144,16 @@ def field_of(config: Config, path: str) -> Any:
     """Return the field of a config at ``a.b.c``, or a mark where it has none."""
     found: Any = config
     for name in path.split("."):
-        if not isinstance(found, Config) or name not in type(found).model_fields:
+        fields = found if isinstance(found, Mapping) else _fields(found)
+        if name not in fields:
             return _ABSENT
-        found = getattr(found, name)
+        found = fields[name]
     return found
+
+
+def _fields(config: Any) -> Mapping[str, Any]:
+    names = type(config).model_fields if isinstance(config, Config) else ()
+    return {name: getattr(config, name) for name in names}
 
 
 def is_absent(value: object) -> bool:

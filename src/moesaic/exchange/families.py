@@ -13,9 +13,10 @@ from moesaic.exchange.decoder_families import (
     QWEN3,
     QWEN3_MOE,
 )
+from moesaic.exchange.deepseek_families import DEEPSEEK_V2, DEEPSEEK_V3
 from moesaic.exchange.family import Family
 
-_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE)
+_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
 _DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)
 FAMILIES = {family.model_type: family for family in (*_SPARSE, *_DENSE)}
 

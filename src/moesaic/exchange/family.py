@@ -1,7 +1,7 @@
 """Family: the models of one ``model_type`` of transformers, as data."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moesaic.exchange.config_mapping import ConfigMapping
@@ -18,6 +18,10 @@ from moesaic.nn.positional_encoding import Rotary
 PER_EXPERT, FUSED, DENSE, PUBLISHED = "per-expert", "fused", "dense", "published"
 
 
+def _no_variants(_model: ModelConfig, /) -> TensorTable:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """How the models of a family are stored.
@@ -25,7 +29,8 @@ class Family:
     ``layouts`` are the tables of tensor names, the one that the family is published in first.
     ``copies`` are names that may hold another tensor once more (tied tables), with the name of the
     other; ``derived`` are patterns of tensors that a model computes. ``rotated`` is the pattern of
-    the tensors whose rows are the channels of queries and keys.
+    the tensors whose rows are the channels of queries and keys; ``variants`` are the rules of
+    tensors that have another name in a model of this config.
     """
 
     model_type: str
@@ -35,11 +40,12 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
     rotated: str = ""
+    variants: Callable[[ModelConfig], TensorTable] = _no_variants
 
     def pieces(self, model: ModelConfig, *, layout: str) -> list[TensorPiece]:
         """Return the pieces of all tensors of a model, ours as targets."""
         ours = our_tensors(Transformer.without_values(model))
-        pieces = match_tensors(ours, self.layouts[layout])
+        pieces = match_tensors(ours, {**self.layouts[layout], **self.variants(model)})
         position, wanted = model.position, self.mapping.template.position
         if not isinstance(position, Rotary) or not isinstance(wanted, Rotary):
             return pieces

@@ -94,7 +94,7 @@ def require_same_tensors(
         more = f"and {len(rows) - MAX_SHOWN} more\n" if len(rows) > MAX_SHOWN else ""
         raise CheckpointError(
             f"{where}: {len(rows)} tensors are not those of its config ({family.model_type}); "
-            f"nothing was written\n{table}{more}".rstrip()
+            f"nothing was written. --drop PATTERN leaves unexpected ones out\n{table}{more}".rstrip()
         )
 
 

@@ -4,8 +4,9 @@ The config is translated and every tensor accounted for before anything is writt
 are read and written some rows at a time. The directory appears when it is complete.
 """
 
+import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def import_model(
     layout: str = "auto",
     tokenizer: TokenizerSource | None = None,
     languages: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> ImportedModel:
     """Write the model directory ``out`` with the model of a Hugging Face directory.
 
@@ -74,6 +76,8 @@ def import_model(
         layout: The names of expert tensors, ``fused`` or ``per-expert``; ``auto`` looks.
         tokenizer: Where the tokenizer is; None: in the directory, if there is one.
         languages: Codes of the languages whose tags the tokenizer has.
+        drop: Patterns (``model.layers.61.*``) of tensors to leave out, if the model has no
+            such part here (multi-token prediction).
 
     Raises:
         CheckpointError: The family is unknown, or the tensors are not those of the config.
@@ -86,9 +90,11 @@ def import_model(
     model = _read_config(family, theirs, where=directory / CONFIG)
     files = TensorFiles(weight_files(directory))
     layout, pieces = find_pieces(family, model, files, layout=layout)
-    require_same_tensors(family, files, expected=source_shapes(pieces), where=directory)
+    dropped = replace(family, derived=(*family.derived, *map(fnmatch.translate, drop)))
+    require_same_tensors(dropped, files, expected=source_shapes(pieces), where=directory)
     unread = family.mapping.unread_keys(theirs)
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
+    notes += [f"left out on request: the tensors {pattern}" for pattern in drop]
     with new_directory(out) as path:
         part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):

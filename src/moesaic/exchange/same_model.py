@@ -15,7 +15,7 @@ from moesaic.nn.positional_encoding import Rotary
 
 def canonical(model: ModelConfig) -> ModelConfig:
     """Return one config for all models that compute the same in evaluation."""
-    if isinstance(model.position, Rotary):  # weights are stored for the one or the other
+    if isinstance(model.position, Rotary) and not model.mixers:  # weights may be of either
         model = model.replace(position=model.position.replace(pairing="halves"))
     head = LanguageModelHead() if isinstance(model.head, LanguageModelHead) else model.head
     model = resolved(model).replace(head=head, dropout=0.0, init=InitConfig())

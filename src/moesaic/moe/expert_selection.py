@@ -113,21 +113,27 @@ class TopK(Select):
     ``normalise`` says when the weights of the selected experts are normalised to sum to one:
     ``before`` the capacity limit drops edges (Mixtral; the weight of a dropped edge is lost),
     ``after`` it (DeepSpeed: the remaining edges sum to one), or ``none`` (DeepSeekMoE, 2401.06066:
-    plain softmax probabilities). ``expert_groups`` restricts the selection by the groups' logits.
+    plain softmax probabilities). ``scale`` multiplies them (DeepSeek-V2). A balance rule's bias is
+    added to ``scores``: logits, or probabilities (ERNIE 4.5), by which
+    ``expert_groups`` restricts the selection too.
     """
 
     k: int = Field(default=2, ge=1)
     normalise: Literal["before", "after", "none"] = "before"
+    scale: float = Field(default=1.0, gt=0)
+    scores: Literal["logits", "probabilities"] = "logits"
     expert_groups: ExpertGroups = AllExperts()
 
     def __call__(self, router: RouterContext) -> Routing:
         logits = router.logits
-        expert = self.expert_groups(router.biased_scores(logits)).topk(self.k, dim=-1).indices
+        scores = logits if self.scores == "logits" else logits.softmax(-1)
+        expert = self.expert_groups(router.biased_scores(scores)).topk(self.k, dim=-1).indices
         if self.normalise == "before":
             # equals softmax over all experts, divided by the sum over the selected
             weight = logits.gather(-1, expert).softmax(-1)
         else:
             weight = logits.softmax(-1).gather(-1, expert)
+        weight = weight if self.scale == 1 else weight * self.scale
         return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
 
     def renormalise(self, routing: Routing) -> Routing:
@@ -135,7 +141,7 @@ class TopK(Select):
             return routing
         weight = routing.weight.view(-1, self.k)
         total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-        return replace(routing, weight=(weight / total).flatten())
+        return replace(routing, weight=(weight * (self.scale / total)).flatten())
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
@@ -185,20 +191,23 @@ class SigmoidTopK(Select):
     """The k highest sigmoid scores (DeepSeek-V3, 2412.19437, equations 12 to 16).
 
     A balance rule's bias is added to the scores for the selection of experts and groups, never to
-    weights. Weights are the selected scores divided by their sum, times ``scale``. They are
-    computed as a softmax of logarithms: scores that all vanish get equal weights, where a sum with
-    1e-20 added would give them none. ``probabilities`` are the scores of all experts, normalised
-    in the same way.
+    weights. Weights are the selected scores divided by their sum, times ``scale``; with
+    ``normalise="none"`` they are not divided (Llama 4). The division is computed as a softmax of
+    logarithms: scores that all vanish get equal weights, where a sum with 1e-20 added would give
+    them none. ``probabilities`` are the scores of all experts, divided by their sum.
     """
 
     k: int = Field(default=2, ge=1)
+    normalise: Literal["before", "none"] = "before"
     scale: float = Field(default=1.0, gt=0)
     expert_groups: ExpertGroups = AllExperts()
 
     def __call__(self, router: RouterContext) -> Routing:
         scores = self.expert_groups(router.biased_scores(router.logits.sigmoid()))
         expert = scores.topk(self.k, dim=-1).indices
-        weight = normalised_sigmoid(router.logits.gather(-1, expert)) * self.scale
+        logits = router.logits.gather(-1, expert)
+        weight = normalised_sigmoid(logits) if self.normalise == "before" else logits.sigmoid()
+        weight = weight * self.scale
         return Routing.from_topk(weight, expert=expert, num_experts=router.logits.shape[-1])
 
     def probabilities(self, router: RouterContext) -> Float[Tensor, "T E"]:

@@ -24,7 +24,7 @@ class EmbeddingConfig(Config):
     """``tied``: one table for source, target and output. ``scaled``: inputs times sqrt(dim).
 
     Inputs are also multiplied by ``multiplier``, and logits are divided by ``logits_scaling``
-    (Granite; muP, 2203.03466).
+    (Granite).
     """
 
     tied: bool = True
