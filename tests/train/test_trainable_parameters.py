@@ -16,6 +16,8 @@ from moesaic.train.loop import training_loop
 from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.run_checks import check_run
 from moesaic.train.run_training import seeded_trainer
+from moesaic.train.sparse_adaptation import RandomSparse, SpIEL
+from moesaic.train.sparse_selection import selection_hooks
 from moesaic.train.trainable_parameters import MatchingParameters
 from moesaic.verify.compare_plans import make_setup
 from moesaic.verify.record_run import gather_full_tensors
@@ -29,6 +31,7 @@ PLANS = (
     ParallelConfig(plan=ParallelPlan(data=2, expert=2), memory=AWAY),
     ParallelConfig(plan=ParallelPlan(pipe=2, data=1)),
 )
+SHARDED = [ParallelConfig(plan=ParallelPlan(data=2, zero=stage)) for stage in (3, 0)]
 ADAPTER_PLANS = (
     *PLANS,
     ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
@@ -63,14 +66,19 @@ def trained(case):
         return gather_full_tensors(named, parallel_model=part, shapes=shapes)[0]
 
     before = weights()
-    training_loop(trainer, hooks=[], until=2)
+    training_loop(trainer, hooks=selection_hooks(trainer), until=2)
     groups = trainer.optimizer.param_groups
     return before, weights(), {name for group in groups for name in group["param_names"]}
 
 
 @pytest.mark.parametrize(
     ("trainable", "part", "plans"),
-    [(EXPERTS, ".experts.", PLANS), (LoRA(rank=2), ".adapter.", ADAPTER_PLANS)],
+    [
+        (EXPERTS, ".experts.", PLANS),
+        (LoRA(rank=2), ".adapter.", ADAPTER_PLANS),
+        (RandomSparse(density=0.05), ".adapter.", [SHARDED[0], PLANS[-1]]),
+        (SpIEL(density=0.05, every=2, select_steps=1), ".adapter.", [SHARDED[1]]),
+    ],
 )
 def test_only_what_is_chosen_is_trained_under_every_plan(trainable, part, plans):
     before, after, states = trained((trainable, ParallelConfig()))

@@ -14,6 +14,7 @@ from moesaic.memory.tier import HostMemory, Tier
 from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.layer import MoELayer
+from moesaic.nn.adapter import is_of_adapter
 from moesaic.ops.permute import RowGroups
 from moesaic.optim.gradients import TieredGradients
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
@@ -85,7 +86,8 @@ def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, ExpertModule, nn.
         if not isinstance(layer, MoELayer) or isinstance(layer.dispatcher, AdaptiveDispatcher):
             continue
         for name, parameter in layer.experts.named_parameters(prefix=f"{path}.experts"):
-            if parameter.ndim == 3 and local_tensor(parameter) is parameter:
+            whole = parameter.ndim == 3 and local_tensor(parameter) is parameter
+            if whole and not is_of_adapter(name):
                 yield name, layer.experts, parameter
 
 
