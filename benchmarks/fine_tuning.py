@@ -115,7 +115,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-_TUNED_PAIRS = {"few": 64, "many": 30_000}
+_TUNED_PAIRS = {"few": 64, "many": 8000}
 
 
 def _corpus(options: argparse.Namespace, name: str, *, pairs: int) -> BuiltCorpus:
@@ -124,7 +124,7 @@ def _corpus(options: argparse.Namespace, name: str, *, pairs: int) -> BuiltCorpu
     folder.mkdir(parents=True)
     for language in (*OTHERS, TUNED):
         for split in ("train", "valid"):
-            most = pairs if language == TUNED else 30_000
+            most = pairs if language == TUNED else 8000
             lines = "".join(islice(_lines(options.corpus / f"{language}.{split}.tsv"), most))
             (folder / f"{language}.{split}.tsv").write_text(lines, encoding="utf-8")
     source = PresplitFolder(folder=str(folder))
