@@ -163,7 +163,7 @@ def _deepseek(model_type: str, architecture: str, mapping: ConfigMapping) -> Fam
         model_type,
         architecture,
         mapping,
-        {PER_EXPERT: _TENSORS | QWEN_EXPERTS, FUSED: _TENSORS | FUSED_EXPERTS},
+        {PER_EXPERT: {**_TENSORS, **QWEN_EXPERTS}, FUSED: {**_TENSORS, **FUSED_EXPERTS}},
         copies=TIED,
         derived=INVERSE_FREQUENCIES,
         variants=_query_tensors,

@@ -15,8 +15,9 @@ from moesaic.exchange.decoder_families import (
 )
 from moesaic.exchange.deepseek_families import DEEPSEEK_V2, DEEPSEEK_V3
 from moesaic.exchange.family import Family
+from moesaic.exchange.gpt_oss_family import GPT_OSS
 
-_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
+_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS)
 _DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)
 FAMILIES = {family.model_type: family for family in (*_SPARSE, *_DENSE)}
 
