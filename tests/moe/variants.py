@@ -8,6 +8,7 @@ from moesaic.moe.auxiliary_losses import (
     Balance,
     DeviceBalance,
     EntropyBalance,
+    FirstChoiceBalance,
     GlobalBatchBalance,
     ImportanceBalance,
     MicroBatchBalance,
@@ -52,6 +53,7 @@ SELECTS = {
     "top2-none": TopK(k=2, normalise="none"),
     "gshard": Top2(),
     "gshard-sampled": Top2(second="sampled"),
+    "gshard-random": Top2(second="random", normalise="after", scale=0.8),
     "scaled-probabilities": TopK(k=2, scale=2.5, scores="probabilities"),
     "sigmoid": SigmoidTopK(k=2, scale=1.5),
     "sigmoid-none": SigmoidTopK(k=2, normalise="none"),
@@ -84,6 +86,7 @@ LIMITS = {
 BALANCES: dict[str, tuple[Balance, ...]] = {
     "switch-and-z": (SwitchBalance(weight=0.3), RouterZLoss(weight=0.1)),
     "sequence": (SequenceBalance(weight=0.3),),
+    "first-choice": (FirstChoiceBalance(weight=0.3),),
     "device": (DeviceBalance(weight=0.3, num_groups=2),),
     "importance": (ImportanceBalance(weight=0.3),),
     "entropy": (EntropyBalance(weight=0.3),),

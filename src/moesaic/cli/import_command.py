@@ -23,7 +23,7 @@ app = command_app()
 VerifyOption = Annotated[
     bool,
     typer.Option(
-        "--verify", help='Compare logits and answers with transformers (pip "moesaic[hf]").'
+        "--verify", help="Compute 50 prompts in both programs and compare (extras hf, gguf)."
     ),
 ]
 

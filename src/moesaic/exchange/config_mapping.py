@@ -71,6 +71,26 @@ class Key(ConfigEntry):
 
 
 @dataclass(frozen=True)
+class EqualKeys(ConfigEntry):
+    """Keys of theirs that must have one value, which is that of our fields."""
+
+    keys: Sequence[str]
+    paths: Sequence[str]
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        found = {key: theirs.get(key) for key in self.keys}
+        value = found[self.keys[0]]
+        if value is None or any(other != value for other in found.values()):
+            shown = ", ".join(f"{key}={show_value(found[key])}" for key in self.keys)
+            raise ConfigError([f"found {shown}, of which we have one number alone"])
+        return dict.fromkeys(self.paths, value)
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        value = field_of(ours, self.paths[0])
+        return {} if value is _ABSENT else dict.fromkeys(self.keys, value)
+
+
+@dataclass(frozen=True)
 class FixedKey(ConfigEntry):
     """A key of theirs that must have this value; ``same`` are others that mean the same."""
 

@@ -42,12 +42,13 @@ _ROLES = ("pad", "bos", "eos")
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
-    """What was written: the family, the layout, and the number and size of the tensors."""
+    """What was written: family, layout, number and size of the tensors, and what to mind."""
 
     family: str
     layout: str
     tensors: int
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def export_model(

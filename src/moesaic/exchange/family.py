@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from moesaic.data.language_tag import FirstTargetToken, NoTag
 from moesaic.exchange.config_mapping import ConfigMapping
 from moesaic.exchange.tensor_table import (
     TensorPiece,
@@ -30,7 +31,8 @@ class Family:
     ``copies`` are names that may hold another tensor once more (tied tables), with the name of the
     other; ``derived`` are patterns of tensors that a model computes. ``rotated`` is the pattern of
     the tensors whose rows are the channels of queries and keys; ``variants`` are the rules of
-    tensors that have another name in a model of this config.
+    tensors that have another name in a model of this config. ``tag`` is where an encoder-decoder
+    has the tags of languages.
     """
 
     model_type: str
@@ -40,6 +42,7 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
     rotated: str = ""
+    tag: FirstTargetToken | NoTag = field(default_factory=NoTag)
     variants: Callable[[ModelConfig], TensorTable] = _no_variants
 
     def pieces(self, model: ModelConfig, *, layout: str) -> list[TensorPiece]:

@@ -21,13 +21,13 @@ from moesaic.core.units import show_bytes
 from moesaic.data.collators import Collator, DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.document_packing import Concatenated
 from moesaic.data.imported_tokenizer import FromFile
-from moesaic.data.language_tag import FirstTargetToken, NoTag
+from moesaic.data.language_tag import FirstTargetToken, LanguageTag, NoTag
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
 from moesaic.data.tokenizer_source import TokenizerSource
 from moesaic.exchange.config_entries import LENGTH
-from moesaic.exchange.families import family_of
+from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
@@ -144,7 +144,7 @@ def imported_run(
     collator: Collator = DecoderOnlyCollator(tag=NoTag(start=text_start))
     task = WeightedTask(task=CausalLM(packing=Concatenated()))
     if encoder:
-        collator = EncoderDecoderCollator(tag=FirstTargetToken())
+        collator = EncoderDecoderCollator(tag=_tag_of(theirs))
         task = WeightedTask(task=Translation())
     return Run(
         name=out.name,
@@ -163,6 +163,18 @@ def imported_run(
         model=model,
         steps=1000,
     )
+
+
+def _tag_of(theirs: Mapping[str, Any]) -> LanguageTag:
+    """Return the tag of an encoder-decoder, whose decoder starts with the token of its config."""
+    family = FAMILIES.get(theirs.get("model_type", ""))
+    tag = family.tag if family else FirstTargetToken()
+    first = theirs.get("decoder_start_token_id")
+    if first is None:
+        return tag
+    roles = ("eos", "bos", "pad")
+    start = next((role for role in roles if theirs.get(f"{role}_token_id") == first), tag.start)
+    return tag.replace(start=start)
 
 
 def add_to_card(model: Path, name: str, text: str) -> None:

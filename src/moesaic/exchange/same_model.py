@@ -7,7 +7,7 @@ from moesaic.model.config import InitConfig, ModelConfig, Stack
 from moesaic.model.head import LanguageModelHead
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_bias import BiasUpdate
-from moesaic.moe.expert_capacity import Dropless
+from moesaic.moe.expert_capacity import Capacity, Dropless
 from moesaic.moe.expert_selection import Select, SwitchTop1, Top2, TopK
 from moesaic.moe.router_noise import NoRouterNoise
 from moesaic.nn.positional_encoding import Rotary
@@ -22,6 +22,8 @@ def canonical(model: ModelConfig) -> ModelConfig:
     if not isinstance(model.moe, MoE):
         return model
     moe = model.moe
+    if isinstance(moe.limit, Capacity) and moe.limit.eval_factor is None:
+        return canonical(model.replace(moe=moe.replace(limit=Dropless())))
     biased = any(isinstance(term, BiasUpdate) for term in moe.balance)
     moe = moe.replace(
         balance=(BiasUpdate(),) if biased else (),
@@ -70,7 +72,7 @@ def _canonical_select(select: Select, *, dropless: bool) -> Select:
     if isinstance(select, SwitchTop1):
         return TopK(k=1, normalise="none")
     if isinstance(select, Top2):
-        return TopK(k=2)
+        select = TopK(k=2, normalise=select.normalise, scale=select.scale)
     if isinstance(select, TopK) and dropless and select.normalise == "after":
         return select.replace(normalise="before")
     return select

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice
-from moesaic.core.shapes import Float, Tensor
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.router_context import RouterContext, StatefulRule
 from moesaic.moe.routing import Routing
 from moesaic.ops.counter_rng import hash_combine, hash_name
@@ -128,20 +128,14 @@ class TopK(Select):
         logits = router.logits
         scores = logits if self.scores == "logits" else logits.softmax(-1)
         expert = self.expert_groups(router.biased_scores(scores)).topk(self.k, dim=-1).indices
-        if self.normalise == "before":
-            # equals softmax over all experts, divided by the sum over the selected
-            weight = logits.gather(-1, expert).softmax(-1)
-        else:
-            weight = logits.softmax(-1).gather(-1, expert)
+        weight = _choice_weights(logits, expert, normalised=self.normalise == "before")
         weight = weight if self.scale == 1 else weight * self.scale
         return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
 
     def renormalise(self, routing: Routing) -> Routing:
         if self.normalise != "after":
             return routing
-        weight = routing.weight.view(-1, self.k)
-        total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-        return replace(routing, weight=(weight * (self.scale / total)).flatten())
+        return _kept_sum_to(self.scale, routing, k=self.k)
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
@@ -166,11 +160,15 @@ class SwitchTop1(Select):
 class Top2(Select):
     """GShard's two experts (2006.16668, section 2.2), weights normalised over the two.
 
-    ``second``: ``highest``, or in training ``sampled`` from the softmax over the others (Gumbel-max
-    as in DeepSpeed, but in evaluation always the highest, which DeepSpeed's is not).
+    ``second``: ``highest``; or in training ``sampled`` from the softmax over the others (Gumbel-max
+    as in DeepSpeed), or ``random``: the highest is kept with probability 2 w, w being its weight
+    (GShard, algorithm 1). In evaluation it is always the highest, which DeepSpeed's and GShard's is
+    not. ``normalise`` and ``scale`` are those of ``TopK``.
     """
 
-    second: Literal["highest", "sampled"] = "highest"
+    second: Literal["highest", "sampled", "random"] = "highest"
+    normalise: Literal["before", "after"] = "before"
+    scale: float = Field(default=1.0, gt=0)
 
     def __call__(self, router: RouterContext) -> Routing:
         logits, rest = router.logits, router.biased_scores(router.logits)
@@ -180,11 +178,37 @@ class Top2(Select):
             rest = rest - (-draw.clamp(min=1e-12).log()).log()
         second = rest.scatter(-1, first, float("-inf")).argmax(-1, keepdim=True)
         expert = torch.cat([first, second], -1)
-        weight = logits.gather(-1, expert).softmax(-1)
-        return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
+        weight = _choice_weights(logits, expert, normalised=self.normalise == "before")
+        routing = Routing.from_topk(
+            weight * self.scale, expert=expert, num_experts=logits.shape[-1]
+        )
+        if not router.training or self.second != "random":
+            return routing
+        lost = torch.zeros_like(expert, dtype=torch.bool)
+        lost[:, 1:] = 2 * weight[:, 1:] <= router.context.uniform("second choice", width=1)
+        return routing.drop(lost.flatten())
+
+    def renormalise(self, routing: Routing) -> Routing:
+        return routing if self.normalise == "before" else _kept_sum_to(self.scale, routing, k=2)
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(2, num_experts))
+
+
+def _choice_weights(
+    logits: Float[Tensor, "T E"], expert: Int[Tensor, "T K"], *, normalised: bool
+) -> Float[Tensor, "T K"]:
+    """Return the softmax probabilities of the selected experts, or their shares of the sum."""
+    if normalised:  # equals softmax over all experts, divided by the sum over the selected
+        return logits.gather(-1, expert).softmax(-1)
+    return logits.softmax(-1).gather(-1, expert)
+
+
+def _kept_sum_to(total: float, routing: Routing, *, k: int) -> Routing:
+    """Return a routing whose weights of a token sum to ``total``, if an edge of it is left."""
+    weight = routing.weight.view(-1, k)
+    kept = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    return replace(routing, weight=(weight * (total / kept)).flatten())
 
 
 class SigmoidTopK(Select):

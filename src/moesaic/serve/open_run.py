@@ -58,7 +58,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
         limits=_read_limits(config, where=run.config),
         text_rules=read_text_rules(run.text_rules),
         trained=read_trained_directions(run.directions),
-        collator=_read_collator(config),
+        collator=read_collator(run),
     )
 
 
@@ -105,9 +105,9 @@ def _loader_config(config: dict[str, Any]) -> dict[str, Any]:
     return loader if isinstance(loader, dict) else {}
 
 
-def _read_collator(config: dict[str, Any]) -> Collator | None:
+def read_collator(run: RunDir) -> Collator | None:
     """Return how rows were made in training; None for a run that does not say."""
-    found = _loader_config(config).get("collator")
+    found = _loader_config(_read_config(run)).get("collator")
     return None if found is None else Collator.from_dict(found)
 
 
