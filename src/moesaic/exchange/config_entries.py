@@ -33,9 +33,14 @@ LENGTH = "max_position_embeddings"
 
 @dataclass(frozen=True)
 class RotaryPositions(ConfigEntry):
-    """Rotary positions: theta, the share of rotated channels and the scaling."""
+    """Rotary positions of all channels: theta and the scaling.
+
+    ``mscale_all_dim`` of YaRN scales scores in the families of DeepSeek (``scales_scores``), and
+    rotated channels alone in others.
+    """
 
     theta: float = 10000.0
+    scales_scores: bool = False
     path: str = "position"
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
@@ -44,6 +49,9 @@ class RotaryPositions(ConfigEntry):
             raise ConfigError(["rope_parameters: found several, expected one for all layers"])
         theta = given.get("rope_theta") or theirs.get("rope_theta") or self.theta
         part = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1.0
+        if part != 1:
+            found = f"partial_rotary_factor: found {show_value(part)}"
+            raise ConfigError([f"{found}, of which we have 1 alone in this family"])
         kind = given.get("rope_type") or given.get("type") or "default"
         if kind not in _READ_SCALING:
             known = ", ".join(_READ_SCALING)
@@ -52,9 +60,11 @@ class RotaryPositions(ConfigEntry):
             scaling = _READ_SCALING[kind](given, theirs.get(LENGTH))
         except KeyError as error:
             raise ConfigError([f"rope_parameters: found no {error.args[0]} of {kind}"]) from error
+        if isinstance(scaling, YaRN) and scaling.mscale_all_dim and not self.scales_scores:
+            factor = scaling.magnitude()
+            scaling = scaling.replace(attention_factor=factor, mscale=None, mscale_all_dim=None)
         return {
             f"{self.path}.theta": theta,
-            f"{self.path}.fraction": part,
             f"{self.path}.scaling": scaling,
         }
 
