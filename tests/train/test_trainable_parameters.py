@@ -10,8 +10,13 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import HostMemory
+from moesaic.model.parameter_flop_count import BatchDims
+from moesaic.optim.optimizer_state import frozen_state
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.tiny_models import tiny_model_config, tiny_run
+from moesaic.planner.cost_entries import Purpose
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.step_cost import step_cost
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.run_checks import check_run
@@ -114,3 +119,24 @@ def test_a_stage_without_trained_parameters_is_refused():
             )
 
     assert list(run_cases_on_ranks(2, start, [0])) == [[None, None]]
+
+
+def test_the_forecast_has_gradients_and_states_of_trained_parameters_alone():
+    run = setup(EXPERTS).run
+    trainer = tiny_trainer(run.replace(parallel=ParallelConfig()))
+    trainer.train_step()
+    names = [name for name, _ in trainer.model.named_parameters()]
+    settings = CostSettings(
+        model=run.model,
+        optimizer=run.optimizer,
+        sizes=BatchDims(rows=1, source=4, target=4),
+        device="cpu",
+        frozen=tuple(name for name in names if not EXPERTS.includes(name)),
+    )
+    cost, trained = step_cost(settings), [p for p in trainer.model.parameters() if p.requires_grad]
+    states = frozen_state(trainer.optimizer).values()
+    assert cost.held_bytes(purpose=Purpose.GRADIENTS) == sum(p.nbytes for p in trained)
+    assert cost.held_bytes(purpose=Purpose.STATES) == sum(state.nbytes for state in states)
+    assert cost.held_bytes(purpose=Purpose.WEIGHTS) == sum(
+        p.nbytes for p in trainer.model.parameters()
+    )

@@ -64,7 +64,7 @@ def use_memory_plan(
         [bank for each in late.values() for bank in each], max_steps=plan.late_steps
     )
     for module, each in late.items():
-        module.before_use = partial(_catch_up, optimizer, each)
+        module.call_before_use(partial(_catch_up, optimizer, each))
     return _run_ahead(plan, optimizer=optimizer, model=model)
 
 
