@@ -73,8 +73,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, help="files LANGUAGE.train.tsv and .valid.tsv")
     parser.add_argument("--pairs", type=int, default=8000, help="of each language")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--base-steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--quick", action="store_true", help="one seed of a few steps")
     parser.add_argument("--runs", type=Path, default=Path("build/fine-tuning"))
     parser.add_argument("--draw", action="store_true", help="train nothing")
@@ -142,7 +142,7 @@ def _data(corpus: BuiltCorpus, languages: tuple[str, ...]) -> TextData:
         languages=("en", *languages),
         tokenizer=TrainedTokenizer(vocab_size=VOCABULARY),
         mixture=MixtureConfig(tasks=(WeightedTask(task=Translation()),)),
-        loader=LoaderConfig(batch_tokens=4096, max_source=64, max_target=64),
+        loader=LoaderConfig(batch_tokens=2048, max_source=64, max_target=64),
     )
 
 
@@ -178,7 +178,7 @@ def _choices(model: ModelConfig) -> dict[str, tuple[TrainableParameters, float]]
     share = _trained(made, lora) / sum(weight.numel() for weight in targets)
     return {
         "lora": (lora, 5e-3),
-        "spiel": (SpIEL(density=share, every=30, select_steps=3), 5e-3),
+        "spiel": (SpIEL(density=share, every=25, select_steps=3), 5e-3),
         "random-sparse": (RandomSparse(density=share), 5e-3),
         "full": (AllParameters(), 1e-3),
     }
