@@ -138,8 +138,12 @@ class SharedCores(Config):
 
     def collective(self, kind: str) -> SizedRate | None:
         """Return the curve of a kind of collective between layers, or None if it has none."""
-        curves = (self.all_to_all, self.all_gather, self.all_reduce)
-        return dict(zip(("all-to-all", "all-gather", "all-reduce"), curves, strict=True)).get(kind)
+        curves: dict[str, SizedRate] = {
+            "all-to-all": self.all_to_all,
+            "all-gather": self.all_gather,
+            "all-reduce": self.all_reduce,
+        }
+        return curves.get(kind)
 
     def unit(self, kind: str) -> SizedRate | None:
         """Return the curve of what ZeRO adds to a unit by a kind of collective, or None."""

@@ -113,16 +113,19 @@ def _mean_of_ranks(seconds: Sequence[float], *, group: Any) -> tuple[float, ...]
 def _shared_cores(watch: Stopwatch, *, group: Any) -> Mapping[str, Sequence[_Timing]]:
     """Time what is slower beside another rank: collectives, ZeRO's units, large operands.
 
-    All is timed twice, and of each the faster counts.
+    All is timed in two passes, some seconds apart, whose samples are taken together.
     """
     first, second = (_shared_once(watch, group=group) for _ in range(2))
-    return {
+    found = {
         kind: [
-            min(pair, key=lambda timing: statistics.median(timing[2]))
-            for pair in zip(found, second[kind], strict=True)
+            (what, size, (*mine, *later))
+            for (what, size, mine), (_, _, later) in zip(timings, second[kind], strict=True)
         ]
-        for kind, found in first.items()
+        for kind, timings in first.items()
     }
+    units = [_unit_timings(watch, dim, group=group) for dim in DIMS]
+    found["unit-gather"], found["unit-scatter"] = map(list, zip(*units, strict=True))
+    return found
 
 
 def _shared_once(watch: Stopwatch, *, group: Any) -> dict[str, list[_Timing]]:
@@ -135,8 +138,6 @@ def _shared_once(watch: Stopwatch, *, group: Any) -> dict[str, list[_Timing]]:
             rounds = 4 if size > 2**18 else 8
             seconds = _mean_between(watch, call, rounds, compute=compute, group=group)
             found[name].append((f"{name} {size} between compute", float(size), seconds))
-    units = [_unit_timings(watch, dim, group=group) for dim in DIMS]
-    found["unit-gather"], found["unit-scatter"] = map(list, zip(*units, strict=True))
     found["memory"] = []
     for size in MEMORY_SIZES:
         distributed.barrier(group=group)
@@ -152,8 +153,8 @@ def _piece_of_compute() -> Callable[[], None]:
 
     def compute() -> None:
         for _ in range(4):
-            x @ x
-        large * 2.0
+            torch.mm(x, x)
+        torch.mul(large, 2.0)
 
     return compute
 
@@ -180,12 +181,14 @@ def _unit_timings(watch: Stopwatch, dim: int, *, group: Any) -> tuple[_Timing, _
     mesh = DeviceMesh.from_group(group, "cpu")
     for unit in (*sharded, sharded):
         fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not sharded)
-    x, seconds = torch.ones(4, dim), list[tuple[float, ...]]()
-    for model in (plain, sharded):
-        for call in (_forward(model, x), _forward_backward(model, x)):
+    x = torch.ones(4, dim)
+    calls = [each(model, x) for model in (plain, sharded) for each in (_forward, _forward_backward)]
+    samples: list[list[float]] = [[] for _ in calls]
+    for _ in range(3):
+        for call, kept in zip(calls, samples, strict=True):
             distributed.barrier(group=group)
-            seconds.append(_mean_of_ranks(_seconds(watch, call, 6), group=group))
-    forward, both, sharded_forward, sharded_both = map(statistics.median, seconds)
+            kept += _mean_of_ranks(_seconds(watch, call, 4), group=group)
+    forward, both, sharded_forward, sharded_both = map(statistics.median, samples)
     gather = max((sharded_forward - forward) / UNITS, 1e-6)
     scatter = max((sharded_both - both) / UNITS - 2 * gather, 1e-6)
     sent = MATRICES * dim * dim * 4 / 2

@@ -331,9 +331,8 @@ class _Composition:
         """Yield the copies of gradients into buckets and back, and the norm of each gradient."""
         for bucket in self._buckets:
             yield Operation(OperationKind.MEMORY, "float32", 0, bucket.bytes, bucket.bytes), 2
-        shards = len(self.parameters.shards)
-        norm = Operation(OperationKind.MEMORY, "float32", 0, self._state.gradients // shards, 0)
-        yield norm, shards
+        shards, read = len(self.parameters.shards), self._state.gradients
+        yield Operation(OperationKind.MEMORY, "float32", 0, read // shards, 0), shards
 
     def _update_operations(self) -> Iterator[tuple[Operation, int]]:
         """Yield the passes over the states, and the products of the rank's share of matrices.
