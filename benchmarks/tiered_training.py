@@ -45,7 +45,9 @@ def main() -> None:
     steps = parser.parse_args().steps
     cells: list[dict[str, Any]] = []
     for plan, (ranks, degrees, optimizer) in PLANS.items():
-        tiers = list(TIERS)[:3] + [name for name in TIERS if name.startswith("late on")]
+        tiers = list(TIERS)[:3] + [
+            name for name in TIERS if name.startswith(("late on", "ahead on"))
+        ]
         tiers = list(TIERS) if ranks == 1 else tiers
         with tempfile.TemporaryDirectory() as folder:
             found = run_on_ranks(ranks, compare, plan, tiers, steps, folder, timeout_s=600.0)

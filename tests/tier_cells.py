@@ -14,8 +14,8 @@ from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import DiskStorage, HostMemory
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import SwitchTop1
-from moesaic.optim.named_optimizer import live_state
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
+from moesaic.optim.optimizer_state import live_state
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
@@ -41,6 +41,18 @@ TIERS = {
     ),
     "late, all away": MemoryPlan(
         parameters=HOST, gradients=HOST, optimizer_states=DISK, activations=HOST, late_steps=3
+    ),
+    "ahead on host": MemoryPlan(gradients=HOST, optimizer_states=HOST, run_ahead_bytes=1 << 30),
+    "ahead on disk": MemoryPlan(
+        gradients=DISK, optimizer_states=DISK, in_flight_bytes=10_000, run_ahead_bytes=200_000
+    ),
+    "ahead, late, all away": MemoryPlan(
+        parameters=HOST,
+        gradients=HOST,
+        optimizer_states=DISK,
+        activations=HOST,
+        late_steps=3,
+        run_ahead_bytes=1 << 30,
     ),
 }
 EXPERTS = 32

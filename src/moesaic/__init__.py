@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moesaic.recipes.lookup import find_recipe as recipe
     from moesaic.recipes.lookup import warm_start as warm_start
     from moesaic.report.html_report import write_report
+    from moesaic.serve.load_model import load as load
     from moesaic.serve.score import score_run
     from moesaic.serve.text_generator import TextGenerator
     from moesaic.serve.translator import Translator
@@ -51,6 +52,7 @@ _LAZY_IMPORTS = {
     "build_corpus": ("moesaic.corpus.build_corpus", "build_corpus"),
     "count_parameters": ("moesaic.model.parameter_flop_count", "count_parameters"),
     "fit": ("moesaic.train.run_training", "train"),
+    "load": ("moesaic.serve.load_model", "load"),
     "recipe": ("moesaic.recipes.lookup", "find_recipe"),
     "score_run": ("moesaic.serve.score", "score_run"),
     "update_rules": ("moesaic.moe.moe_module", "update_rules"),
@@ -69,6 +71,7 @@ __all__ = [
     "build_corpus",
     "count_parameters",
     "fit",
+    "load",
     "recipe",
     "score_run",
     "update_rules",

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from hf_directories import (
+    DIM,
     EXPERTS,
     HIDDEN,
     MIXTRAL_CONFIG,
@@ -100,6 +101,16 @@ def test_every_tensor_is_accounted_for_or_nothing_is_written(mixtral, tmp_path):
     ):
         assert line in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "wrong"]
+
+
+def test_tensors_without_an_equivalent_are_left_out_on_request(tmp_path):
+    theirs = random_tensors(mixtral_shapes("fused") | {"model.layers.2.enorm.weight": (DIM,)})
+    directory = write_directory(tmp_path / "theirs", theirs)
+    with pytest.raises(CheckpointError, match=r"--drop PATTERN(.|\n)*model.layers.2.enorm.weight"):
+        import_model(directory, out=tmp_path / "ours")
+    found = import_model(directory, out=tmp_path / "ours", drop=["model.layers.[12].*"])
+    assert found.notes[0] == "left out on request: the tensors model.layers.[12].*"
+    assert "decoder.1.feed_forward.norm.weight" in read_tensors(tmp_path / "ours/model.safetensors")
 
 
 def test_a_tied_table_may_be_stored_twice_if_both_are_the_same(tmp_path):

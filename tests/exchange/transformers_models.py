@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moesaic.exchange.families import FAMILIES
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -39,21 +41,42 @@ class TheirModel:
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> Any:
+    def build(self, **changes: Any) -> Any:
         """Return the model with weights away from their initial values."""
         import transformers
 
-        config = getattr(transformers, f"{self.name}Config")(**SIZES | self.changes)
+        config = getattr(transformers, f"{self.name}Config")(**SIZES | self.changes | changes)
         model = getattr(transformers, f"{self.name}ForCausalLM")(config).eval()
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
                 one = parameter.dim() == 1
                 parameter.normal_(1.0 if one else 0.0, 0.3 if one else 0.2)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):
+                    buffer.normal_(0.0, 0.3)
         return model
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+}
 MODELS = {
     "mixtral": TheirModel("Mixtral", {"num_local_experts": 4}),
     "mixtral with a window": TheirModel(
@@ -62,22 +85,65 @@ MODELS = {
     "qwen3_moe": TheirModel("Qwen3Moe", EXPERTS | {"head_dim": 12, "norm_topk_prob": True}),
     "qwen3_moe, a dense layer, tied, yarn": TheirModel(
         "Qwen3Moe",
-        EXPERTS | {"mlp_only_layers": [0], "tie_word_embeddings": True, "rope_parameters": YARN},
+        EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN,
+        },
     ),
     "qwen2_moe": TheirModel("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
     "olmoe": TheirModel(
         "Olmoe",
         {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.7, "pad_token_id": None},
     ),
+    "granitemoe": TheirModel("GraniteMoe", {"num_local_experts": 4} | GRANITE),
+    "deepseek_v2": TheirModel("DeepseekV2", LATENT | {"n_shared_experts": 2}),
+    "deepseek_v2, groups, yarn, no latent queries": TheirModel(
+        "DeepseekV2",
+        LATENT
+        | {
+            "q_lora_rank": None,
+            "n_shared_experts": 1,
+            "topk_method": "group_limited_greedy",
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "routed_scaling_factor": 3.0,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2},
+        },
+    ),
+    "deepseek_v3": TheirModel(
+        "DeepseekV3",
+        LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": YARN | {"mscale_all_dim": 1.0}},
+    ),
+    "deepseek_v3, unnormalised, halves": TheirModel(
+        "DeepseekV3",
+        LATENT | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
+    ),
+    "gpt_oss": TheirModel(
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "sliding_window": 5,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "llama": TheirModel("Llama", {"rope_parameters": LLAMA3}),
+    "granite": TheirModel("Granite", GRANITE | {"tie_word_embeddings": True}),
     "mistral": TheirModel("Mistral", {"sliding_window": 5, "tie_word_embeddings": True}),
     "qwen2": TheirModel("Qwen2"),
     "qwen3": TheirModel(
         "Qwen3",
-        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
 }
-DENSE = ("llama", "mistral", "qwen2", "qwen3")
+ONE_LAYOUT = ("gpt_oss", "llama", "granite", "mistral", "qwen2", "qwen3")
 Save = Callable[[Any, Path], None]
 
 
@@ -89,6 +155,12 @@ def save_per_expert(model: Any, path: Path) -> None:
 def save_fused(model: Any, path: Path) -> None:
     """Save a model with the names of transformers 5, in several files."""
     model.save_pretrained(path, save_original_format=False, max_shard_size="20KB")
+
+
+def layout_of(model: Any, saved: str) -> str:
+    """Return the name of the layout that a family has for one of ``LAYOUTS``."""
+    layouts = list(FAMILIES[model.config.model_type].layouts)
+    return layouts[0 if saved == "per-expert" else -1]
 
 
 LAYOUTS: dict[str, Save] = {"per-expert": save_per_expert, "fused": save_fused}

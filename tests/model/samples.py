@@ -14,7 +14,7 @@ from moesaic.data.batch import (
     InputRows,
 )
 from moesaic.data.vocabulary import Vocabulary
-from moesaic.model.block_layout import ParallelResidual
+from moesaic.model.block_layout import ParallelResidual, SequentialResidual
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.generate import DecodingRules
 from moesaic.model.transformer import Transformer
@@ -42,13 +42,25 @@ from moesaic.moe.expert_selection_dynamic import DenseAll, ExpertChoice, Thresho
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.null_experts import IdentityExperts, ZeroExperts
 from moesaic.moe.product_key_memory import ProductKeyMemory
-from moesaic.moe.router_gate import HiddenStateAndTag, HiddenStateAndToken, TagOnly, TokenOnly
+from moesaic.moe.router_gate import (
+    HiddenStateAndTag,
+    HiddenStateAndToken,
+    IndependentRouters,
+    TagOnly,
+    TokenOnly,
+)
 from moesaic.moe.router_noise import StochasticWarmup
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU, SwiGLU
+from moesaic.nn.feed_forward import (
+    ClampedSwiGLU,
+    FeedForwardConfig,
+    ReLU,
+    SquaredReLU,
+    SwiGLU,
+)
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import (
     LearnedPositions,
@@ -170,8 +182,15 @@ VARIANTS |= {
     ),
 }
 VARIANTS["residual-pyramid-bias"] = BASE.replace(
-    decoder=Stack(layers=3, moe_every=1, first_dense_layers=1, experts_per_layer=(2, 5)),
-    moe=MIXTURE.replace(select=SwitchTop1(), shared_experts=ResidualExpert()),
+    decoder=Stack(layers=3, sparse_layers=(0, 2), experts_per_layer=(2, 5)),
+    moe=MIXTURE.replace(
+        select=SwitchTop1(),
+        shared_experts=ResidualExpert(),
+        cross_layer=IndependentRouters(bias=True),
+    ),
+    feed_forward=FeedForwardConfig(hidden=24, activation=ClampedSwiGLU(limit=0.5)),
+    embedding=EmbeddingConfig(multiplier=2.0, logits_scaling=3.0),
+    block_layout=SequentialResidual(residual_multiplier=0.5),
     bias=True,
 )
 VARIANTS |= {f"mixer-{name}": alone(BASE, name) for name in MIXERS}

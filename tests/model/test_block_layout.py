@@ -9,6 +9,7 @@ from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.config import NoMoE
+from moesaic.nn.embedding import EmbeddingConfig
 
 DENSE = BASE.replace(moe=NoMoE())
 
@@ -30,6 +31,22 @@ def _seen(model, block):
     block.register_forward_hook(note("block"), with_kwargs=True)
     model(batch_for(model.config))
     return found
+
+
+def test_multipliers_equal_weights_that_are_multiplied_by_them():
+    embedding = EmbeddingConfig(multiplier=2.0, logits_scaling=3.0)
+    layout = SequentialResidual(residual_multiplier=0.5)
+    scaled = Transformer(BASE.replace(embedding=embedding, block_layout=layout))
+    plain = Transformer(BASE.replace(embedding=EmbeddingConfig(tied=False)))
+    with torch.no_grad():
+        for name, mine in plain.named_parameters():
+            back = name.endswith(("inner.out.weight", "down.weight", "experts.down"))
+            factor = {"embedding.weight": 2, "embedding.output": 1 / 3}.get(name, 0.5**back)
+            given = name.replace("embedding.output", "embedding.weight")
+            mine.copy_(scaled.get_parameter(given) * factor)
+    batch = batch_for(BASE)
+    got, wanted = (model.loss(model(batch)).total for model in (scaled, plain))
+    torch.testing.assert_close(got, wanted)
 
 
 def test_a_parallel_block_adds_all_branches_of_one_norm():

@@ -76,6 +76,21 @@ def test_the_first_blocks_may_stay_dense():
     )
 
 
+def test_any_blocks_may_be_listed_as_sparse():
+    stack = Stack(layers=5, sparse_layers=(0, 3, 4))
+    assert stack.moe_layers == (0, 3, 4)
+    assert Stack(layers=2, sparse_layers=()).moe_layers == ()
+    for wrong in (
+        {"sparse_layers": (3, 0)},
+        {"sparse_layers": (1, 1)},
+        {"sparse_layers": (5,)},
+        {"sparse_layers": (1,), "first_dense_layers": 1},
+        {"sparse_layers": (1,), "pattern": "attention, attention-"},
+    ):
+        with pytest.raises(ConfigError, match=r"sparse_layers=.* in order"):
+            Stack(layers=5, **wrong)
+
+
 def test_a_product_key_memory_replaces_the_experts_of_a_block():
     config = BASE.replace(moe=ProductKeyMemory(keys_per_side=4, slots=2))
     assert config.moe_of_layer(config.encoder, layer=1) == config.moe

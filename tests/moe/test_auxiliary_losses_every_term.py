@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from moe.balance_cases import EXPERTS, LENGTHS, TOKENS, balance_inputs, shares
 from moesaic.moe.adaptive_auxiliary_losses import AdaptiveBalance
 from moesaic.moe.auxiliary_losses import (
     DeviceBalance,
     EntropyBalance,
+    FirstChoiceBalance,
     GlobalBatchBalance,
     ImportanceBalance,
     MicroBatchBalance,
@@ -29,6 +31,12 @@ def chosen(logits):
 def switch(logits):
     f, p = chosen(logits).mean(0) / 2, logits.softmax(-1).mean(0)
     return EXPERTS * sum(f[e] * p[e] for e in range(EXPERTS))
+
+
+def first_choices(logits):
+    """fairseq's ``l_aux``: the mean of ``me * ce``, times the experts squared."""
+    me, ce = logits.softmax(-1).mean(0), F.one_hot(logits.argmax(-1), EXPERTS).float().mean(0)
+    return (me * ce).mean() * EXPERTS**2
 
 
 def by_row(logits):
@@ -55,6 +63,7 @@ def entropy(logits):
 
 CASES = {
     "switch": (SwitchBalance(weight=0.3), switch),
+    "first-choice": (FirstChoiceBalance(weight=0.3), first_choices),
     "z": (RouterZLoss(weight=0.3), lambda x: x.logsumexp(-1).square().mean()),
     "sequence": (SequenceBalance(weight=0.3), by_row),
     "device": (DeviceBalance(weight=0.3, num_groups=4), by_device),

@@ -1,11 +1,13 @@
 """Selection rules equal their papers' formulas and sample in training only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.expert_capacity import Capacity, WeightPriority
-from moesaic.moe.expert_selection import SwitchTop1, Top2, TopK
+from moesaic.moe.expert_selection import SigmoidTopK, SwitchTop1, Top2, TopK
 from moesaic.moe.router_context import RouterContext
 
 T, E = 50, 6
@@ -36,6 +38,32 @@ def test_topk_none_keeps_plain_probabilities():
     logits = _logits()
     routing = TopK(k=3, normalise="none")(RouterContext.from_logits(logits, training=True))
     torch.testing.assert_close(routing.weight.view(T, 3), logits.softmax(-1).topk(3).values)
+
+
+@pytest.mark.parametrize("normalise", ["before", "after", "none"])
+def test_a_scale_multiplies_all_weights(normalise):
+    gate = RouterContext.from_logits(_logits())
+    one, three = (TopK(k=2, normalise=normalise, scale=scale) for scale in (1.0, 3.0))
+    plain, scaled = (select.renormalise(select(gate)) for select in (one, three))
+    torch.testing.assert_close(scaled.weight, 3 * plain.weight)
+
+
+def test_the_expert_bias_may_be_added_to_probabilities():
+    bias = torch.linspace(-0.4, 0.4, E)
+    gate = replace(RouterContext.from_logits(_logits()), bias=bias)
+    routing = TopK(k=2, scores="probabilities", normalise="none")(gate)
+    probability = gate.logits.softmax(-1)
+    assert torch.equal(routing.expert.view(T, 2), (probability + bias).topk(2).indices)
+    torch.testing.assert_close(
+        routing.weight.view(T, 2), probability.gather(-1, routing.expert.view(T, 2))
+    )
+    assert not torch.equal(routing.expert, TopK(k=2)(gate).expert)
+
+
+def test_sigmoid_weights_may_stay_as_they_are():
+    logits = _logits()
+    routing = SigmoidTopK(k=2, normalise="none")(RouterContext.from_logits(logits))
+    torch.testing.assert_close(routing.weight.view(T, 2), logits.sigmoid().topk(2).values)
 
 
 def test_topk_after_normalises_over_the_kept_edges():

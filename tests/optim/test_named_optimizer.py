@@ -5,13 +5,8 @@ import torch
 from torch import nn
 
 from moesaic.core.errors import CheckpointError
-from moesaic.optim.named_optimizer import (
-    frozen_state,
-    masters_of,
-    restore_state,
-    without_masters,
-)
 from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.optim.optimizer_state import frozen_state, masters_of, restore_state, without_masters
 
 
 def export_state(optimizer):

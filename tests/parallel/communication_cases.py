@@ -30,7 +30,7 @@ BIASED = BOTH.replace(
 )
 DECODER = BOTH.replace(
     encoder=Stack(layers=0),
-    decoder=Stack(layers=3, moe_every=1, first_dense_layers=1),
+    decoder=Stack(layers=3, sparse_layers=(0, 2)),
     moe=MoE(experts=8, hidden=12, select=TopK(k=2), shared_experts=SharedExperts()),
     embedding=EmbeddingConfig(tied=False),
 )

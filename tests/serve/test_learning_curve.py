@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.run_directory import RunDir
@@ -11,6 +12,7 @@ from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.harness import EvaluationSettings
 from moesaic.evaluate.testset import corpus_testsets
 from moesaic.serve.learning_curve import learning_curve
+from moesaic.serve.load_model import load
 from moesaic.serve.score import score_run
 from moesaic.testing.tiny_models import synthetic_run, text_of
 from moesaic.train.resume import ResumeLatest
@@ -38,6 +40,14 @@ def test_every_checkpoint_is_scored_and_the_last_is_the_run(made):
     for name, key in (("model", "points"), ("memory", "baselines"), ("copy", "baselines")):
         found = curve[key][-1]["chrf"] if key == "points" else curve[key][name]
         assert found["score"] == pytest.approx(summary.mean[name]["chrf"].score, abs=0.006)
+
+
+def test_a_checkpoint_is_loaded_by_its_own_path(made):
+    path, *_ = made
+    first, last = (load(c) for c in sorted(RunDir(path).checkpoints.glob("step-*")))
+    ids = torch.tensor([[5, 6, 7]])
+    assert last.logits(ids, source=ids).equal(load(path).logits(ids, source=ids))
+    assert not first.logits(ids, source=ids).equal(last.logits(ids, source=ids))
 
 
 def test_scored_checkpoints_are_not_scored_again(made, tmp_path):

@@ -24,6 +24,7 @@ from moesaic.moe.expert_selection import Top2
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.positional_encoding import LearnedPositions
+from moesaic.serve.load_model import load
 from moesaic.serve.long_text import Truncate
 from moesaic.serve.source_text import TranslationLimits
 from moesaic.serve.translation_result import TranslationResult, describe_results
@@ -75,6 +76,23 @@ def run(request, tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def translator(run):
     return Translator.open(run)
+
+
+def test_a_loaded_model_translates_and_scores_as_the_translator(run, translator):
+    model, how = load(run), {"source": "en", "target": "de"}
+    assert model.translate(TEXTS, **how) == translator.translate(TEXTS, **how)
+    if not model.model.config.encoder.layers:
+        return
+    with pytest.raises(DataError, match="scores texts given sources"):
+        model.score(TEXTS)
+    scores = model.score(TEXTS, sources=TEXTS, direction=("en", "de"))
+    with torch.inference_mode():
+        output = translator.model(translator.batch(TEXTS, targets=TEXTS, **how))
+        logs = translator.model.predict(output.hidden).log_softmax(-1)
+    for row, score in enumerate(scores):
+        own = output.row == row
+        wanted = logs[own].gather(1, output.label[own, None]).sum().item()
+        assert score == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("search", [Greedy(), Beam(size=3, n_best=2)], ids=["greedy", "beam"])

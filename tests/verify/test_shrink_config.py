@@ -56,6 +56,13 @@ def test_a_rule_keeps_the_experts_that_it_needs() -> None:
     assert after.hidden == 8  # a quarter of the dense width, as before
 
 
+def test_listed_sparse_layers_are_those_of_the_blocks_that_stay() -> None:
+    stack = Stack(layers=9, sparse_layers=(0, 3, 8), experts_per_layer=(4, 4, 4))
+    model = find_recipe("tiny-lm").model.replace(decoder=stack)
+    after = shrink_config(find_recipe("tiny-lm").replace(model=model)).run.model.decoder
+    assert (after.layers, after.sparse_layers, len(after.experts_per_layer)) == (4, (0, 3), 2)
+
+
 def test_experts_per_layer_keep_one_number_for_each_moe_block() -> None:
     stack = Stack(layers=6, moe_every=2, experts_per_layer=(4, 32, 64))
     model = find_recipe("tiny").model.replace(encoder=stack, moe=MoE(experts=4))

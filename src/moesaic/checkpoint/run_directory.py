@@ -40,6 +40,7 @@ class RunDir:
     vocabulary = _PathIn("vocabulary.json")  # roles of a tokenizer that moesaic did not train
     text_rules = _PathIn("text_rules.json")  # of the corpus: what the model's text passes
     model = _PathIn("model.safetensors")  # the exported weights, independent of the checkpoints
+    adapter = _PathIn("adapter.safetensors")  # what was trained beside the weights of another run
     card = _PathIn("README.md")
     directions = _PathIn("directions.json")  # what was trained: streams of the data mixture
     checkpoints = _PathIn("checkpoints")
@@ -52,6 +53,7 @@ class RunDir:
     routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step
     timelines = _PathIn("timelines")  # operations of a step, one Chrome trace per rank
     summary = _PathIn("summary.json")
+    forgetting = _PathIn("forgetting.json")  # scores of what a warm start was not tuned in
     perplexity = _PathIn("perplexity.json")  # of a language model, by language and domain
     head_scores = _PathIn("head-scores.json")  # of a run without vocabulary head, by label
     score_curve = _PathIn("curve.json")  # scores of the kept checkpoints
@@ -97,6 +99,11 @@ class RunDir:
 
     def _require(self, names: tuple[str, ...]) -> None:
         missing = [name for name in names if not (self.path / name).is_file()]
+        if missing and self.adapter.is_file():
+            raise CheckpointError(
+                f"{self.path}: it has an adapter without the weights that it changes: "
+                f"moesaic ckpt merge {self.path}"
+            )
         if missing:
             raise CheckpointError(
                 f"{self.path}: {', '.join(missing)} missing, expected a trained model. "

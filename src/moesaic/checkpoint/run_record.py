@@ -40,6 +40,7 @@ RECORDED_FILES = (
     "text_rules.json",
     "directions.json",
     "model.safetensors",
+    "adapter.safetensors",
 )
 TOKENIZER_KEY, MODEL_KEY = "moesaic_tokenizer", "moesaic_model_config"
 

@@ -137,14 +137,15 @@ def write_tensors(
     *,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
+    read: Callable[[str], Tensor] | None = None,
     disk: Disk | None = None,
 ) -> None:
-    """Write one safetensors file atomically."""
-    disk = disk or Disk()
+    """Write one safetensors file atomically; with ``read`` as ``serialize_lazily`` does."""
+    disk, read = disk or Disk(), read or tensors.__getitem__
     part = path.with_name(f".{path.name}.part")
     try:
         disk.make_dir(path.parent)
-        disk.write(part, chunks=serialize_tensors(tensors, metadata=metadata))
+        disk.write(part, chunks=serialize_lazily(tensors, read=read, metadata=metadata))
         disk.rename(part, new=path)
     except OSError as error:
         with suppress(OSError):

@@ -25,6 +25,7 @@ from moesaic.checkpoint.snapshot import Shard, ShardBlock, as_shard
 from moesaic.checkpoint.tensor_reader import TensorReader, open_reader
 from moesaic.core.config_upgrade import current_name
 from moesaic.core.errors import CheckpointError
+from moesaic.core.shapes import Tensor
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import (
@@ -55,6 +56,13 @@ class StoredWeights:
         for name, shard in shards.items():
             for block in shard.blocks:
                 self._read_block(name, block)
+
+    def whole(self, name: str) -> Tensor:
+        """Return one whole tensor, in the dtype that it is stored in."""
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read_into({name: as_shard(tensor)})
+        return tensor
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -29,6 +29,7 @@ with deferred():
     from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
     from moesaic.core.errors import CheckpointError, UserError
     from moesaic.core.units import show_bytes, show_count
+    from moesaic.train.merge_adapter import merge_adapter
 
 app = command_app()
 CheckpointPath = Annotated[
@@ -121,6 +122,24 @@ def adopt(
     record = adopt_files(RunDir.open(path))
     value = {"path": str(path), "files": sorted(record.files)}
     text = f"{path}: recorded {', '.join(value['files'])} and config.yaml as they are now"
+    print_result(value, as_json=as_json, show=lambda console: console.print(text))
+
+
+@app.command()
+def merge(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run that trained an adapter.")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the weights of a run that trained an adapter: those it began with, and the adapter.
+
+    The run that it began with is only read. Afterwards the run is a model like any other.
+
+    Example: [cyan]moesaic ckpt merge runs/tuned[/]
+    """
+    run = RunDir.open(path)
+    value = {"path": str(run.model), "matrices": merge_adapter(run)}
+    text = f"{run.model}: {value['matrices']} matrices have their adapter added"
     print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 

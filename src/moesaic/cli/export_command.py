@@ -11,13 +11,25 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.import_command import VerifyOption
-from moesaic.cli.shared_options import JsonOption, RunArgument, command_app, print_result
+from moesaic.cli.shared_options import (
+    JsonOption,
+    RunArgument,
+    command_app,
+    print_result,
+    show_progress,
+)
 from moesaic.cli.styled_text import cyan
 
 with deferred():
+    import torch
+
+    from moesaic.core.errors import UserError
     from moesaic.core.units import show_bytes
+    from moesaic.exchange.compare_with_llama_cpp import compare_with_llama_cpp
     from moesaic.exchange.compare_with_transformers import compare_with_transformers
+    from moesaic.exchange.export_gguf import export_gguf
     from moesaic.exchange.export_model import export_model
+    from moesaic.exchange.peft_format import export_adapter
 
 app = command_app()
 
@@ -26,30 +38,68 @@ class ExportFormat(StrEnum):
     """Whose files are written."""
 
     HF = "hf"
+    GGUF = "gguf"
+    PEFT = "peft"
+
+
+class MatrixType(StrEnum):
+    """The dtype of matrices in a GGUF file."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
 
 
 @app.command()
 def export(
     run: RunArgument,
     *,
-    to: Annotated[ExportFormat, typer.Option("--to", help="hf: Hugging Face transformers.")],
+    to: Annotated[
+        ExportFormat, typer.Option("--to", help="hf: transformers; gguf: llama.cpp; peft: adapter.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new directory.")],
     layout: Annotated[
         str | None, typer.Option(metavar="NAME", help="Names of experts: per-expert or fused.")
     ] = None,
+    dtype: Annotated[
+        MatrixType | None, typer.Option(help="Of matrices (gguf; default: as they are).")
+    ] = None,
     verify: VerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the directory that from_pretrained of transformers loads.
+    """Write a model in the files of another program: transformers, or llama.cpp.
+
+    With --to peft: the adapter of a run of LoRA, for PeftModel.from_pretrained.
 
     Example: [cyan]moesaic export models/qwen3-tuned --to hf --out exported[/]
     """
-    value: dict[str, Any] = {"directory": str(out), "format": to.value}
-    value |= asdict(export_model(run, out=out, layout=layout))
+    if to is ExportFormat.PEFT:
+        _export_adapter(run, out=out, as_json=as_json)
+        return
+    if (layout, dtype)[to is ExportFormat.HF] is not None:
+        raise UserError("--layout belongs to --to hf, and --dtype to --to gguf")
+    kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+    hf = to is ExportFormat.HF
+    found = (
+        export_model(run, out=out, layout=layout) if hf else export_gguf(run, out=out, dtype=kind)
+    )
+    for note in found.notes:
+        show_progress(note)
+    value: dict[str, Any] = {"directory": str(out), "format": to.value, **asdict(found)}
     if verify:
-        agreement = compare_with_transformers(out, ours=run)
+        agreement = (
+            compare_with_transformers(out, ours=run)
+            if hf
+            else compare_with_llama_cpp(out, ours=run, dtype=kind)
+        )
         value["verify"] = asdict(agreement) | {"text": agreement.text()}
     print_result(value, as_json=as_json, show=partial(_show, value))
+
+
+def _export_adapter(run: Path, *, out: Path, as_json: bool) -> None:
+    value = {"directory": str(out), "tensors": export_adapter(run, out=out)}
+    text = f"{out}: {value['tensors']} tensors of an adapter"
+    print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 
 def _show(value: dict[str, Any], console: Console) -> None:

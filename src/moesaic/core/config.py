@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from functools import cache
 from pathlib import PurePath
 from typing import Any, ClassVar, Self, get_args
 
@@ -37,7 +38,7 @@ from moesaic.core.config_text import (
 from moesaic.core.config_upgrade import earlier_version_problem, upgrade_config
 from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.core.file_reader import MAX_INT
-from moesaic.core.schema import json_schema
+from moesaic.core.schema import describe_fields, json_schema
 from moesaic.core.yaml_reader import read_yaml
 
 
@@ -53,7 +54,6 @@ class Config(BaseModel):
         extra="forbid",
         validate_default=True,
         protected_namespaces=(),
-        use_attribute_docstrings=True,
         allow_inf_nan=False,  # also of a text: --set optimizer.lr=1e400
     )
 
@@ -69,7 +69,7 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_numbers(cls, value: object, info: Any) -> object:
-        allowed = set(_leaf_types(cls.model_fields[info.field_name].annotation))
+        allowed = _allowed_types(cls, info.field_name)
         if not allowed & {int, float}:
             return value
         for number in value if isinstance(value, list | tuple) else [value]:
@@ -117,6 +117,14 @@ class Config(BaseModel):
     def from_yaml(cls, text: str) -> Self:
         """Read the output of ``to_yaml``. Raises ConfigError, also for a repeated key."""
         return cls.from_dict(read_yaml(text))
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        own = handler(schema)
+        describe_fields(handler.resolve_ref_schema(own), of=cls)
+        return own
 
     @classmethod
     def schema_json(cls, **_: Any) -> str:
@@ -197,7 +205,7 @@ class Choice(Config):
         if cls._is_family_base():  # core/schema.py adds the members
             about = {"description": cls.__doc__} if cls.__doc__ else {}
             return {"family": _qualified_name(cls), "title": cls.__name__, **about}
-        own = handler(schema)
+        own = super().__get_pydantic_json_schema__(schema, handler)
         shape = handler.resolve_ref_schema(own)
         shape["properties"] = {"kind": {"const": cls.__name__}} | shape.get("properties", {})
         return own
@@ -246,6 +254,11 @@ def _to_json_value(value: Any) -> JsonValue:
         case Enum():
             return value.value
     return value
+
+
+@cache
+def _allowed_types(cls: type[Config], field: str) -> frozenset[Any]:
+    return frozenset(_leaf_types(cls.model_fields[field].annotation))
 
 
 def _leaf_types(annotation: Any) -> Iterator[Any]:

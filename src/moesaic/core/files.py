@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,33 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Make a directory that gets the name ``out`` at the end, if nothing fails.
+
+    Raises FileError if ``out`` exists or cannot be made.
+    """
+    if out.exists():
+        raise FileError(f"{out}: exists already, expected a new directory")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    make_dir(part)
+    try:
+        yield part
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def copy_files(paths: Iterable[Path], *, to: Path) -> None:
+    """Copy those of ``paths`` that are files into a directory, which is made if there is none."""
+    to.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        if path.is_file():
+            shutil.copyfile(path, to / path.name)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,11 @@
 """JSON Schema of a config, with which editors complete and check its YAML."""
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
@@ -33,6 +38,38 @@ def json_schema(cls: type[BaseModel], *, families: Families) -> dict[str, Any]:
                 defs |= added
                 waiting += added.values()
     return {"$schema": DIALECT, **schema, "$defs": dict(sorted(defs.items()))}
+
+
+def describe_fields(schema: dict[str, Any], *, of: type[BaseModel]) -> None:
+    """Add the literals below the fields of a record to its schema, as their descriptions.
+
+    They are read from the source here, not by pydantic when a class is defined: that takes a
+    quarter of the time of all imports.
+    """
+    for base in reversed(of.__mro__):
+        docs = _field_docs(base) if issubclass(base, BaseModel) else {}
+        for name, doc in docs.items():
+            if name in schema.get("properties", {}):
+                schema["properties"][name]["description"] = doc
+
+
+@cache
+def _field_docs(cls: type) -> dict[str, str]:
+    """Return field -> literal below it; none of a class whose source is not in a file."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, SyntaxError, TypeError):
+        return {}
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def _definitions(family: str, members: Mapping[str, type[BaseModel]]) -> dict[str, Any]:

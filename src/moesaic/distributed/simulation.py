@@ -8,7 +8,7 @@ exact if all ranks have the same number of tokens and experts are chosen evenly.
 Use with ``fake_process_group``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.allocation_ledger import AllocationLedger
 from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.fake_results import run_on_fake_tensors, tensors_in
 
 _DEVICE_OF = torch.ops.prim.device.default  # half of all operations
 _FACTORY_OPS = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn")
@@ -82,27 +83,15 @@ class SimulatedRank(TorchDispatchMode):
             self.counter.count(func, args, named)
         if func.namespace == "c10d":
             return func(*args, **named) if fake else _simulate_collective(func, args, named)
-        if not fake and (tensors or not _creates_floats(func, args, named)):
-            out = func(*args, **named)
+        if fake or (not tensors and _creates_floats(func, args, named)):
+            out = run_on_fake_tensors(self._fake_mode, func, args, named)
         else:
-            with self._fake_mode:
-                out = func(*args, **named)
+            out = func(*args, **named)
         for tensor in tensors_in((out,)):
             self.ledger.add(tensor)
         if self.observer is not None:
             self.observer(func, args, named, out)
         return out
-
-
-def tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among arguments or results of an operation, in order, also of lists."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += tensors_in(value)
-    return found
 
 
 class SharedChunks(TorchFunctionMode):

@@ -1,10 +1,10 @@
 """Comparison with transformers: logits and generated ids of a model in both programs.
 
-Letters: B rows, T tokens, V vocabulary.
+Letters: S tokens of a source, T of a target, V vocabulary.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,21 @@ import torch
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import UserError
-from moesaic.core.shapes import Int, Tensor
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import Batch, InputRows
+from moesaic.data.collators import EncoderDecoderCollator
+from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.vocabulary import Vocabulary
 from moesaic.exchange.export_model import read_model_config
 from moesaic.exchange.hf_directory import read_hf_config
+from moesaic.exchange.stored_prompts import stored_prompts
+from moesaic.exchange.transformers_repairs import repair_forward
 from moesaic.model.beam_search import Beam, Greedy, Search
 from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.transformer import Transformer
+from moesaic.serve.open_run import read_collator
 
-SENTENCES = (
-    "The river runs under the old bridge and out to the sea.",
-    "Wer zuletzt lacht, lacht am besten.",
-    "Ils ont traversé la ville à pied pour voir la tour.",
-    "El tren de las ocho sale de la estación central.",
-    "Сегодня утром шёл дождь, а к вечеру прояснилось.",
-    "我们明天早上八点在图书馆见面。",
-    "毎朝、海のそばを散歩します。",
-    "الكتاب على الطاولة بجانب النافذة.",
-    "def add(a, b):\n    return a + b",
-    "1, 1, 2, 3, 5, 8, 13, 21,",
-)
-LENGTHS = (3, 5, 8, 12, 20)  # tokens of a sentence: 50 inputs
 BEAMS, ANSWER = 4, 12
 
 
@@ -45,7 +37,8 @@ class Agreement:
     """How far two programs agree on ``inputs`` prompts.
 
     ``logit_difference`` is the greatest over all positions, beside the ``largest_logit``;
-    ``greedy`` and ``beam`` are the numbers of prompts with the same answer.
+    ``greedy`` and ``beam`` are the numbers of prompts with the same answer. ``repaired`` are the
+    forward passes of transformers that were repaired first (``transformers_repairs.py``).
     """
 
     version: str
@@ -54,31 +47,54 @@ class Agreement:
     largest_logit: float
     greedy: int
     beam: int
+    repaired: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return a line for a model card."""
+        repaired = f" with {', '.join(self.repaired)} repaired" if self.repaired else ""
         return (
-            f"transformers {self.version}, {self.inputs} inputs: greatest difference of logits "
-            f"{self.logit_difference:.1e} (of {self.largest_logit:.1f}); answers equal "
+            f"transformers {self.version}{repaired}, {self.inputs} inputs: greatest difference of "
+            f"logits {self.logit_difference:.1e} (of {self.largest_logit:.1f}); answers equal "
             f"{self.greedy} (greedy), {self.beam} (beam {BEAMS})"
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """The ids of a source (none for a decoder), of a prompt, and of a text behind the prompt."""
+
+    source: Int[Tensor, "1 S"]
+    prompt: Int[Tensor, "1 T"]
+    text: Int[Tensor, "1 T"]
+
+    def for_them(self, target: Int[Tensor, "1 T"]) -> dict[str, Tensor]:
+        """Return the arguments of their model."""
+        if not self.source.shape[1]:
+            return {"input_ids": target}
+        return {"input_ids": self.source, "decoder_input_ids": target}
+
+
 def compare_with_transformers(theirs: Path, *, ours: Path) -> Agreement:
-    """Compare a decoder in the directories of both programs, in float32.
+    """Compare a model in the directories of both programs, in float32.
 
     Raises UserError without transformers (``pip install "moesaic[hf]"``).
     """
     transformers = _transformers()
-    other = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
     run = RunDir.open(ours)
     model = load_transformer(read_model_config(run), run.model).eval()
-    prompts, vocabulary = _prompts(run, model, their_end=read_hf_config(theirs).get("eos_token_id"))
+    kind = "AutoModelForSeq2SeqLM" if model.config.encoder.layers else "AutoModelForCausalLM"
+    other = getattr(transformers, kind).from_pretrained(theirs, dtype=torch.float32).eval()
+    repaired = repair_forward(other)
+    inputs, vocabulary = _inputs(run, model, theirs=read_hf_config(theirs))
+    layers = model.config.encoder.layers
     settings = {
+        # their cache of T5 and Switch has as many layers as the encoder
+        "use_cache": layers in (0, model.config.decoder.layers),
         "do_sample": False,
         "max_new_tokens": ANSWER,
         "eos_token_id": vocabulary.eos,
         "pad_token_id": vocabulary.eos,
+        "decoder_start_token_id": int(inputs[0].prompt[0, 0]),
     }
     greedy = transformers.GenerationConfig(**settings)
     beam = transformers.GenerationConfig(
@@ -87,19 +103,26 @@ def compare_with_transformers(theirs: Path, *, ours: Path) -> Agreement:
     other.generation_config = transformers.GenerationConfig()
     differences, largest, equal = [0.0], [0.0], {"greedy": 0, "beam": 0}
     with torch.inference_mode():
-        for prompt in prompts:
-            wanted, got = other(input_ids=prompt).logits[0], _logits(model, prompt)
+        for given in inputs:
+            target = torch.cat([given.prompt, given.text], 1)
+            wanted, got = other(**given.for_them(target)).logits[0], _logits(model, given)
             differences.append((wanted - got).abs().max().item())
             largest.append(wanted.abs().max().item())
             for name, config, search in (
                 ("greedy", greedy, Greedy()),
                 ("beam", beam, Beam(size=BEAMS, length_penalty=0.0)),
             ):
-                answer = other.generate(prompt, generation_config=config)[0, prompt.shape[1] :]
-                mine = _answer(model, prompt, vocabulary=vocabulary, search=search)
-                equal[name] += mine == _text_ids(answer.tolist(), end=vocabulary.eos)
+                found = other.generate(**given.for_them(given.prompt), generation_config=config)
+                answer = found[0, given.prompt.shape[1] :].tolist()
+                mine = _answer(model, given, vocabulary=vocabulary, search=search)
+                equal[name] += mine == _text_ids(answer, end=vocabulary.eos)
     return Agreement(
-        transformers.__version__, len(prompts), max(differences), max(largest), **equal
+        transformers.__version__,
+        len(inputs),
+        max(differences),
+        max(largest),
+        repaired=tuple(repaired),
+        **equal,
     )
 
 
@@ -112,37 +135,50 @@ def _transformers() -> Any:
         ) from error
 
 
-def _prompts(
-    run: RunDir, model: Transformer, *, their_end: object
-) -> tuple[list[Int[Tensor, "1 T"]], Vocabulary]:
-    """Return the beginnings of sentences as ids (random ones without a tokenizer), and the end."""
-    size = model.config.vocab_size
+def _inputs(
+    run: RunDir, model: Transformer, *, theirs: Mapping[str, Any]
+) -> tuple[list[_Input], Vocabulary]:
+    """Return stored prompts; of an encoder-decoder as sources, in the frame of the run's rows."""
+    rows = model.config.vocab_size
+    texts, vocabulary = stored_prompts(run, rows=rows, their_end=theirs.get("eos_token_id"))
+    if not model.config.encoder.layers:
+        none = torch.zeros(1, 0, dtype=torch.long)
+        return [_Input(none, text, none) for text in texts], vocabulary
     if run.tokenizer.is_file():
-        tokenizer = Tokenizer.load(run.tokenizer)
-        rows = [tokenizer.encode(text) for text in SENTENCES]
-        end = tokenizer.vocabulary.eos
+        known = Tokenizer.load(run.tokenizer).vocabulary
+        tags = list(known.tags.values())
+        ids = {**known.roles, **dict(zip((SOURCE_TAG, TARGET_TAG), (tags * 2)[:2], strict=False))}
     else:
-        generator = torch.Generator().manual_seed(0)
-        shape = (len(SENTENCES), max(LENGTHS))
-        rows = torch.randint(0, size, shape, generator=generator).tolist()
-        end = their_end if isinstance(their_end, int) and 0 <= their_end < size else size - 1
-    prompts = [torch.tensor([row[:length]]) for row in rows for length in LENGTHS]
-    return prompts, Vocabulary(size, end)
+        found = {name: theirs.get(f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        ids = {name: i for name, i in found.items() if isinstance(i, int)}
+        # random ids; the first ones have roles, and padding inside of a text shifts its positions
+        texts = [text.clamp(min=min(8, rows - 1)) for text in texts]
+    frame = (read_collator(run) or EncoderDecoderCollator()).frame
+    start, prompt, end = (
+        torch.tensor([[ids[name] for name in names if name in ids]], dtype=torch.long)
+        for names in (frame.source_start, frame.prompt, ("eos",))
+    )
+    others = [*texts[-1:], *texts[:-1]]
+    return [
+        _Input(torch.cat([start, text, end], 1), prompt, other)
+        for text, other in zip(texts, others, strict=True)
+    ], vocabulary
 
 
-def _logits(model: Transformer, rows: Int[Tensor, "B T"]) -> Tensor:
-    key = torch.zeros(len(rows), dtype=torch.long)
-    batch = Batch(InputRows.empty(len(rows)), InputRows.full(rows), rows, {}, key)
+def _logits(model: Transformer, given: _Input) -> Float[Tensor, "T V"]:
+    target = InputRows.full(torch.cat([given.prompt, given.text], 1))
+    key = torch.zeros(1, dtype=torch.long)
+    batch = Batch(InputRows.full(given.source), target, target.values, {}, key)
     return model.predict(model(batch).hidden)
 
 
 def _answer(
-    model: Transformer, prompt: Int[Tensor, "1 T"], *, vocabulary: Vocabulary, search: Search
+    model: Transformer, given: _Input, *, vocabulary: Vocabulary, search: Search
 ) -> list[int]:
     found = generate(
         model,
-        InputRows.empty(1),
-        prompt=InputRows.full(prompt),
+        InputRows.full(given.source),
+        prompt=InputRows.full(given.prompt),
         rules=DecodingRules(vocabulary),
         search=search,
         max_tokens=ANSWER,

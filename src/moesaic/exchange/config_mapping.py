@@ -71,6 +71,26 @@ class Key(ConfigEntry):
 
 
 @dataclass(frozen=True)
+class EqualKeys(ConfigEntry):
+    """Keys of theirs that must have one value, which is that of our fields."""
+
+    keys: Sequence[str]
+    paths: Sequence[str]
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        found = {key: theirs.get(key) for key in self.keys}
+        value = found[self.keys[0]]
+        if value is None or any(other != value for other in found.values()):
+            shown = ", ".join(f"{key}={show_value(found[key])}" for key in self.keys)
+            raise ConfigError([f"found {shown}, of which we have one number alone"])
+        return dict.fromkeys(self.paths, value)
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        value = field_of(ours, self.paths[0])
+        return {} if value is _ABSENT else dict.fromkeys(self.keys, value)
+
+
+@dataclass(frozen=True)
 class FixedKey(ConfigEntry):
     """A key of theirs that must have this value; ``same`` are others that mean the same."""
 
@@ -144,10 +164,16 @@ def field_of(config: Config, path: str) -> Any:
     """Return the field of a config at ``a.b.c``, or a mark where it has none."""
     found: Any = config
     for name in path.split("."):
-        if not isinstance(found, Config) or name not in type(found).model_fields:
+        fields = found if isinstance(found, Mapping) else _fields(found)
+        if name not in fields:
             return _ABSENT
-        found = getattr(found, name)
+        found = fields[name]
     return found
+
+
+def _fields(config: Any) -> Mapping[str, Any]:
+    names = type(config).model_fields if isinstance(config, Config) else ()
+    return {name: getattr(config, name) for name in names}
 
 
 def is_absent(value: object) -> bool:

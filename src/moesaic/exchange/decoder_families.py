@@ -1,14 +1,15 @@
 """Decoder families: Llama and its relatives, dense and with experts, as data."""
 
 from moesaic.exchange.config_entries import (
+    FULL,
     BalanceLoss,
     RotaryPositions,
     SharedWidth,
     SparseLayers,
-    WindowOfAllLayers,
+    Windows,
 )
 from moesaic.exchange.config_mapping import ConfigEntry, ConfigMapping, FixedKey, Key
-from moesaic.exchange.family import DENSE, FUSED, PER_EXPERT, Family
+from moesaic.exchange.family import DENSE, FUSED, PER_EXPERT, PUBLISHED, Family
 from moesaic.exchange.tensor_table import ExpertMatrices, FusedExperts, Rows, TensorTable
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
@@ -34,99 +35,112 @@ SPARSE_MODEL = LLAMA_MODEL.replace(
     decoder=Stack(layers=1, moe_every=1), moe=MoE(experts=8, hidden=1, select=TopK(k=1))
 )
 
-_SIZES: tuple[ConfigEntry, ...] = (
+SIZES: tuple[ConfigEntry, ...] = (
     Key("vocab_size", "vocab_size"),
     Key("hidden_size", "dim"),
     Key("num_hidden_layers", "decoder.layers"),
     Key("num_attention_heads", "attention.heads"),
     Key("num_key_value_heads", "attention.kv_heads", default=None),
     Key("tie_word_embeddings", "embedding.tied", default=False),
-    Key("attention_dropout", "dropout", default=0.0, values={0: 0.0}),
+    Key("attention_dropout", "dropout", default=0.0, values={0.0: 0.0}),
     FixedKey("hidden_act", "silu", same=("swish",)),
 )
-_HEAD_DIM = Key("head_dim", "attention.head_dim", default=None)
-_HIDDEN = Key("intermediate_size", "feed_forward.hidden")
-_EXPERTS_AS_WIDE = Key("intermediate_size", ("moe.hidden", "feed_forward.hidden"))
+HEAD_DIM = Key("head_dim", "attention.head_dim", default=None)
+HIDDEN = Key("intermediate_size", "feed_forward.hidden")
+EXPERTS_AS_WIDE = Key("intermediate_size", ("moe.hidden", "feed_forward.hidden"))
 _EXPERTS = Key("num_experts", "moe.experts", also="num_local_experts")
-_CHOSEN = Key("num_experts_per_tok", "moe.select.k")
-_NORMALISED = Key(
+LOCAL_EXPERTS = Key("num_local_experts", "moe.experts", also="num_experts")
+CHOSEN = Key("num_experts_per_tok", "moe.select.k")
+NORMALISED = Key(
     "norm_topk_prob", "moe.select.normalise", default=False, values={True: "before", False: "none"}
 )
 
 
-_NO_BIAS = FixedKey("attention_bias", value=False)
+NO_BIAS = FixedKey("attention_bias", value=False)
 _QKV = ("query", "key", "value")
 
 
-def _epsilon(*paths: str, default: float = 1e-6) -> Key:
+def epsilon(*paths: str, default: float = 1e-6) -> Key:
+    """Return the entry of the epsilon of norms, of others at ``paths`` too."""
     return Key("rms_norm_eps", ("norm.eps", *paths), default=default)
 
 
 _PER_HEAD_NORM = AttentionConfig(heads=1, qk_norm=PerHeadQKNorm())
-_LAYER, _OURS = "model.layers.{layer}.", "decoder.{layer}."
-_ATTENTION, _FEED_FORWARD = _OURS + "self_attention.", _OURS + "feed_forward."
-_GATE_AND_UP = ("gate_proj", "up_proj")
+LAYER, OURS = "model.layers.{layer}.", "decoder.{layer}."
+ATTENTION, FEED_FORWARD = OURS + "self_attention.", OURS + "feed_forward."
+GATE_AND_UP = ("gate_proj", "up_proj")
 
 
-def _projections(*names: str, of: str, kind: str = "weight") -> Rows:
-    return Rows(*(f"{_LAYER}{of}.{name}.{kind}" for name in names))
+def projections(*names: str, of: str, kind: str = "weight") -> Rows:
+    """Return the rule of linear maps of a layer that are one of ours."""
+    return Rows(*(f"{LAYER}{of}.{name}.{kind}" for name in names))
 
 
 LLAMA_TENSORS: TensorTable = {
     "embedding.weight": Rows("model.embed_tokens.weight"),
     "embedding.output": Rows("lm_head.weight"),
     "decoder_norm.weight": Rows("model.norm.weight"),
-    f"{_ATTENTION}norm.weight": Rows(f"{_LAYER}input_layernorm.weight"),
-    f"{_ATTENTION}inner.qkv.weight": _projections("q_proj", "k_proj", "v_proj", of="self_attn"),
-    f"{_ATTENTION}inner.out.weight": _projections("o_proj", of="self_attn"),
-    f"{_FEED_FORWARD}norm.weight": Rows(f"{_LAYER}post_attention_layernorm.weight"),
-    f"{_FEED_FORWARD}inner.up.weight": _projections(*_GATE_AND_UP, of="mlp"),
-    f"{_FEED_FORWARD}inner.down.weight": _projections("down_proj", of="mlp"),
+    f"{ATTENTION}norm.weight": Rows(f"{LAYER}input_layernorm.weight"),
+    f"{ATTENTION}inner.qkv.weight": projections("q_proj", "k_proj", "v_proj", of="self_attn"),
+    f"{ATTENTION}inner.out.weight": projections("o_proj", of="self_attn"),
+    f"{FEED_FORWARD}norm.weight": Rows(f"{LAYER}post_attention_layernorm.weight"),
+    f"{FEED_FORWARD}inner.up.weight": projections(*GATE_AND_UP, of="mlp"),
+    f"{FEED_FORWARD}inner.down.weight": projections("down_proj", of="mlp"),
 }
-_QKV_BIAS: TensorTable = {
-    f"{_ATTENTION}inner.qkv.bias": _projections(
+QKV_BIAS: TensorTable = {
+    f"{ATTENTION}inner.qkv.bias": projections(
         "q_proj", "k_proj", "v_proj", of="self_attn", kind="bias"
     )
 }
 _QK_NORMS: TensorTable = {
-    f"{_ATTENTION}inner.qk_norm.query.weight": _projections("q_norm", of="self_attn"),
-    f"{_ATTENTION}inner.qk_norm.key.weight": _projections("k_norm", of="self_attn"),
+    f"{ATTENTION}inner.qk_norm.query.weight": projections("q_norm", of="self_attn"),
+    f"{ATTENTION}inner.qk_norm.key.weight": projections("k_norm", of="self_attn"),
 }
-_ROUTED = f"{_FEED_FORWARD}inner."
+ROUTED = f"{FEED_FORWARD}inner."
 QWEN_EXPERTS: TensorTable = {
-    f"{_ROUTED}router.gate.weight": Rows(f"{_LAYER}mlp.gate.weight"),
-    f"{_ROUTED}experts.up": ExpertMatrices(
-        *(f"{_LAYER}mlp.experts.{{expert}}.{name}.weight" for name in _GATE_AND_UP)
+    f"{ROUTED}router.gate.weight": Rows(f"{LAYER}mlp.gate.weight"),
+    f"{ROUTED}experts.up": ExpertMatrices(
+        *(f"{LAYER}mlp.experts.{{expert}}.{name}.weight" for name in GATE_AND_UP)
     ),
-    f"{_ROUTED}experts.down": ExpertMatrices(f"{_LAYER}mlp.experts.{{expert}}.down_proj.weight"),
+    f"{ROUTED}experts.down": ExpertMatrices(f"{LAYER}mlp.experts.{{expert}}.down_proj.weight"),
 }
-_MIXTRAL_LAYER = f"{_LAYER}block_sparse_moe."
+_MIXTRAL_LAYER = f"{LAYER}block_sparse_moe."
 MIXTRAL_EXPERTS: TensorTable = {
-    f"{_ROUTED}router.gate.weight": Rows(f"{_MIXTRAL_LAYER}gate.weight"),
-    f"{_ROUTED}experts.up": ExpertMatrices(
+    f"{ROUTED}router.gate.weight": Rows(f"{_MIXTRAL_LAYER}gate.weight"),
+    f"{ROUTED}experts.up": ExpertMatrices(
         f"{_MIXTRAL_LAYER}experts.{{expert}}.w1.weight",
         f"{_MIXTRAL_LAYER}experts.{{expert}}.w3.weight",
     ),
-    f"{_ROUTED}experts.down": ExpertMatrices(f"{_MIXTRAL_LAYER}experts.{{expert}}.w2.weight"),
+    f"{ROUTED}experts.down": ExpertMatrices(f"{_MIXTRAL_LAYER}experts.{{expert}}.w2.weight"),
 }
 FUSED_EXPERTS: TensorTable = {  # what transformers 5 has in memory, of both
-    f"{_ROUTED}router.gate.weight": Rows(f"{_LAYER}mlp.gate.weight"),
-    f"{_ROUTED}experts.up": FusedExperts(f"{_LAYER}mlp.experts.gate_up_proj"),
-    f"{_ROUTED}experts.down": FusedExperts(f"{_LAYER}mlp.experts.down_proj"),
+    f"{ROUTED}router.gate.weight": Rows(f"{LAYER}mlp.gate.weight"),
+    f"{ROUTED}experts.up": FusedExperts(f"{LAYER}mlp.experts.gate_up_proj"),
+    f"{ROUTED}experts.down": FusedExperts(f"{LAYER}mlp.experts.down_proj"),
 }
-_SHARED = f"{_ROUTED}shared_experts."
+SHARED = f"{ROUTED}shared_experts."
+
+
+def shared_tensors(of: str) -> TensorTable:
+    """Return the rules of the shared experts, which theirs has as one feed-forward ``of``."""
+    return {
+        f"{SHARED}feed_forward.up.weight": projections(*GATE_AND_UP, of=f"mlp.{of}"),
+        f"{SHARED}feed_forward.down.weight": projections("down_proj", of=f"mlp.{of}"),
+    }
+
+
 SHARED_EXPERT: TensorTable = {
-    f"{_SHARED}feed_forward.up.weight": _projections(*_GATE_AND_UP, of="mlp.shared_expert"),
-    f"{_SHARED}feed_forward.down.weight": _projections("down_proj", of="mlp.shared_expert"),
-    f"{_SHARED}gate.weight": Rows(f"{_LAYER}mlp.shared_expert_gate.weight"),
+    **shared_tensors("shared_expert"),
+    f"{SHARED}gate.weight": Rows(f"{LAYER}mlp.shared_expert_gate.weight"),
 }
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 INVERSE_FREQUENCIES = (r".*\.rotary_emb\.inv_freq",)
 
 
-def _family(
+def llama_like(
     model_type: str, architecture: str, mapping: ConfigMapping, layouts: dict[str, TensorTable]
 ) -> Family:
+    """Return a family whose attention has the names of Llama's."""
     return Family(
         model_type,
         architecture,
@@ -138,45 +152,45 @@ def _family(
     )
 
 
-MIXTRAL = _family(
+MIXTRAL = llama_like(
     "mixtral",
     "MixtralForCausalLM",
     ConfigMapping(
         SPARSE_MODEL,
         (
-            *_SIZES,
-            _HEAD_DIM,
-            _EXPERTS_AS_WIDE,
-            Key("num_local_experts", "moe.experts", also="num_experts"),
-            _CHOSEN,
-            _epsilon(default=1e-5),
+            *SIZES,
+            HEAD_DIM,
+            EXPERTS_AS_WIDE,
+            LOCAL_EXPERTS,
+            CHOSEN,
+            epsilon(default=1e-5),
             RotaryPositions(theta=1e6),
-            WindowOfAllLayers(),
+            Windows(),
             BalanceLoss(),
             FixedKey("router_jitter_noise", 0.0),
         ),
     ),
     {PER_EXPERT: LLAMA_TENSORS | MIXTRAL_EXPERTS, FUSED: LLAMA_TENSORS | FUSED_EXPERTS},
 )
-QWEN3_MOE = _family(
+QWEN3_MOE = llama_like(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     ConfigMapping(
         SPARSE_MODEL.replace(attention=_PER_HEAD_NORM),
         (
-            *_SIZES,
-            _HEAD_DIM,
-            _HIDDEN,
+            *SIZES,
+            HEAD_DIM,
+            HIDDEN,
             _EXPERTS,
-            _CHOSEN,
-            _NORMALISED,
+            CHOSEN,
+            NORMALISED,
             Key("moe_intermediate_size", "moe.hidden"),
-            _epsilon("attention.qk_norm.norm.eps"),
+            epsilon("attention.qk_norm.norm.eps"),
             RotaryPositions(),
-            WindowOfAllLayers("use_sliding_window"),
+            Windows("use_sliding_window"),
             SparseLayers(),
             BalanceLoss(),
-            _NO_BIAS,
+            NO_BIAS,
         ),
         frozenset({"max_window_layers"}),
     ),
@@ -185,7 +199,7 @@ QWEN3_MOE = _family(
         FUSED: LLAMA_TENSORS | _QK_NORMS | FUSED_EXPERTS,
     },
 )
-QWEN2_MOE = _family(
+QWEN2_MOE = llama_like(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
     ConfigMapping(
@@ -193,43 +207,43 @@ QWEN2_MOE = _family(
             moe=MoE(experts=8, hidden=1, select=TopK(k=1), shared_experts=GatedSharedExperts())
         ),
         (
-            *_SIZES,
-            _HIDDEN,
+            *SIZES,
+            HIDDEN,
             _EXPERTS,
-            _CHOSEN,
-            _NORMALISED,
+            CHOSEN,
+            NORMALISED,
             Key("moe_intermediate_size", "moe.hidden"),
             Key("qkv_bias", "attention.bias", default=True, values={True: _QKV, False: ()}),
             SharedWidth(),
-            _epsilon(),
+            epsilon(),
             RotaryPositions(),
-            WindowOfAllLayers("use_sliding_window"),
+            Windows("use_sliding_window", (FULL,)),
             SparseLayers(),
             BalanceLoss(),
         ),
-        frozenset({"max_window_layers", "layer_types"}),
+        frozenset({"max_window_layers"}),
     ),
     {
-        PER_EXPERT: LLAMA_TENSORS | _QKV_BIAS | QWEN_EXPERTS | SHARED_EXPERT,
-        FUSED: LLAMA_TENSORS | _QKV_BIAS | FUSED_EXPERTS | SHARED_EXPERT,
+        PER_EXPERT: LLAMA_TENSORS | QKV_BIAS | QWEN_EXPERTS | SHARED_EXPERT,
+        FUSED: LLAMA_TENSORS | QKV_BIAS | FUSED_EXPERTS | SHARED_EXPERT,
     },
 )
-OLMOE = _family(
+OLMOE = llama_like(
     "olmoe",
     "OlmoeForCausalLM",
     ConfigMapping(
         SPARSE_MODEL.replace(attention=AttentionConfig(heads=1, qk_norm=AcrossHeadsQKNorm())),
         (
-            *_SIZES,
-            _EXPERTS_AS_WIDE,
+            *SIZES,
+            EXPERTS_AS_WIDE,
             _EXPERTS,
-            _CHOSEN,
-            _NORMALISED,
+            CHOSEN,
+            NORMALISED,
             Key("clip_qkv", "attention.clip", default=None),
-            _epsilon("attention.qk_norm.norm.eps", default=1e-5),
+            epsilon("attention.qk_norm.norm.eps", default=1e-5),
             RotaryPositions(),
             BalanceLoss(0.01),
-            _NO_BIAS,
+            NO_BIAS,
         ),
     ),
     {
@@ -237,46 +251,94 @@ OLMOE = _family(
         FUSED: LLAMA_TENSORS | _QK_NORMS | FUSED_EXPERTS,
     },
 )
-_DENSE_SIZES = (*_SIZES, _HIDDEN, _epsilon(), RotaryPositions())
-LLAMA = _family(
+_GRANITE = (
+    NO_BIAS,
+    Key("embedding_multiplier", "embedding.multiplier", default=1.0),
+    Key("logits_scaling", "embedding.logits_scaling", default=1.0),
+    Key("residual_multiplier", "block_layout.residual_multiplier", default=1.0),
+    Key("attention_multiplier", "attention.scale", default=1.0),
+)
+_GRANITE_LAYER = f"{LAYER}block_sparse_moe."
+
+
+def _granite_tensors(router: str, up: str, down: str) -> TensorTable:
+    return {
+        **LLAMA_TENSORS,
+        f"{ROUTED}router.gate.weight": Rows(_GRANITE_LAYER + router),
+        f"{ROUTED}experts.up": FusedExperts(_GRANITE_LAYER + up),
+        f"{ROUTED}experts.down": FusedExperts(_GRANITE_LAYER + down),
+    }
+
+
+GRANITE_MOE = llama_like(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
+    ConfigMapping(
+        SPARSE_MODEL,
+        (
+            *SIZES,
+            EXPERTS_AS_WIDE,
+            LOCAL_EXPERTS,
+            CHOSEN,
+            epsilon(),
+            RotaryPositions(),
+            BalanceLoss(),
+            *_GRANITE,
+        ),
+    ),
+    {
+        PUBLISHED: _granite_tensors(
+            "router.layer.weight", "input_linear.weight", "output_linear.weight"
+        ),
+        FUSED: _granite_tensors("router.weight", "experts.gate_up_proj", "experts.down_proj"),
+    },
+)
+_DENSE_SIZES = (*SIZES, HIDDEN, epsilon(), RotaryPositions())
+LLAMA = llama_like(
     "llama",
     "LlamaForCausalLM",
     ConfigMapping(
-        LLAMA_MODEL, (*_DENSE_SIZES, _HEAD_DIM, _NO_BIAS, FixedKey("mlp_bias", value=False))
+        LLAMA_MODEL, (*_DENSE_SIZES, HEAD_DIM, NO_BIAS, FixedKey("mlp_bias", value=False))
     ),
     {DENSE: LLAMA_TENSORS},
 )
-MISTRAL = _family(
-    "mistral",
-    "MistralForCausalLM",
-    ConfigMapping(LLAMA_MODEL, (*_DENSE_SIZES, _HEAD_DIM, WindowOfAllLayers())),
+GRANITE = llama_like(
+    "granite",
+    "GraniteForCausalLM",
+    ConfigMapping(LLAMA_MODEL, (*_DENSE_SIZES, FixedKey("mlp_bias", value=False), *_GRANITE)),
     {DENSE: LLAMA_TENSORS},
 )
-QWEN2 = _family(
+MISTRAL = llama_like(
+    "mistral",
+    "MistralForCausalLM",
+    ConfigMapping(LLAMA_MODEL, (*_DENSE_SIZES, HEAD_DIM, Windows())),
+    {DENSE: LLAMA_TENSORS},
+)
+QWEN2 = llama_like(
     "qwen2",
     "Qwen2ForCausalLM",
     ConfigMapping(
         LLAMA_MODEL.replace(attention=AttentionConfig(heads=1, bias=_QKV)),
-        (*_DENSE_SIZES, WindowOfAllLayers("use_sliding_window")),
-        frozenset({"max_window_layers", "layer_types"}),
+        (*_DENSE_SIZES, Windows("use_sliding_window", (FULL,))),
+        frozenset({"max_window_layers"}),
     ),
-    {DENSE: LLAMA_TENSORS | _QKV_BIAS},
+    {DENSE: LLAMA_TENSORS | QKV_BIAS},
 )
-QWEN3 = _family(
+QWEN3 = llama_like(
     "qwen3",
     "Qwen3ForCausalLM",
     ConfigMapping(
         LLAMA_MODEL.replace(attention=_PER_HEAD_NORM),
         (
-            *_SIZES,
-            _HIDDEN,
+            *SIZES,
+            HIDDEN,
             Key("head_dim", "attention.head_dim", default=128),
-            _epsilon("attention.qk_norm.norm.eps"),
+            epsilon("attention.qk_norm.norm.eps"),
             RotaryPositions(),
-            WindowOfAllLayers("use_sliding_window"),
-            _NO_BIAS,
+            Windows("use_sliding_window", (FULL,)),
+            NO_BIAS,
         ),
-        frozenset({"max_window_layers", "layer_types"}),
+        frozenset({"max_window_layers"}),
     ),
     {DENSE: LLAMA_TENSORS | _QK_NORMS},
 )

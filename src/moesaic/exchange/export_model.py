@@ -5,7 +5,6 @@ A family can hold a model if its mapping, written and read again, gives a config
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from moesaic.checkpoint.run_record import require_unchanged
 from moesaic.checkpoint.safetensors_io import serialize_chunks
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, ConfigError
-from moesaic.core.files import write_json
+from moesaic.core.files import copy_files, new_directory, write_json
 from moesaic.core.shapes import Tensor
 from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.data.tokenizer import Tokenizer
@@ -30,7 +29,6 @@ from moesaic.exchange.hf_directory import (
     INDEX,
     WEIGHTS,
     carried_files,
-    copy_files,
     read_hf_config,
 )
 from moesaic.exchange.same_model import canonical, resolved
@@ -44,12 +42,13 @@ _ROLES = ("pad", "bos", "eos")
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
-    """What was written: the family, the layout, and the number and size of the tensors."""
+    """What was written: family, layout, number and size of the tensors, and what to mind."""
 
     family: str
     layout: str
     tensors: int
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def export_model(
@@ -66,12 +65,11 @@ def export_model(
     Raises:
         CheckpointError: No family can hold the model; the first part without an equivalent and
             the nearest family are named.
+        FileError: ``out`` exists.
     """
     directory = RunDir.open(run)
     directory.require_weights()
     require_unchanged(directory)
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already, expected a new directory")
     model = read_model_config(directory)
     before = read_hf_config(directory.imported) if directory.imported.is_dir() else {}
     family = find_family(model, first=before.get("model_type"))
@@ -82,19 +80,12 @@ def export_model(
     pieces = family.pieces(model, layout=layout)
     files = TensorFiles([directory.model])
     put_together = PutTogether([piece.reversed() for piece in pieces], files)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_directory(out) as part:
         dtype = str(next(iter(put_together.targets.values())).dtype).removeprefix("torch.")
         config = hf_config(family, model, before=before) | {"dtype": dtype}
         config |= _write_tokenizer(directory, part)
         write_json(part / CONFIG, config)
         _write_shards(part, put_together, shard_bytes=shard_bytes)
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     targets = put_together.targets
     return ExportedModel(family.model_type, layout, len(targets), _bytes(targets))
 
@@ -131,7 +122,7 @@ def hf_config(
 ) -> dict[str, Any]:
     """Return their config of a model; keys that we do not have are as ``before``."""
     kept = dict(before or {}) if (before or {}).get("model_type") == family.model_type else {}
-    replaced = {"rope_theta", "rope_scaling", "torch_dtype"}
+    replaced = {"rope_theta", "rope_scaling", "torch_dtype", "quantization_config"}
     kept = {key: value for key, value in kept.items() if key not in replaced}
     about = {"model_type": family.model_type, "architectures": [family.architecture]}
     return {LENGTH: DEFAULT_LENGTH} | kept | family.mapping.write(resolved(model)) | about

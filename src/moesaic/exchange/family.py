@@ -1,9 +1,10 @@
 """Family: the models of one ``model_type`` of transformers, as data."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from moesaic.data.language_tag import FirstTargetToken, NoTag
 from moesaic.exchange.config_mapping import ConfigMapping
 from moesaic.exchange.tensor_table import (
     TensorPiece,
@@ -15,7 +16,11 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.nn.positional_encoding import Rotary
 
-PER_EXPERT, FUSED, DENSE = "per-expert", "fused", "dense"
+PER_EXPERT, FUSED, DENSE, PUBLISHED = "per-expert", "fused", "dense", "published"
+
+
+def _no_variants(_model: ModelConfig, /) -> TensorTable:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,9 @@ class Family:
     ``layouts`` are the tables of tensor names, the one that the family is published in first.
     ``copies`` are names that may hold another tensor once more (tied tables), with the name of the
     other; ``derived`` are patterns of tensors that a model computes. ``rotated`` is the pattern of
-    the tensors whose rows are the channels of queries and keys.
+    the tensors whose rows are the channels of queries and keys; ``variants`` are the rules of
+    tensors that have another name in a model of this config. ``tag`` is where an encoder-decoder
+    has the tags of languages.
     """
 
     model_type: str
@@ -35,11 +42,13 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
     rotated: str = ""
+    tag: FirstTargetToken | NoTag = field(default_factory=NoTag)
+    variants: Callable[[ModelConfig], TensorTable] = _no_variants
 
     def pieces(self, model: ModelConfig, *, layout: str) -> list[TensorPiece]:
         """Return the pieces of all tensors of a model, ours as targets."""
         ours = our_tensors(Transformer.without_values(model))
-        pieces = match_tensors(ours, self.layouts[layout])
+        pieces = match_tensors(ours, {**self.layouts[layout], **self.variants(model)})
         position, wanted = model.position, self.mapping.template.position
         if not isinstance(position, Rotary) or not isinstance(wanted, Rotary):
             return pieces

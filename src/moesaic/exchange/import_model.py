@@ -4,10 +4,9 @@ The config is translated and every tensor accounted for before anything is writt
 are read and written some rows at a time. The directory appears when it is complete.
 """
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,24 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import weights_metadata, write_run_record
 from moesaic.checkpoint.safetensors_io import serialize_chunks
 from moesaic.core.errors import CheckpointError, ConfigError
-from moesaic.core.files import atomic_write
+from moesaic.core.files import atomic_write, copy_files, new_directory
 from moesaic.core.units import show_bytes
 from moesaic.data.collators import Collator, DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.document_packing import Concatenated
 from moesaic.data.imported_tokenizer import FromFile
-from moesaic.data.language_tag import FirstTargetToken, NoTag
+from moesaic.data.language_tag import FirstTargetToken, LanguageTag, NoTag
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
 from moesaic.data.tokenizer_source import TokenizerSource
 from moesaic.exchange.config_entries import LENGTH
-from moesaic.exchange.families import family_of
+from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
+    TextStart,
     carried_files,
-    copy_files,
+    find_text_start,
     read_hf_config,
     require_same_tensors,
     weight_files,
@@ -68,6 +68,7 @@ def import_model(
     layout: str = "auto",
     tokenizer: TokenizerSource | None = None,
     languages: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> ImportedModel:
     """Write the model directory ``out`` with the model of a Hugging Face directory.
 
@@ -77,30 +78,35 @@ def import_model(
         layout: The names of expert tensors, ``fused`` or ``per-expert``; ``auto`` looks.
         tokenizer: Where the tokenizer is; None: in the directory, if there is one.
         languages: Codes of the languages whose tags the tokenizer has.
+        drop: Patterns (``model.layers.61.*``) of tensors to leave out, if the model has no
+            such part here (multi-token prediction).
 
     Raises:
         CheckpointError: The family is unknown, or the tensors are not those of the config.
+        FileError: ``out`` exists.
         ConfigError: Something that the config asks for does not exist here.
         DataError: The tokenizer cannot be read.
     """
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already, expected a new directory")
     theirs = read_hf_config(directory)
     family = family_of(theirs.get("model_type"))
     model = _read_config(family, theirs, where=directory / CONFIG)
     files = TensorFiles(weight_files(directory))
     layout, pieces = find_pieces(family, model, files, layout=layout)
-    require_same_tensors(family, files, expected=source_shapes(pieces), where=directory)
+    dropped = replace(family, derived=(*family.derived, *map(fnmatch.translate, drop)))
+    require_same_tensors(dropped, files, expected=source_shapes(pieces), where=directory)
     unread = family.mapping.unread_keys(theirs)
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
-    with _new_directory(out) as part:
+    notes += [f"left out on request: the tensors {pattern}" for pattern in drop]
+    with new_directory(out) as path:
+        part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
             source = tokenizer or FromFile(path=str(directory), tags={})
             source.make({}, languages=languages, notify=notes.append).save(part.tokenizer)
         else:
             notes.append("no tokenizer was found: the model scores ids, and no text")
         copy_files(carried_files(directory), to=part.imported)
-        run = imported_run(out, model, theirs=theirs, languages=languages)
+        start = find_text_start(directory, theirs)
+        run = imported_run(out, model, theirs=theirs, languages=languages, text_start=start)
         size = _write_model(part, run, PutTogether(pieces, files))
         facts = {"imported from": f"{directory.name} ({family.architecture}, {layout})"}
         _write_card(part, run, facts=facts, notes=notes, languages=languages)
@@ -124,17 +130,21 @@ def find_pieces(
 
 
 def imported_run(
-    out: Path, model: ModelConfig, *, theirs: Mapping[str, Any], languages: Sequence[str]
+    out: Path,
+    model: ModelConfig,
+    *,
+    theirs: Mapping[str, Any],
+    languages: Sequence[str],
+    text_start: TextStart = "eos",
 ) -> Run:
     """Return the Run of an imported model: a starting point of fine-tuning."""
     longest = theirs.get(LENGTH)
     row = min(longest, LONGEST_ROW) if isinstance(longest, int) and longest >= 2 else LONGEST_ROW
     encoder = bool(model.encoder.layers)
-    start = "bos" if theirs.get("bos_token_id") is not None else "eos"
-    collator: Collator = DecoderOnlyCollator(tag=NoTag(start=start))
+    collator: Collator = DecoderOnlyCollator(tag=NoTag(start=text_start))
     task = WeightedTask(task=CausalLM(packing=Concatenated()))
     if encoder:
-        collator = EncoderDecoderCollator(tag=FirstTargetToken())
+        collator = EncoderDecoderCollator(tag=_tag_of(theirs))
         task = WeightedTask(task=Translation())
     return Run(
         name=out.name,
@@ -155,6 +165,18 @@ def imported_run(
     )
 
 
+def _tag_of(theirs: Mapping[str, Any]) -> LanguageTag:
+    """Return the tag of an encoder-decoder, whose decoder starts with the token of its config."""
+    family = FAMILIES.get(theirs.get("model_type", ""))
+    tag = family.tag if family else FirstTargetToken()
+    first = theirs.get("decoder_start_token_id")
+    if first is None:
+        return tag
+    roles = ("eos", "bos", "pad")
+    start = next((role for role in roles if theirs.get(f"{role}_token_id") == first), tag.start)
+    return tag.replace(start=start)
+
+
 def add_to_card(model: Path, name: str, text: str) -> None:
     """Add a fact to the card of a model directory, at its end."""
     card = RunDir(model).card
@@ -166,20 +188,6 @@ def _read_config(family: Family, theirs: Mapping[str, Any], *, where: Path) -> M
         return family.mapping.read(theirs)
     except ConfigError as error:
         raise ConfigError(f"{where}: {problem}" for problem in error.problems) from error
-
-
-@contextmanager
-def _new_directory(out: Path) -> Iterator[RunDir]:
-    """Make a directory that gets its name at the end, if nothing fails."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield RunDir(part)
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _write_model(part: RunDir, run: Run, put_together: PutTogether) -> int:

@@ -7,7 +7,7 @@ from moesaic.model.config import InitConfig, ModelConfig, Stack
 from moesaic.model.head import LanguageModelHead
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_bias import BiasUpdate
-from moesaic.moe.expert_capacity import Dropless
+from moesaic.moe.expert_capacity import Capacity, Dropless
 from moesaic.moe.expert_selection import Select, SwitchTop1, Top2, TopK
 from moesaic.moe.router_noise import NoRouterNoise
 from moesaic.nn.positional_encoding import Rotary
@@ -15,13 +15,15 @@ from moesaic.nn.positional_encoding import Rotary
 
 def canonical(model: ModelConfig) -> ModelConfig:
     """Return one config for all models that compute the same in evaluation."""
-    if isinstance(model.position, Rotary):  # weights are stored for the one or the other
+    if isinstance(model.position, Rotary) and not model.mixers:  # weights may be of either
         model = model.replace(position=model.position.replace(pairing="halves"))
     head = LanguageModelHead() if isinstance(model.head, LanguageModelHead) else model.head
     model = resolved(model).replace(head=head, dropout=0.0, init=InitConfig())
     if not isinstance(model.moe, MoE):
         return model
     moe = model.moe
+    if isinstance(moe.limit, Capacity) and moe.limit.eval_factor is None:
+        return canonical(model.replace(moe=moe.replace(limit=Dropless())))
     biased = any(isinstance(term, BiasUpdate) for term in moe.balance)
     moe = moe.replace(
         balance=(BiasUpdate(),) if biased else (),
@@ -61,11 +63,8 @@ def resolved(model: ModelConfig) -> ModelConfig:
 def _canonical_stack(model: ModelConfig, stack: Stack) -> Stack:
     if not stack.layers:
         return Stack(layers=0)
-    if isinstance(model.moe_of_stack(stack), NoMoE) or not stack.moe_layers:
-        return stack.replace(moe_every=0, first_dense_layers=0)
-    first = min(stack.first_dense_layers, stack.layers)
-    rest = all(stack.is_moe_layer(layer) for layer in range(first, stack.layers))
-    return stack.replace(moe_every=1 if rest else stack.moe_every, first_dense_layers=first)
+    sparse = () if isinstance(model.moe_of_stack(stack), NoMoE) else stack.moe_layers
+    return stack.replace(moe_every=1, first_dense_layers=0, sparse_layers=sparse)
 
 
 def _canonical_select(select: Select, *, dropless: bool) -> Select:
@@ -73,7 +72,7 @@ def _canonical_select(select: Select, *, dropless: bool) -> Select:
     if isinstance(select, SwitchTop1):
         return TopK(k=1, normalise="none")
     if isinstance(select, Top2):
-        return TopK(k=2)
+        select = TopK(k=2, normalise=select.normalise, scale=select.scale)
     if isinstance(select, TopK) and dropless and select.normalise == "after":
         return select.replace(normalise="before")
     return select

@@ -43,13 +43,15 @@ class Region:
 class TensorPiece:
     """Two regions with the same values, the last two dims of one exchanged where ``transposed``.
 
-    Row i of the target is row ``order[i]`` of the source, if there is an order.
+    Row i of the target is row ``order[i]`` of the source, if there is an order; ``dim`` has the
+    rows.
     """
 
     target: Region
     source: Region
     transposed: bool = False
     order: tuple[int, ...] | None = None
+    dim: int = 0
 
     def reversed(self) -> "TensorPiece":
         """Return the piece of the other direction."""
@@ -89,6 +91,29 @@ class Rows(TensorRule):
             start += width
 
 
+class GatedRows(TensorRule):
+    """One tensor of theirs, or two (gate, value) where our activation is gated."""
+
+    def __init__(self, plain: str, gate: str, value: str) -> None:
+        self._plain, self._gated = Rows(plain), Rows(gate, value)
+
+    def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
+        yield from (self._gated if len(ours.widths) > 1 else self._plain).pieces(ours, layer=layer)
+
+
+class ExpertVectors(TensorRule):
+    """A vector [F] for each expert, ``{expert}`` in the name: ours is [E, F]."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
+        experts, width = ours.shape
+        for expert in range(experts):
+            theirs = _in_layer(self.name, layer).replace("{expert}", str(expert))
+            yield TensorPiece(Region(ours.name, (expert, 0), (1, width)), _whole(theirs, (width,)))
+
+
 class ExpertMatrices(TensorRule):
     """A matrix [F, D] for each expert and map, ``{expert}`` in the name: ours is [E, D, F]."""
 
@@ -108,17 +133,39 @@ class ExpertMatrices(TensorRule):
 
 
 class FusedExperts(TensorRule):
-    """One tensor [E, F, D] for all experts, gate before value: ours is [E, D, F]."""
+    """A tensor [E, F, D] of all experts for each map; one name: gate before value in one tensor.
+
+    Ours is [E, D, F].
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
+        experts, rows, columns = ours.shape
+        widths = ours.widths if len(self.names) > 1 else (columns,)
+        for expert in range(experts):
+            start = 0
+            for name, width in zip(self.names, widths, strict=True):
+                inside = Region(ours.name, (expert, 0, start), (1, rows, width))
+                theirs = Region(_in_layer(name, layer), (expert, 0, 0), (1, width, rows))
+                yield TensorPiece(inside, theirs, transposed=True)
+                start += width
+
+
+class InterleavedExperts(TensorRule):
+    """One tensor [E, *, 2F] whose last channels are gate, value, gate, ...: ours is gates first."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
-        experts, rows, columns = ours.shape
+        experts, *rest = ours.shape
+        order = (*range(0, rest[-1], 2), *range(1, rest[-1], 2))
         for expert in range(experts):
-            inside = Region(ours.name, (expert, 0, 0), (1, rows, columns))
-            theirs = Region(_in_layer(self.name, layer), (expert, 0, 0), (1, columns, rows))
-            yield TensorPiece(inside, theirs, transposed=True)
+            inside = Region(ours.name, (expert, *_zeros(rest)), (1, *rest))
+            theirs = replace(inside, name=_in_layer(self.name, layer))
+            yield TensorPiece(inside, theirs, order=order, dim=len(rest))
 
 
 TensorTable = Mapping[str, TensorRule]

@@ -9,6 +9,8 @@ checkpoint, and its files, which have no directory entry, end with the process.
 import errno
 import mmap
 import os
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -97,6 +99,7 @@ class DiskStore(ChunkedStore):
         super().__init__(device, label=label)
         self.folder, self.in_flight_bytes = folder, in_flight_bytes
         self.in_flight, self.peak_in_flight = 0, 0
+        self._in_use: Counter[int] = Counter()  # bytes by the thread that has fetched them
         self._reserved: set[Part] = set()
         self._thread: ThreadPoolExecutor | None = None
         self._writes: list[tuple[Future[None], int]] = []
@@ -134,6 +137,8 @@ class DiskStore(ChunkedStore):
         specs = [self.specs[part.name].of(part) for part in parts]
         num_bytes = sum(spec.num_bytes for spec in specs)
         self._make_room(num_bytes)
+        user = threading.get_ident()
+        self._in_use[user] += num_bytes
         pinned = self.device.type == "cuda"
         buffers = [torch.empty(s.shape, dtype=s.dtype, pin_memory=pinned) for s in specs]
         read = [] if access is Access.REPLACE else parts
@@ -150,6 +155,7 @@ class DiskStore(ChunkedStore):
         def release() -> None:
             wait()
             moved[0].release()
+            self._in_use[user] -= num_bytes
             if access is not Access.READ:
                 self._writes.append((self._submit(os.pwritev, parts, buffers), num_bytes))
             else:
@@ -158,13 +164,17 @@ class DiskStore(ChunkedStore):
         return FetchedTensors(wait, release)
 
     def _make_room(self, num_bytes: int) -> None:
-        while self._writes and self.in_flight + num_bytes > self.in_flight_bytes:
-            self._finish_write()
-        if self.in_flight and self.in_flight + num_bytes > self.in_flight_bytes:
-            raise RuntimeError(
-                f"{self.label}: {self.in_flight} bytes are in use and {num_bytes} are asked for, "
-                f"over the bound of {self.in_flight_bytes}: release something first"
-            )
+        mine = threading.get_ident()
+        while self.in_flight and self.in_flight + num_bytes > self.in_flight_bytes:
+            if self._writes:
+                self._finish_write()
+            elif self._in_use[mine]:
+                raise RuntimeError(
+                    f"{self.label}: {self.in_flight} bytes are in use, {num_bytes} are asked for, "
+                    f"over the bound of {self.in_flight_bytes}: release something first"
+                )
+            else:  # another thread releases what it has
+                self._changed.wait()
         self.in_flight += num_bytes
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
 

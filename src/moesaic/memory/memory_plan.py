@@ -14,6 +14,9 @@ class MemoryPlan(Config):
     ``in_flight_bytes`` bounds, for each purpose, the copies that are under way or in use at once.
     ``late_steps``: experts whose gradient is zero are updated when they are next used, to the same
     bits, at most so many steps late; until then their gradients and states on a tier do not move.
+    ``run_ahead_bytes``: updates on a tier begin before the gradient norm is known, and are rolled
+    back if it clips them (2509.21271); so many bytes of old values are kept in host memory. 0 is
+    off.
     """
 
     parameters: Tier = DeviceMemory()
@@ -22,6 +25,7 @@ class MemoryPlan(Config):
     activations: Tier = DeviceMemory()
     in_flight_bytes: Annotated[int, Field(ge=1)] = MAX_IN_FLIGHT_BYTES
     late_steps: Annotated[int, Field(ge=0)] = 0
+    run_ahead_bytes: Annotated[int, Field(ge=0)] = 0
 
     @property
     def offloads(self) -> bool:

@@ -5,11 +5,14 @@ Where the tier's memory is addressable from that place, they are views and nothi
 are counted as moved all the same where they cross between device and host, so that the counts of a
 CPU run are those beside a GPU. Content starts as zeros; memory is taken when it is first written.
 
+Two threads may use a store at once, for different tensors.
+
 ``freeze`` returns the content at one moment: no later update changes it, so a checkpoint may be
 written in the background while steps go on.
 """
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +103,7 @@ class TensorStore(ABC):
         self.device, self.label = device, label
         self.moved = TransferCounter()
         self.specs: dict[str, TensorSpec] = {}
+        self._changed = threading.Condition()  # held by calls, and told of what is released
 
     def allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Add a tensor of zeros. Raises ValueError for a name that is taken."""
@@ -122,18 +126,18 @@ class TensorStore(ABC):
         Raises DiskFullError if a disk has no room for what is to be written.
         """
         num_bytes = sum(self.specs[part.name].of(part).num_bytes for part in parts)
-        if access is not Access.READ:
-            self.reserve(parts)
-        fetched = self._fetch(parts, access=access, place=place)
-        if not self._moves_to(place):
-            return fetched
-        if access is not Access.REPLACE:
-            self.moved.fetched += num_bytes
+        counted = num_bytes * self._moves_to(place)
+        with self._changed:
+            if access is not Access.READ:
+                self.reserve(parts)
+            fetched = self._fetch(parts, access=access, place=place)
+            self.moved.fetched += counted * (access is not Access.REPLACE)
 
         def release() -> None:
-            fetched.release()
-            if access is not Access.READ:
-                self.moved.written += num_bytes
+            with self._changed:
+                fetched.release()
+                self.moved.written += counted * (access is not Access.READ)
+                self._changed.notify_all()
 
         return FetchedTensors(fetched.wait, release)
 

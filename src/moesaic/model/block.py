@@ -93,6 +93,14 @@ class ResidualBranch(nn.Module):
         self.norm = config.activation_coding.after(norm)
         self.inner = inner
         self.dropout = Dropout(config.dropout, name=name)
+        self.multiplier = config.block_layout.residual_multiplier
+
+    def add(
+        self, x: Float[Tensor, "T D"], y: Float[Tensor, "T D"], *, context: ForwardContext
+    ) -> Float[Tensor, "T D"]:
+        """Return the residual stream ``x`` with this branch's output."""
+        scaled = y if self.multiplier == 1 else self.multiplier * y
+        return x + self.dropout(scaled, context=context.routing_context)
 
 
 class MixerBranch(ResidualBranch):
@@ -110,7 +118,7 @@ class MixerBranch(ResidualBranch):
         state: DecodeState | None = None,
     ) -> Float[Tensor, "T D"]:
         y = self.inner(self.norm(branch_input), context=context.mixing, state=state)
-        return x + self.dropout(y, context=context.routing_context)
+        return self.add(x, y, context=context)
 
 
 class CrossAttentionBranch(ResidualBranch):
@@ -130,7 +138,7 @@ class CrossAttentionBranch(ResidualBranch):
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T D"]:
         y = self.inner(self.norm(branch_input), packing=context.packing, source=source, mask=mask)
-        return x + self.dropout(y, context=context.routing_context)
+        return self.add(x, y, context=context)
 
 
 class FeedForwardBranch(ResidualBranch, ShardableModule):
@@ -166,7 +174,7 @@ class FeedForwardBranch(ResidualBranch, ShardableModule):
         packing, group = context.packing, self.tensor_parallel
         gathered = group.all_gather_tokens(self.norm(branch_input), packing)
         y = group.reduce_scatter_tokens(self.inner(gathered), packing)
-        return replace(state, x=state.x + self.dropout(y, context=context.routing_context))
+        return replace(state, x=self.add(state.x, y, context=context))
 
 
 class MoEBranch(ResidualBranch):
@@ -181,7 +189,7 @@ class MoEBranch(ResidualBranch):
             router_state=state.router_state,
         )
         records = state.records if output.record is None else (*state.records, output.record)
-        x = state.x + self.dropout(output.out, context=context.routing_context)
+        x = self.add(state.x, output.out, context=context)
         return BlockState(x, output.router_state, records)
 
 

@@ -5,6 +5,7 @@ Letters: T tokens, D model dim.
 
 from typing import ClassVar
 
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
@@ -13,8 +14,12 @@ from moesaic.nn.norm import Norm
 
 
 class BlockLayout(Choice):
-    """Family of block layouts. ``shares_norm``: all branches read one norm of the block's input."""
+    """Family of block layouts. ``shares_norm``: all branches read one norm of the block's input.
 
+    What a branch adds to the residual stream is multiplied by ``residual_multiplier`` (Granite).
+    """
+
+    residual_multiplier: float = Field(default=1.0, gt=0)
     shares_norm: ClassVar[bool] = False
 
     def input_norm(self, norm: Norm, *, dim: int) -> nn.Module:

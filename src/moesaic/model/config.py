@@ -42,6 +42,7 @@ class Stack(Config):
     """``layers`` blocks; block i (from 0) has experts where ``(i + 1) % moe_every == 0``.
 
     ``moe_every=0`` makes the whole stack dense, ``first_dense_layers`` its first blocks.
+    ``sparse_layers`` lists the blocks with experts instead, whichever they are, from 0.
     ``experts_per_layer`` gives each MoE layer its own number of experts, first layer first (a
     pyramid, DeepSpeed-MoE, 2201.05596, section 4.1). ``moe`` replaces the model's ``moe`` here.
     ``pattern`` names the sequence mixers of the blocks and is repeated over them
@@ -51,6 +52,7 @@ class Stack(Config):
     layers: int = Field(ge=0, le=MAX_LAYERS)
     moe_every: int = Field(default=2, ge=0)
     first_dense_layers: int = Field(default=0, ge=0)
+    sparse_layers: tuple[int, ...] | None = None
     experts_per_layer: tuple[int, ...] = ()
     moe: SparseLayer | None = None
     pattern: str = DEFAULT_MIXER
@@ -62,12 +64,12 @@ class Stack(Config):
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether block ``layer`` has an MoE layer, if the model has any."""
-        return (
-            layer >= self.first_dense_layers
-            and self.moe_every > 0
-            and (layer + 1) % self.moe_every == 0
-            and self.block_pattern(layer).feed_forward
-        )
+        if not self.block_pattern(layer).feed_forward:
+            return False
+        if self.sparse_layers is not None:
+            return layer in self.sparse_layers
+        every = self.moe_every
+        return layer >= self.first_dense_layers and every > 0 and (layer + 1) % every == 0
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -82,6 +84,12 @@ class Stack(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "Stack":
+        listed = self.sparse_layers or ()
+        if listed and (self.first_dense_layers or listed != self.moe_layers):
+            raise ValueError(
+                f"sparse_layers={list(listed)} to be some of the {self.layers} blocks in order, "
+                "each with a feed-forward, and first_dense_layers=0"
+            )
         if self.experts_per_layer and len(self.experts_per_layer) != len(self.moe_layers):
             raise ValueError(
                 f"experts_per_layer with one number for each of the {len(self.moe_layers)} MoE "

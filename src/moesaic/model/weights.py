@@ -70,7 +70,13 @@ def require_fitting_weights(model: nn.Module, shapes: Mapping[str, Sequence[int]
 
     ``model`` may be on the meta device: weights are compared before anything is allocated.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in export_weights(model).items()}
+    _require_same_shapes(export_weights(model), shapes)
+
+
+def _require_same_shapes(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = fitting_problems(expected, shapes)
     problems += [f"{name} is not in this model" for name in shapes if name not in expected]
     raise_if_unfit(problems)
@@ -95,14 +101,19 @@ def raise_if_unfit(problems: Sequence[str]) -> None:
         raise CheckpointError(f"the weights do not fit: {'; '.join(problems[:4])}{more}")
 
 
-@torch.no_grad()
 def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy exported weights into a model, all or none.
+    """Copy exported weights into a model, all or none. Raises as ``restore_tensors``."""
+    restore_tensors(export_weights(model), tensors)
+
+
+@torch.no_grad()
+def restore_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, all or none.
 
     Raises CheckpointError naming every tensor that is missing, unknown or of another shape.
     """
-    require_fitting_weights(model, {name: tensor.shape for name, tensor in tensors.items()})
-    for name, tensor in export_weights(model).items():
+    _require_same_shapes(into, {name: tensor.shape for name, tensor in tensors.items()})
+    for name, tensor in into.items():
         tensor.copy_(tensors[name])
 
 

@@ -49,9 +49,13 @@ class BalanceInputs:
 
 
 class Balance(Choice, StatefulRule):
-    """Family of balance terms. ``name`` is the key in ``RoutingRecord.losses``."""
+    """Family of balance terms. ``name`` is the key in ``RoutingRecord.losses``.
+
+    ``needs_fixed_k`` is true if the term needs the same number of experts for every token.
+    """
 
     name: ClassVar[str] = "balance"
+    needs_fixed_k: ClassVar[bool] = False
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         """Return this rank's share of the weighted term."""
@@ -89,6 +93,25 @@ class SwitchBalance(LoadBalancingLoss, Balance):
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         return self.weight * load_balance_loss(inputs, load=inputs.load)
+
+
+class FirstChoiceBalance(LoadBalancingLoss, Balance):
+    """``weight * E * sum_e f_e p_e``, f_e being the fraction of tokens whose first choice is e.
+
+    GShard's loss (2006.16668, section 2.2, times E squared) as in fairseq, which trained NLLB-MoE.
+    ``SwitchBalance`` counts all choices; of one expert per token both are the same.
+    """
+
+    needs_fixed_k: ClassVar[bool] = True
+    weight: float = 0.01
+
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        routing = inputs.routing
+        chosen = routing.expert[:: routing.per_token]
+        counts = inputs.load.new_zeros(routing.num_experts + 1)
+        counts.index_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype))
+        load = inputs.batch_group.sum(counts)[:-1]
+        return self.weight * load_balance_loss(inputs, load=load)
 
 
 class RouterZLoss(Balance):

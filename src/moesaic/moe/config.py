@@ -81,7 +81,7 @@ class MoE(SparseLayer):
 
     @property
     def needs_whole_rows(self) -> bool:
-        return self.select.needs_whole_rows
+        return self.select.needs_whole_rows or self.limit.needs_whole_rows
 
     @property
     def num_router_outputs(self) -> int:
@@ -104,6 +104,9 @@ class MoE(SparseLayer):
         for term in self.balance:
             if expected := term.problems(self.experts, self.limit):
                 raise ValueError(f"{type(term).__name__} expects {expected}")
+            if term.needs_fixed_k and self.select.variable_k:
+                name, rule = type(term).__name__, type(self.select).__name__
+                raise ValueError(f"{name} expects a fixed number of experts per token, not {rule}")
         return self
 
 

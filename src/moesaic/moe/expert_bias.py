@@ -17,7 +17,7 @@ class BiasUpdate(Balance):
     The bias is added to the expert's score when experts are selected, in training and inference,
     never to a weight. An optimizer step increases it by ``rate`` if the expert's load was below the
     mean of the step (all micro-batches and ranks), and decreases it if above. The selection rule
-    defines the score: the paper's are sigmoids, ``TopK`` adds to logits.
+    defines the score: the paper's are sigmoids, ``TopK`` adds to logits or probabilities.
     """
 
     rate: float = Field(default=0.001, gt=0)

@@ -17,13 +17,19 @@ from pydantic import Field
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.batch_group import BatchGroup
-from moesaic.moe.edge_queues import QueuedEdges
+from moesaic.moe.edge_queues import QueuedEdges, keep_first_of_rows
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
+from moesaic.ops.counter_rng import hash_combine
 
 
 class Limit(Choice):
-    """Family of capacity limits: each marks the edges over an expert's capacity as dropped."""
+    """Family of capacity limits: each marks the edges over an expert's capacity as dropped.
+
+    ``needs_whole_rows`` is that of ``Select``.
+    """
+
+    needs_whole_rows: ClassVar[bool] = False
 
     def __call__(
         self, routing: Routing, router: RouterContext, batch_group: BatchGroup, /
@@ -124,8 +130,8 @@ class RandomPriority(Priority):
         return self if router.training else WeightPriority()
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
-        draws = router.context.random_bits("room", width=routing.num_experts + 1)
-        return draws[routing.token, routing.expert][:, None]
+        key = router.context.random_key("room")  # of edges alone: few of all experts are chosen
+        return hash_combine(key[routing.token], routing.expert)[:, None]
 
 
 class Capacity(Limit):
@@ -148,16 +154,8 @@ class Capacity(Limit):
         factor = self.factor if router.training else self.eval_factor
         if factor is None:
             return routing
-        priority, number = self.priority.of(router), routing.num_experts
-        edges = QueuedEdges(
-            routing.expert,
-            priority.key(routing, router=router),
-            priority.key_bits,
-            row=router.context.row[routing.token],
-            num_experts=number,
-            num_limited=number - router.num_null_experts,
-        )
-        capacity = partial(self.expert_capacity, num_experts=number, factor=factor)
+        edges = _queued(routing, router=router, priority=self.priority.of(router))
+        capacity = partial(self.expert_capacity, num_experts=routing.num_experts, factor=factor)
         return routing.drop(~batch_group.keep_first(edges, capacity=capacity))
 
     def num_summed_integers(self, num_experts: int, /) -> int:
@@ -169,6 +167,35 @@ class Capacity(Limit):
         """Return the largest number of edges that one expert takes of so many."""
         share = (factor * edges.double() / num_experts).ceil().long()
         return share.clamp(min=self.minimum)
+
+
+class RowCapacity(Limit):
+    """At most ``number`` edges of each row per expert, in evaluation too: transformers' Switch.
+
+    A token that is decoded by itself is a row, so nothing is dropped then.
+    """
+
+    needs_whole_rows: ClassVar[bool] = True
+    number: int = Field(default=64, ge=1)
+    priority: Priority = PositionPriority()
+
+    def __call__(
+        self, routing: Routing, router: RouterContext, _batch_group: BatchGroup, /
+    ) -> Routing:
+        edges = _queued(routing, router=router, priority=self.priority.of(router))
+        kept = keep_first_of_rows(edges, capacity=partial(torch.full_like, fill_value=self.number))
+        return routing.drop(~kept)
+
+
+def _queued(routing: Routing, *, router: RouterContext, priority: Priority) -> QueuedEdges:
+    return QueuedEdges(
+        routing.expert,
+        priority.key(routing, router=router),
+        priority.key_bits,
+        row=router.context.row[routing.token],
+        num_experts=routing.num_experts,
+        num_limited=routing.num_experts - router.num_null_experts,
+    )
 
 
 def _descending(values: Float[Tensor, "N"]) -> Int[Tensor, "N"]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice
-from moesaic.core.shapes import Float, Tensor
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.router_context import RouterContext, StatefulRule
 from moesaic.moe.routing import Routing
 from moesaic.ops.counter_rng import hash_combine, hash_name
@@ -113,29 +113,29 @@ class TopK(Select):
     ``normalise`` says when the weights of the selected experts are normalised to sum to one:
     ``before`` the capacity limit drops edges (Mixtral; the weight of a dropped edge is lost),
     ``after`` it (DeepSpeed: the remaining edges sum to one), or ``none`` (DeepSeekMoE, 2401.06066:
-    plain softmax probabilities). ``expert_groups`` restricts the selection by the groups' logits.
+    plain softmax probabilities). ``scale`` multiplies them (DeepSeek-V2). A balance rule's bias is
+    added to ``scores``: logits, or probabilities (ERNIE 4.5), by which
+    ``expert_groups`` restricts the selection too.
     """
 
     k: int = Field(default=2, ge=1)
     normalise: Literal["before", "after", "none"] = "before"
+    scale: float = Field(default=1.0, gt=0)
+    scores: Literal["logits", "probabilities"] = "logits"
     expert_groups: ExpertGroups = AllExperts()
 
     def __call__(self, router: RouterContext) -> Routing:
         logits = router.logits
-        expert = self.expert_groups(router.biased_scores(logits)).topk(self.k, dim=-1).indices
-        if self.normalise == "before":
-            # equals softmax over all experts, divided by the sum over the selected
-            weight = logits.gather(-1, expert).softmax(-1)
-        else:
-            weight = logits.softmax(-1).gather(-1, expert)
+        scores = logits if self.scores == "logits" else logits.softmax(-1)
+        expert = self.expert_groups(router.biased_scores(scores)).topk(self.k, dim=-1).indices
+        weight = _choice_weights(logits, expert, normalised=self.normalise == "before")
+        weight = weight if self.scale == 1 else weight * self.scale
         return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
 
     def renormalise(self, routing: Routing) -> Routing:
         if self.normalise != "after":
             return routing
-        weight = routing.weight.view(-1, self.k)
-        total = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-        return replace(routing, weight=(weight / total).flatten())
+        return _kept_sum_to(self.scale, routing, k=self.k)
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
@@ -160,11 +160,15 @@ class SwitchTop1(Select):
 class Top2(Select):
     """GShard's two experts (2006.16668, section 2.2), weights normalised over the two.
 
-    ``second``: ``highest``, or in training ``sampled`` from the softmax over the others (Gumbel-max
-    as in DeepSpeed, but in evaluation always the highest, which DeepSpeed's is not).
+    ``second``: ``highest``; or in training ``sampled`` from the softmax over the others (Gumbel-max
+    as in DeepSpeed), or ``random``: the highest is kept with probability 2 w, w being its weight
+    (GShard, algorithm 1). In evaluation it is always the highest, which DeepSpeed's and GShard's is
+    not. ``normalise`` and ``scale`` are those of ``TopK``.
     """
 
-    second: Literal["highest", "sampled"] = "highest"
+    second: Literal["highest", "sampled", "random"] = "highest"
+    normalise: Literal["before", "after"] = "before"
+    scale: float = Field(default=1.0, gt=0)
 
     def __call__(self, router: RouterContext) -> Routing:
         logits, rest = router.logits, router.biased_scores(router.logits)
@@ -174,31 +178,60 @@ class Top2(Select):
             rest = rest - (-draw.clamp(min=1e-12).log()).log()
         second = rest.scatter(-1, first, float("-inf")).argmax(-1, keepdim=True)
         expert = torch.cat([first, second], -1)
-        weight = logits.gather(-1, expert).softmax(-1)
-        return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
+        weight = _choice_weights(logits, expert, normalised=self.normalise == "before")
+        routing = Routing.from_topk(
+            weight * self.scale, expert=expert, num_experts=logits.shape[-1]
+        )
+        if not router.training or self.second != "random":
+            return routing
+        lost = torch.zeros_like(expert, dtype=torch.bool)
+        lost[:, 1:] = 2 * weight[:, 1:] <= router.context.uniform("second choice", width=1)
+        return routing.drop(lost.flatten())
+
+    def renormalise(self, routing: Routing) -> Routing:
+        return routing if self.normalise == "before" else _kept_sum_to(self.scale, routing, k=2)
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(2, num_experts))
+
+
+def _choice_weights(
+    logits: Float[Tensor, "T E"], expert: Int[Tensor, "T K"], *, normalised: bool
+) -> Float[Tensor, "T K"]:
+    """Return the softmax probabilities of the selected experts, or their shares of the sum."""
+    if normalised:  # equals softmax over all experts, divided by the sum over the selected
+        return logits.gather(-1, expert).softmax(-1)
+    return logits.softmax(-1).gather(-1, expert)
+
+
+def _kept_sum_to(total: float, routing: Routing, *, k: int) -> Routing:
+    """Return a routing whose weights of a token sum to ``total``, if an edge of it is left."""
+    weight = routing.weight.view(-1, k)
+    kept = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    return replace(routing, weight=(weight * (total / kept)).flatten())
 
 
 class SigmoidTopK(Select):
     """The k highest sigmoid scores (DeepSeek-V3, 2412.19437, equations 12 to 16).
 
     A balance rule's bias is added to the scores for the selection of experts and groups, never to
-    weights. Weights are the selected scores divided by their sum, times ``scale``. They are
-    computed as a softmax of logarithms: scores that all vanish get equal weights, where a sum with
-    1e-20 added would give them none. ``probabilities`` are the scores of all experts, normalised
-    in the same way.
+    weights. Weights are the selected scores divided by their sum, times ``scale``; with
+    ``normalise="none"`` they are not divided (Llama 4). The division is computed as a softmax of
+    logarithms: scores that all vanish get equal weights, where a sum with 1e-20 added would give
+    them none. ``probabilities`` are the scores of all experts, divided by their sum.
     """
 
     k: int = Field(default=2, ge=1)
+    normalise: Literal["before", "none"] = "before"
     scale: float = Field(default=1.0, gt=0)
     expert_groups: ExpertGroups = AllExperts()
 
     def __call__(self, router: RouterContext) -> Routing:
         scores = self.expert_groups(router.biased_scores(router.logits.sigmoid()))
         expert = scores.topk(self.k, dim=-1).indices
-        weight = normalised_sigmoid(router.logits.gather(-1, expert)) * self.scale
+        logits = router.logits.gather(-1, expert)
+        weight = normalised_sigmoid(logits) if self.normalise == "before" else logits.sigmoid()
+        weight = weight * self.scale
         return Routing.from_topk(weight, expert=expert, num_experts=router.logits.shape[-1])
 
     def probabilities(self, router: RouterContext) -> Float[Tensor, "T E"]:

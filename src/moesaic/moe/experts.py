@@ -74,7 +74,18 @@ class ExpertModule(nn.Module):
     Members call ``before_use`` with the rows of each expert before they read expert weights.
     """
 
-    before_use: Callable[[RowGroups], None] = staticmethod(lambda _: None)
+    def __init__(self) -> None:
+        super().__init__()
+        self._users: list[Callable[[RowGroups], None]] = []
+
+    def call_before_use(self, user: Callable[[RowGroups], None]) -> None:
+        """Have ``user`` get the rows of each expert before each use of expert weights."""
+        self._users.append(user)
+
+    def before_use(self, groups: RowGroups) -> None:
+        """Tell of the rows of each expert."""
+        for user in self._users:
+            user(groups)
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups become zero."""
@@ -85,8 +96,7 @@ class ExpertModule(nn.Module):
 
         By definition ``unpermute_tokens(self(permute_tokens(x)))``; fused where a kernel can.
         """
-        rows = permute_tokens(x, edges=edges)
-        return unpermute_tokens(self.forward(rows, groups=edges.groups), edges=edges)
+        return _run_unfused(x, edges=edges, experts=self.forward)
 
     def in_one_call(
         self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
@@ -95,16 +105,32 @@ class ExpertModule(nn.Module):
         return function(x, _WithoutHooks(self))
 
 
-class _Direct:
+def _run_unfused(
+    x: Float[Tensor, "T D"], *, edges: Edges, experts: Callable[..., Tensor]
+) -> Float[Tensor, "T D"]:
+    rows = permute_tokens(x, edges=edges)
+    return unpermute_tokens(experts(rows, groups=edges.groups), edges=edges)
+
+
+class DirectExperts:
     """Experts whose calls run no module hooks."""
+
+    def __call__(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
+        """Apply each row's expert; rows past the groups become zero."""
+        raise NotImplementedError
+
+    def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        """Return each token's weighted sum of expert outputs, unfused."""
+        return _run_unfused(x, edges=edges, experts=self)
 
     def in_one_call(
         self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
     ) -> Float[Tensor, "T D"]:
+        """Return ``function(x, self)``."""
         return function(x, self)
 
 
-class _WithoutHooks(_Direct):
+class _WithoutHooks(DirectExperts):
     """The methods of an expert module's class, without the hooks of the instance."""
 
     def __init__(self, module: ExpertModule) -> None:
@@ -147,14 +173,19 @@ class GroupedExperts(ExpertModule, FusedProjections):
             self.up_bias = nn.Parameter(torch.zeros(experts, width))
             self.down_bias = nn.Parameter(torch.zeros(experts, size.dim))
         self.activation, self.bias = feed.activation, size.bias
+        self.adapter: ExpertAdapter | None = None
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         self.before_use(groups)
-        return FunctionalExperts(self.weights, self.activation)(rows, groups=groups)
+        return self._functional()(rows, groups=groups)
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         self.before_use(edges.groups)
-        return FunctionalExperts(self.weights, self.activation).forward_edges(x, edges=edges)
+        return self._functional().forward_edges(x, edges=edges)
+
+    def _functional(self) -> DirectExperts:
+        experts = FunctionalExperts(self.weights, self.activation)
+        return experts if self.adapter is None else self.adapter.over(experts)
 
     def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
         return {"up": gate_and_value(self.up.shape[2], hidden=self.down.shape[1])}
@@ -165,8 +196,16 @@ class GroupedExperts(ExpertModule, FusedProjections):
         return FeedForwardWeights(self.up, self.down, *biases)
 
 
+class ExpertAdapter(CustomInitializers):
+    """Base of what is trained beside the frozen weights of ``GroupedExperts``."""
+
+    def over(self, experts: "FunctionalExperts") -> DirectExperts:
+        """Return the experts with what is trained added to them."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
-class FunctionalExperts(_Direct):
+class FunctionalExperts(DirectExperts):
     """The computation of ``GroupedExperts`` as a function of given weights."""
 
     weights: FeedForwardWeights

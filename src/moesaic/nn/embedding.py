@@ -9,6 +9,7 @@ this rank, D model dim.
 from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Config
@@ -20,10 +21,16 @@ from moesaic.ops.cross_entropy import TokenLoss, cross_entropy
 
 
 class EmbeddingConfig(Config):
-    """``tied``: one table for source, target and output. ``scaled``: inputs times sqrt(dim)."""
+    """``tied``: one table for source, target and output. ``scaled``: inputs times sqrt(dim).
+
+    Inputs are also multiplied by ``multiplier``, and logits are divided by ``logits_scaling``
+    (Granite).
+    """
 
     tied: bool = True
     scaled: bool = True
+    multiplier: float = Field(default=1.0, gt=0)
+    logits_scaling: float = Field(default=1.0, gt=0)
 
 
 @runtime_checkable
@@ -89,7 +96,8 @@ class Embedding(nn.Module):
         self.output = (
             self.weight if config.tied else normal_parameter(vocab_size, dim, std=fan_in_std(dim))
         )
-        self.scale = dim**0.5 if config.scaled else 1.0
+        self.scale = (dim**0.5 if config.scaled else 1.0) * config.multiplier
+        self.logits_scaling = config.logits_scaling
         self.backend: EmbeddingBackend = LocalEmbedding()
 
     def forward(self, ids: Int[Tensor, "T"], *, packing: Packing) -> Float[Tensor, "t D"]:
@@ -108,7 +116,8 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Return float32 logits."""
-        return F.linear(hidden, self.output.to(hidden.dtype)).float()
+        scaled = self._before_logits(hidden)
+        return F.linear(scaled, self.output.to(hidden.dtype)).float()
 
     def loss(
         self,
@@ -119,4 +128,8 @@ class Embedding(nn.Module):
         z: float = 0.0,
     ) -> TokenLoss:
         """Return the cross-entropy of labels, computed without all logits in memory."""
+        hidden = self._before_logits(hidden)
         return self.backend.loss(hidden, table=self.output, label=label, smoothing=smoothing, z=z)
+
+    def _before_logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return hidden if self.logits_scaling == 1 else hidden / self.logits_scaling

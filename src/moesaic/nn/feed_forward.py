@@ -4,7 +4,7 @@ Letters: T tokens, D model dim, F hidden width, G width of the pre-activation.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -51,6 +51,13 @@ class GELU(Activation):
         return F.gelu(x)
 
 
+class TanhGELU(Activation):
+    """GELU with a tanh in place of the error function (1606.08415, section 2): ``gelu_new``."""
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        return F.gelu(x, approximate="tanh")
+
+
 class SquaredReLU(Activation):
     """``max(x, 0)^2`` (Primer, 2109.08668)."""
 
@@ -69,6 +76,43 @@ class SwiGLU(Activation):
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         gate, value = x.chunk(2, -1)
         return F.silu(gate) * value
+
+
+class ClampedSwiGLU(Activation):
+    """``gate sigmoid(alpha gate) (value + 1)`` of limited inputs (GPT-OSS, 2508.10925).
+
+    The gate is at most ``limit``, the value between ``-limit`` and ``limit``.
+    """
+
+    alpha: float = Field(default=1.702, gt=0)
+    limit: float = Field(default=7.0, gt=0)
+    gated: ClassVar[bool] = True
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        gate, value = x.chunk(2, -1)
+        gate, value = gate.clamp(max=self.limit), value.clamp(-self.limit, self.limit)
+        return gate * (self.alpha * gate).sigmoid() * (value + 1)
+
+
+class GEGLU(Activation):
+    """``gelu(gate) * value`` (2002.05202), of the exact GELU or of ``TanhGELU`` (T5 1.1)."""
+
+    gated: ClassVar[bool] = True
+    form: Literal["exact", "tanh"] = "exact"
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        gate, value = x.chunk(2, -1)
+        return F.gelu(gate, approximate="none" if self.form == "exact" else "tanh") * value
+
+
+class ReGLU(Activation):
+    """``max(gate, 0) * value`` (2002.05202)."""
+
+    gated: ClassVar[bool] = True
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        gate, value = x.chunk(2, -1)
+        return gate.relu() * value
 
 
 class FeedForwardConfig(Config):

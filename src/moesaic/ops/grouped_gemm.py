@@ -297,5 +297,7 @@ class _GroupedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             transposed = weight.to(rows.dtype).transpose(1, 2)
             grad_rows = ctx.gemm.matmul(grad, transposed, groups=ctx.groups)
-        grad_weight = ctx.gemm.weight_gradient(rows, grad, groups=ctx.groups).to(weight.dtype)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not of a frozen matrix
+            grad_weight = ctx.gemm.weight_gradient(rows, grad, groups=ctx.groups).to(weight.dtype)
         return grad_rows, grad_weight, None, None

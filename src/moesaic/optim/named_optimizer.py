@@ -4,11 +4,6 @@ Every group has a ``name`` (``adamw/norm``), a ``rule`` (its update), ``lr`` and
 schedule writes ``lr = base_lr * factor``. State is float32 and covers the shard of a parameter that
 is on this rank. What a rule updates of a parameter of a narrower dtype (bfloat16), and how it is
 rounded into the parameter, is up to ``optim/master_weights.py``.
-
-A float32 master is exported as the weight of its parameter, so a checkpoint can be resumed in any
-precision. Other state is exported as flat tensors named ``slot/parameter``, e.g.
-``exp_avg/encoder.0.norm.weight``: it does not depend on the order of parameters. Learning rates are
-not state: the schedule gives them for any step.
 """
 
 import inspect
@@ -19,7 +14,6 @@ from typing import Any
 
 import torch
 
-from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, Place, rows_of
@@ -37,8 +31,8 @@ MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
 class NamedOptimizer(torch.optim.Optimizer):
     """A torch optimizer of named parameter groups with update rules (see the module's docstring).
 
-    Save and restore it with ``frozen_state`` and ``restore_state``: torch's ``load_state_dict``
-    rounds state to the parameter's type.
+    Save and restore it as ``optimizer_state.py`` does: torch's ``load_state_dict`` rounds state to
+    the parameter's type.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], *, master_weights: MasterWeights) -> None:
@@ -51,6 +45,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.gradients: Gradients = ResidentGradients()
         self.tier: TieredStates | None = None  # states that are not on the device
         self.late = LateUpdates()
+        # parameters that the present step has updated already, and the rows that it has
+        self.updated: dict[str, list[ParameterRows]] = {}
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
@@ -76,9 +72,11 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.reserve()
         for group in self.param_groups:
             members = self._members(group)
-            for bucket in self._buckets(members, rule=group["rule"]):
-                self._step_bucket(group, bucket)
+            waiting = [rows for rows in members if rows.part.name not in self.updated]
+            for bucket in self._buckets(waiting, rule=group["rule"]):
+                self.update_bucket(group, bucket)
             self.late.finish_step(group["name"], lr=group["lr"], updated=members)
+        self.updated = {}
         self.steps_taken += 1
         return loss
 
@@ -119,12 +117,17 @@ class NamedOptimizer(torch.optim.Optimizer):
         members = []
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if self.gradients.has(parameter):
-                self.ensure_state(name, parameter, rule=group["rule"])
-                if name in self.late.banks:
-                    members += self.late.due(name, touched=self.gradients.touched(parameter))
-                else:
-                    members.append(ParameterRows(Part(name), parameter))
+                members += self.due(name, parameter, rule=group["rule"])
         return members
+
+    def due(self, name: str, parameter: Tensor, *, rule: UpdateRule) -> list[ParameterRows]:
+        """Return the rows of a parameter that the present step updates, with their state made."""
+        if name in self.updated:
+            return self.updated[name]
+        self.ensure_state(name, parameter, rule=rule)
+        if name in self.late.banks:
+            return self.late.due(name, touched=self.gradients.touched(parameter))
+        return [ParameterRows(Part(name), parameter)]
 
     def _buckets(
         self, members: Sequence[ParameterRows], *, rule: UpdateRule
@@ -139,15 +142,23 @@ class NamedOptimizer(torch.optim.Optimizer):
             yield [r for r in members if r.part.name in banks]
             return
         for rows in members:
-            narrow = rows.parameter.dtype != torch.float32
-            if narrow and not self.master_weights.rounds_to_nearest:
-                yield [rows]  # random rounding is by the position in the whole parameter
-            else:
-                yield from ([part] for part in self.tier.split(rows))
+            yield from ([part] for part in self.split(rows))
+
+    def split(self, rows: ParameterRows) -> Iterator[ParameterRows]:
+        """Split rows with states on a tier, whose rule is elementwise, for its bound of bytes."""
+        assert self.tier is not None
+        narrow = rows.parameter.dtype != torch.float32
+        if narrow and not self.master_weights.rounds_to_nearest:
+            yield rows  # random rounding is by the position in the whole parameter
+        else:
+            yield from self.tier.split(rows)
 
     @torch.no_grad()
-    def catch_up_weights(self, bank: ExpertBank, expert: int) -> None:
-        """Bring the weights of an expert up to date, before they are used; states are only read."""
+    def catch_up_weights(self, bank: ExpertBank, expert: int) -> dict[str, Tensor]:
+        """Bring the weights of an expert up to date, before they are used; states are only read.
+
+        Returns a copy of its states that is up to date.
+        """
         rows, weights = bank.rows(expert), bank.weights(expert)
         group = next(group for group in self.param_groups if group["name"] == bank.group)
         place = self._place(group["rule"])
@@ -159,6 +170,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         for each in weights:
             each.copy_(values)
         bank.missed_by_weights[expert] = 0
+        return state
 
     @torch.no_grad()
     def catch_up(self) -> None:
@@ -166,22 +178,32 @@ class NamedOptimizer(torch.optim.Optimizer):
         groups = {group["name"]: group for group in self.param_groups}
         for bank in self.late.banks.values():
             for expert in bank.late:
-                with self._bucket(groups[bank.group], [bank.rows(expert)]):
+                with self.bucket(groups[bank.group], [bank.rows(expert)]):
                     pass  # gradients of zero alone
             bank.finish(self.state[bank.parameter])
 
     def _place(self, rule: UpdateRule) -> Place:
         return Place.HOST if self.tier is not None and rule.elementwise else Place.DEVICE
 
-    def _step_bucket(self, group: dict[str, Any], members: Sequence[ParameterRows]) -> None:
-        if members:
-            with self._bucket(group, members) as update:
-                parts = [(rows.part, rows.parameter) for rows in members]
-                with self.gradients.fetch(parts, place=self._place(group["rule"])) as grads:
-                    group["rule"].apply(replace(update, grads=grads))
+    def update_bucket(
+        self,
+        group: dict[str, Any],
+        members: Sequence[ParameterRows],
+        *,
+        before: Callable[[GroupUpdate], None] | None = None,
+    ) -> None:
+        """Update members of a group by their gradients; ``before`` gets what is updated first."""
+        if not members:
+            return
+        with self.bucket(group, members) as update:
+            parts = [(rows.part, rows.parameter) for rows in members]
+            with self.gradients.fetch(parts, place=self._place(group["rule"])) as grads:
+                if before is not None:
+                    before(update)
+                group["rule"].apply(replace(update, grads=grads))
 
     @contextmanager
-    def _bucket(
+    def bucket(
         self, group: dict[str, Any], members: Sequence[ParameterRows]
     ) -> Iterator[GroupUpdate]:
         """Yield members, without gradients, that miss no update; write them back afterwards."""
@@ -263,93 +285,6 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.master_weights.write_back(parameter, values, update=update)
 
 
-def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
-    """Return every state tensor. A parameter that was never updated has none.
-
-    Those on the device are not copied; those on a tier are as they are now, whatever follows.
-    """
-    optimizer.catch_up()
-    tiered = optimizer.tier.store.freeze() if optimizer.tier else {}
-    return _resident_state(optimizer) | dict(tiered)
-
-
-def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
-    """Return views of every state tensor, to be read or overwritten at once."""
-    optimizer.catch_up()
-    state = _resident_state(optimizer)
-    for name, _, _ in _named_parameters(optimizer):
-        tiered = optimizer.tier.live(name) if optimizer.tier else {}
-        state |= {f"{slot}/{name}": tensor for slot, tensor in tiered.items()}
-    return state
-
-
-def without_masters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state that a checkpoint has beside weights."""
-    return {key: tensor for key, tensor in state.items() if key.partition("/")[0] != MASTER}
-
-
-def masters_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the float32 master of every parameter that has one, by its name."""
-    parts = ((key.partition("/"), tensor) for key, tensor in state.items())
-    return {name: tensor for (slot, _, name), tensor in parts if slot == MASTER}
-
-
-@torch.no_grad()
-def round_masters(optimizer: NamedOptimizer) -> None:
-    """Round every float32 master into its parameter, after masters were loaded."""
-    masters = masters_of(live_state(optimizer))
-    for name, parameter, _ in _named_parameters(optimizer):
-        if name in masters:
-            local_tensor(parameter).copy_(masters[name])
-
-
-def _resident_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
-    return {
-        f"{slot}/{name}": tensor
-        for name, parameter, _ in _named_parameters(optimizer)
-        for slot, tensor in optimizer.state.get(parameter, {}).items()
-    }
-
-
-@torch.no_grad()
-def restore_state(
-    optimizer: NamedOptimizer, tensors: Mapping[str, Tensor], *, weights: Mapping[str, Tensor]
-) -> None:
-    """Restore exported state bit for bit; the optimizer must have the same rules and parameters.
-
-    ``weights`` become the masters of parameters that have state and are of a narrow dtype.
-    All or nothing: raises CheckpointError naming what does not fit, with the optimizer unchanged.
-    """
-    stepped = {name.partition("/")[2] for name in tensors}
-    slots = {
-        name: optimizer.expected_state(parameter, rule=rule)
-        for name, parameter, rule in _named_parameters(optimizer)
-        if name in stepped
-    }
-    tensors = {
-        **tensors,
-        **{f"{MASTER}/{name}": weights[name] for name, like in slots.items() if MASTER in like},
-    }
-    _check_state_fits(
-        tensors, {f"{s}/{name}": like for name in slots for s, like in slots[name].items()}
-    )
-    optimizer.state.clear()
-    optimizer.late.clear()
-    if optimizer.tier is not None:
-        optimizer.tier.clear()
-    for name, parameter, rule in _named_parameters(optimizer):
-        if name in slots:
-            optimizer.ensure_state(name, parameter, rule=rule)
-    for key, tensor in live_state(optimizer).items():
-        tensor.copy_(tensors[key])
-
-
-def _named_parameters(optimizer: NamedOptimizer) -> Iterator[tuple[str, Tensor, UpdateRule]]:
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            yield name, parameter, group["rule"]
-
-
 def _buckets(
     members: Sequence[ParameterRows], *, rule: UpdateRule
 ) -> Iterator[Sequence[ParameterRows]]:
@@ -369,25 +304,3 @@ def _buckets(
         copied += size
     if bucket:
         yield bucket
-
-
-def _check_state_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing = sorted(expected.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - expected.keys())
-    other = [
-        f"{key} {list(tensors[key].shape)} instead of {list(expected[key].shape)}"
-        for key in sorted(expected.keys() & tensors.keys())
-        if tensors[key].shape != expected[key].shape
-    ]
-    kinds = (("missing", missing), ("unknown", unknown), ("of another shape", other))
-    if any(names for _, names in kinds):
-        found = "; ".join(f"{what}: {_name_some(names)}" for what, names in kinds if names)
-        raise CheckpointError(
-            f"the optimizer state does not fit: {found}. "
-            "Resume with the model and the optimizer that the checkpoint was saved with."
-        )
-
-
-def _name_some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

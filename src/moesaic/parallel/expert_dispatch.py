@@ -144,4 +144,6 @@ class AdaptiveExperts(ExpertDispatch):
         if not isinstance(layer.experts, GroupedExperts):
             kind = type(layer.experts).__name__
             return f"the weights of {kind} cannot be gathered, only those of plain feed-forwards"
+        if layer.experts.adapter is not None:
+            return "an adapter (trainable) is not gathered with the weights: take another dispatch"
         return super().problems(layer, plan=plan)

@@ -7,7 +7,7 @@ own: a rank without gradients for some experts starts a bucket later than others
 one group must be in one order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class _Bucket:
 class GradientSums:
     """Sums the gradients of ``replicated`` over the ranks that have copies. Collective to make.
 
-    Sums are made in ``dtype``, whatever the type of the gradients.
+    Sums are made in ``dtype``, whatever the type of the gradients; ``on_sum`` is told of each.
     """
 
     def __init__(
@@ -59,8 +59,9 @@ class GradientSums:
         device: torch.device,
         dtype: torch.dtype,
         timeout_s: float,
+        on_sum: Callable[[nn.Parameter], None],
     ) -> None:
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._on_sum = device, dtype, on_sum
         self._buckets = list(_make_buckets(replicated))
         self._groups: dict[tuple[int, ...], Group] = {
             ranks: new_group(ranks, timeout_s=timeout_s)
@@ -118,6 +119,8 @@ class GradientSums:
             parts = _gradients(bucket)
             for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
                 part.copy_(total.view_as(part))
+        for parameter in bucket.parameters:
+            self._on_sum(parameter)
 
 
 def _gradients(bucket: _Bucket) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Parallel model: a sharded model, as training steps, checkpoints and optimizers use it."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -13,6 +13,7 @@ from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.tensor_store import Access, Part, Place
 from moesaic.model.transformer import Transformer
+from moesaic.model.weights import export_weights
 from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.optim.gradients import Gradients, ResidentGradients
@@ -57,7 +58,11 @@ class ParallelModel:
         self.precision = precision
         self.gradient_sync, self.pipeline = dict(gradient_sync), pipeline
         self.gradients: Gradients = ResidentGradients()
+        self.unsaved: frozenset[str] = frozenset()  # parameters that checkpoints leave out
         self.parameter_stream: ParameterStream | None = None  # of a plan with parameters on a tier
+        self._on_complete: Callable[[nn.Parameter], None] | None = None
+        self._complete: list[nn.Parameter] = []  # but still on the device, to be released
+        self._is_last_backward = False
         # the shapes of a DTensor are those before ZeRO shards it, after other axes have
         self._shapes_before_zero = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.stage_world = world_over(mesh, *STAGE_AXES)
@@ -80,6 +85,7 @@ class ParallelModel:
 
     def before_backward(self, *, last: bool) -> None:
         """Prepare the sums of gradients for a micro-batch; ``last``: it is the step's last."""
+        self._is_last_backward = last
         sums = self._gradient_sums  # made before FSDP2 gathers parameters: called before forward
         if last and isinstance(self.gradients, ResidentGradients):
             sums.before_last_backward()
@@ -100,6 +106,7 @@ class ParallelModel:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients.complete(trainable, dtype=self.precision.gradient_dtype)
         self._gradient_sums.finish(self.gradients)
+        self._is_last_backward, self._complete = False, []
         if self.pipeline is not None:
             shared = self.pipeline.shared_parameters()
             with self.gradients.attached(shared, access=Access.UPDATE):
@@ -113,7 +120,37 @@ class ParallelModel:
             device=self.mesh.device,
             dtype=self.precision.reduce_dtype,
             timeout_s=self.mesh.timeout_s,
+            on_sum=self._complete_gradient,
         )
+
+    def when_complete(self, callback: Callable[[nn.Parameter], None]) -> None:
+        """Call ``callback`` with each parameter whose gradient of a step is complete.
+
+        That is during the step's last backward pass, or when it was summed over ranks, and not
+        before streamed weights are in their tier again. Not for stages of a pipeline.
+        """
+        self._on_complete = callback
+        if self.parameter_stream is not None:
+            self.parameter_stream.move_to_tier()  # its hooks come first
+        summed = {each.parameter for each in self._replicated_parameters()}
+
+        def accumulated(parameter: nn.Parameter) -> None:
+            if self._is_last_backward:
+                self._complete_gradient(parameter)
+
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter not in summed:
+                parameter.register_post_accumulate_grad_hook(accumulated)
+
+    def _complete_gradient(self, parameter: nn.Parameter) -> None:
+        if self._on_complete is None:
+            return
+        stream, waiting = self.parameter_stream, [*self._complete, parameter]
+        in_use = stream.in_use if stream is not None else frozenset[nn.Parameter]()
+        self._complete = [each for each in waiting if each in in_use]
+        for each in waiting:
+            if each not in in_use:
+                self._on_complete(each)
 
     def _replicated_parameters(self) -> Iterator[ReplicatedParameter]:
         for _, parameter, placement, sync in self._parameters():
@@ -125,9 +162,11 @@ class ParallelModel:
         """Yield the name and this rank's part of each gradient, one at a time."""
         for name, parameter in self.model.named_parameters():
             if self.gradients.has(parameter):
-                part = (Part(name), parameter)
-                with self.gradients.fetch([part], place=Place.HOST) as (grad,):
-                    yield name, grad
+                fetched = self.gradients.fetch([(Part(name), parameter)], place=Place.HOST)
+                try:
+                    yield name, fetched.wait()[0]
+                finally:  # a search may end at the first one that it finds
+                    fetched.release()
 
     def clip_gradients(self, max_norm: float = math.inf) -> GradNorm:
         """Scale all gradients so that their global norm is at most ``max_norm``.
@@ -160,7 +199,13 @@ class ParallelModel:
     def expert_parameters(self) -> dict[str, int]:
         """The parameters whose first dim is a layer's experts, with the number of experts."""
         plan = self.sharding_plan.items()
-        return {name: each.num_experts for name, each in plan if each.num_experts}
+        saved = ((name, each) for name, each in plan if name not in self.unsaved)
+        return {name: each.num_experts for name, each in saved if each.num_experts}
+
+    def saved_weights(self) -> dict[str, Tensor]:
+        """Return the weights and buffers of this rank that are saved, by name. Not copied."""
+        weights = export_weights(self.model).items()
+        return {name: tensor for name, tensor in weights if name not in self.unsaved}
 
     def local_spans(self, name: str, *, rank: int | None = None) -> tuple[Spans, ...]:
         """Return the spans of each dim of a parameter that this rank holds, or another ``rank``."""

@@ -18,7 +18,9 @@ from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tensor_store import TensorStore
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
-from moesaic.moe.config import MoE
+from moesaic.moe.config import MoE, SparseLayer
+from moesaic.moe.expert_capacity import Limit
+from moesaic.moe.expert_selection import Select
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, moe_layers
 from moesaic.nn.initializer import Allocate, allocate_parameters
@@ -270,9 +272,15 @@ def whole_row_problems(config: ModelConfig, *, ranks: int) -> Iterator[str]:
     for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
         moe = config.moe_of_stack(stack)
         if stack.moe_layers and moe.needs_whole_rows:
-            rule = type(moe.select if isinstance(moe, MoE) else moe).__name__
+            rule = type(_reads_rows(moe)).__name__
             yield (
                 f"parallel.plan: {rule} of the {side} compares the tokens of a row, but "
                 f"context x tensor = {ranks} ranks share each row: set context and tensor to 1 "
                 "(data, expert and pipe are free), or choose another rule"
             )
+
+
+def _reads_rows(moe: SparseLayer) -> SparseLayer | Select | Limit:
+    if not isinstance(moe, MoE):
+        return moe
+    return moe.limit if moe.limit.needs_whole_rows else moe.select

@@ -240,10 +240,9 @@ class Pipeline:
 
     def shared_parameters(self) -> list[Tensor]:
         """Return this rank's trained parameters that other pipeline ranks have too."""
-        ranks_of, shared = self.stages.ranks_of_parameter, self.stages.shared_rank_sets
-        own = [ranks for ranks in shared if self.rank in ranks]
+        own = [ranks for ranks in self.stages.shared_rank_sets if self.rank in ranks]
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        return [p for name, p in trained if ranks_of[name] in own]
+        return [p for name, p in trained if self.stages.ranks_of(name) in own]
 
     def sum_shared_gradients(self, *, dtype: torch.dtype) -> None:
         """Sum, in ``dtype``, the gradients that several pipeline ranks have. Collective.
@@ -251,11 +250,10 @@ class Pipeline:
         After all other sums: those of different groups may differ in their last bits, and this one
         makes the copies identical again.
         """
-        ranks_of = self.stages.ranks_of_parameter
         named = dict(self.model.named_parameters())
         for ranks in self.stages.shared_rank_sets:
             if self.rank in ranks:
-                shared = [p for name, p in named.items() if ranks_of[name] == ranks]
+                shared = [p for name, p in named.items() if self.stages.ranks_of(name) == ranks]
                 self.shared_worlds[ranks].all_reduce_gradients(shared, dtype=dtype)
 
 

@@ -110,7 +110,7 @@ class PipelineStages:
     def remove_other_stages(self, model: Transformer, *, rank: int) -> None:
         """Remove the modules that only the stages of other ranks need, in place."""
         needed = self._module_paths(rank)
-        for path in sorted(module_paths(self.config, BlockRange.all_blocks(self.config)) - needed):
+        for path in sorted(self._split_paths - needed):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
             if name in owner._parameters:
@@ -123,16 +123,24 @@ class PipelineStages:
         """The ranks that hold each parameter, by name, in the whole model's order."""
         with torch.device("meta"):
             model = Transformer(self.config)
-        split = module_paths(self.config, BlockRange.all_blocks(self.config))
-        by_rank = [self._module_paths(rank) for rank in range(self.ranks)]
-        return {
-            name: tuple(
-                rank
-                for rank, paths in enumerate(by_rank)
-                if _is_under(name, paths) or not _is_under(name, split)
-            )
-            for name, _ in model.named_parameters()
-        }
+        return {name: self._ranks_under(name) for name, _ in model.named_parameters()}
+
+    def ranks_of(self, name: str) -> tuple[int, ...]:
+        """Return the ranks that hold a parameter, of the model or of an adapter in it."""
+        return self.ranks_of_parameter.get(name) or self._ranks_under(name)
+
+    def _ranks_under(self, name: str) -> tuple[int, ...]:
+        everywhere = not _is_under(name, self._split_paths)
+        paths = enumerate(self._paths_by_rank)
+        return tuple(rank for rank, held in paths if everywhere or _is_under(name, held))
+
+    @cached_property
+    def _split_paths(self) -> frozenset[str]:
+        return module_paths(self.config, BlockRange.all_blocks(self.config))
+
+    @cached_property
+    def _paths_by_rank(self) -> list[frozenset[str]]:
+        return [self._module_paths(rank) for rank in range(self.ranks)]
 
     @cached_property
     def shared_rank_sets(self) -> tuple[tuple[int, ...], ...]:
@@ -143,7 +151,7 @@ class PipelineStages:
 
     def is_first_holder(self, name: str, *, rank: int) -> bool:
         """Whether a rank is the first that holds a parameter: it counts it in sums (a norm)."""
-        return self.ranks_of_parameter[name][0] == rank
+        return self.ranks_of(name)[0] == rank
 
     def problems(self, *, micro_batches: int, zero: int) -> str | None:
         """Return why a step of ``micro_batches`` with ZeRO stage ``zero`` cannot run, or None."""

@@ -21,6 +21,7 @@ from moesaic.distributed.parallel_plan import RankGrid
 from moesaic.model.transformer import Transformer
 from moesaic.moe.experts import ExpertModule, GroupedExperts
 from moesaic.moe.layer import MoELayer
+from moesaic.nn.adapter import ADAPTER, adapter_name
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.shardable_module import ShardableModule
 
@@ -91,6 +92,9 @@ def _placements(module: nn.Module) -> Iterator[tuple[str, Placement]]:
         for name, sharded in module.tensor_sharding().tensors.items():
             dims = (ShardedDim("tensor", sharded.dim, sharded.segments),)
             yield name, Placement(tuple(parameters[name].shape), dims)
+            factor = adapter_name(name, "b" if sharded.dim == 0 else "a")
+            if factor in parameters:  # the factor of a low-rank adapter that has this dim
+                yield factor, Placement(tuple(parameters[factor].shape), dims)
     elif isinstance(module, Embedding):
         for name, table in module.named_parameters():
             shape = tuple(table.shape)
@@ -103,8 +107,8 @@ def _expert_placements(layer: MoELayer) -> Iterator[tuple[str, Placement]]:
     experts, number = layer.experts, layer.router.config.experts
     hidden = _expert_tensor_dims(experts) if isinstance(experts, GroupedExperts) else {}
     for name, parameter in experts.named_parameters():
-        shape = tuple(parameter.shape)
-        if "." in name or shape[0] != number:  # shared by the experts of the layer
+        shape, within = tuple(parameter.shape), name.removeprefix(f"{ADAPTER}.")
+        if "." in within or shape[0] != number:  # shared by the experts of the layer
             continue
         dims = (ShardedDim("expert", 0, (number,)), *hidden.get(name, ()))
         yield f"experts.{name}", Placement(shape, dims, number)
@@ -117,6 +121,8 @@ def _expert_tensor_dims(experts: GroupedExperts) -> dict[str, tuple[ShardedDim, 
         "up": (ShardedDim("expert_tensor", 2, segments),),
         "up_bias": (ShardedDim("expert_tensor", 1, segments),),
         "down": (ShardedDim("expert_tensor", 1, (hidden,)),),
+        f"{ADAPTER}.up_b": (ShardedDim("expert_tensor", 2, segments),),
+        f"{ADAPTER}.down_a": (ShardedDim("expert_tensor", 1, (hidden,)),),
     }
 
 

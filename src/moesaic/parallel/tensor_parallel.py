@@ -30,6 +30,7 @@ from moesaic.distributed.collectives import (
 )
 from moesaic.distributed.flight_recorder import record_collective
 from moesaic.distributed.process_groups import Group, group_rank, group_size
+from moesaic.nn.adapter import adapter_of, add_adapter
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
 from moesaic.nn.shardable_module import ShardableModule, shardable_modules
@@ -123,6 +124,8 @@ class SkipBiasLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        if (adapter := adapter_of(linear)) is not None:
+            add_adapter(self, adapter)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)

@@ -4,11 +4,12 @@
 no rank ever holds more of a model than its plan says. They are then drawn, or read from a file.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from moesaic.checkpoint.snapshot import Shard, as_shard
 from moesaic.core.shapes import Tensor
-from moesaic.model.weights import export_weights
 from moesaic.nn.initializer import Allocate, allocate_on, draw_block, parameter_key
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parameter_streaming import ParameterStream
@@ -27,10 +28,20 @@ def allocate_by_plan(device: torch.device, *, stream: ParameterStream | None) ->
     return allocate
 
 
-def draw_shards(parallel_model: ParallelModel, *, seed: int) -> None:
-    """Fill this rank's parameters with random values: the same weights under every plan."""
+def draw_shards(
+    parallel_model: ParallelModel,
+    *,
+    seed: int,
+    includes: Callable[[str], bool] = lambda _name: True,
+) -> None:
+    """Fill this rank's parameters with random values: the same weights under every plan.
+
+    ``includes`` chooses among them by name.
+    """
     distributions = parallel_model.model.distributions
     for name, shard in parallel_model.shards().items():
+        if not includes(name):
+            continue
         key = parameter_key(seed, name)
         for block in shard.blocks:
             draw_block(
@@ -39,9 +50,9 @@ def draw_shards(parallel_model: ParallelModel, *, seed: int) -> None:
 
 
 def weight_shards(parallel_model: ParallelModel) -> dict[str, Shard]:
-    """Return this rank's shards of all weights, saved buffers included, without copying."""
+    """Return this rank's shards of what is saved: weights, saved buffers included, not copied."""
     sharded = parallel_model.sharding_plan
     return {
         name: parallel_model.shard_of(name, tensor) if name in sharded else as_shard(tensor)
-        for name, tensor in export_weights(parallel_model.model).items()
+        for name, tensor in parallel_model.saved_weights().items()
     }

@@ -14,12 +14,14 @@ class Purpose(StrEnum):
 
     ``GATHERED`` are the unsharded weights that ZeRO has beside its shards, ``ACTIVATIONS`` what
     autograd keeps from forward to backward, ``TRANSIENT`` all else at the peak: buffers of the
-    operation that runs, gradients on their way. Of each it is the most at once.
+    operation that runs, gradients on their way. ``OVERWRITTEN`` are the old values of updates that
+    run ahead of the gradient norm. Of each it is the most at once.
     """
 
     WEIGHTS = "weights"
     GRADIENTS = "gradients"
     STATES = "states"
+    OVERWRITTEN = "overwritten"
     GATHERED = "gathered"
     ACTIVATIONS = "activations"
     TRANSIENT = "transient"

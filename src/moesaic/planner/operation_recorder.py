@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.distributed.simulation import tensors_in
+from moesaic.distributed.fake_results import is_view, tensors_in
 
 _IN_PLACE = {  # the counter of FLOPs has no entries of these
     torch.ops.aten.addmm_: torch.ops.aten.addmm,
@@ -56,7 +56,7 @@ class OperationRecorder:
     def __call__(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, /
     ) -> None:
-        if not _is_view(func):
+        if not is_view(func):
             kind, flops = _products(func, args, out)
             given, result = tensors_in((*args, *kwargs.values())), tensors_in((out,))
             dtype = str((*result, *given)[0].dtype).removeprefix("torch.") if given else ""
@@ -67,15 +67,6 @@ class OperationRecorder:
 def _flop_counter() -> Any:
     """Return PyTorch's counter of FLOPs: imported when used, since it brings Triton in."""
     return importlib.import_module("torch.utils.flop_counter")
-
-
-@cache
-def _is_view(func: Any) -> bool:
-    """Whether an operation returns a view of an argument, or nothing of tensors at all."""
-    if func.namespace == "prim":
-        return True
-    results = func._schema.returns
-    return bool(results) and all(r.alias_info and not r.alias_info.is_write for r in results)
 
 
 def _products(func: Any, args: tuple[Any, ...], out: Any) -> tuple[OperationKind, int]:

@@ -24,7 +24,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
-from moesaic.planner.cost_entries import DEVICE, HOST, Phase, Purpose
+from moesaic.planner.cost_entries import DEVICE, Phase, Purpose
 from moesaic.planner.machine import Machine
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_space import (
@@ -51,6 +51,7 @@ from moesaic.planner.step_time import (
 )
 from moesaic.planner.tier_bytes import moved_bytes, resident_weights
 
+_RECENT = 64  # degrees of which times are kept: the options of one degrees share them
 EXCHANGES = ("tensor", "context", "expert", "expert_tensor")  # axes between layers
 
 
@@ -121,6 +122,8 @@ class PlanModel:
         machine, self.evaluations = settings.machine, 0
         self._has_neighbours = min(space.ranks, machine.devices_per_node.value) > 1
         self._busy = machine.beside_busy_ranks() if self._has_neighbours else machine
+        self._compute = lru_cache(maxsize=_RECENT)(self._compute_seconds)
+        self._exchange_seconds = lru_cache(maxsize=_RECENT)(self._sum_exchanges)
         self._kind_seconds = lru_cache(maxsize=None)(self._compute_kind)
         self._is_legal = lru_cache(maxsize=None)(self._check)
         self._exchange_bytes = lru_cache(maxsize=None)(self._exchanges)
@@ -129,14 +132,15 @@ class PlanModel:
 
     # --- bounds and forecasts -----------------------------------------------------------------
 
-    def bound_seconds(self, degrees: Degrees) -> float:
+    def bound_seconds(self, degrees: Degrees, *, recomputes: bool = False) -> float:
         """Return a time that no option of these degrees is under: compute and exchanges alone.
 
-        It is infinite where the model cannot be cut so.
+        With ``recomputes``, no option with checkpointing. It is infinite where the model cannot be
+        cut so.
         """
         if self._exchange_bytes(*degrees[2:6]) is None:
             return math.inf
-        compute = sum(self._compute(degrees, recomputes=False).values())
+        compute = sum(self._compute(degrees, recomputes).values())
         exchanges = sum(self._exchange_seconds(degrees).values())
         return (compute + exchanges) / (1 - _bubble(degrees))
 
@@ -167,7 +171,7 @@ class PlanModel:
         degrees, option = choice.degrees, choice.option
         state = self._state(degrees, option)
         time = StepTime(
-            self._compute(degrees, recomputes=option.recomputes),
+            self._compute(degrees, option.recomputes),
             self._exchange_seconds(degrees),
             self._transfers(degrees, option, state),
             update=self._update(degrees, option, state),
@@ -190,7 +194,7 @@ class PlanModel:
         """Tokens of a micro-batch on a rank, as a share of the reference's."""
         return degrees.rows / (degrees.context * degrees.tensor)
 
-    def _compute(self, degrees: Degrees, *, recomputes: bool) -> dict[str, float]:
+    def _compute_seconds(self, degrees: Degrees, recomputes: bool) -> Mapping[str, float]:  # noqa: FBT001
         often = degrees.micro_batches * self._share(degrees)
         often *= self.settings.machine.compute_factor(neighbours=self._has_neighbours)
         tokens, experts = self._tokens(degrees), degrees.expert
@@ -215,7 +219,7 @@ class PlanModel:
                 found[op.phase] += op.count * seconds
         return found[Phase.FORWARD], found[Phase.BACKWARD]
 
-    def _exchange_seconds(self, degrees: Degrees) -> dict[str, float]:
+    def _sum_exchanges(self, degrees: Degrees) -> Mapping[str, float]:
         often = degrees.micro_batches * self._share(degrees)
         found: dict[str, float] = {}
         tokens = self._tokens(degrees)
@@ -242,10 +246,8 @@ class PlanModel:
         )
 
     def _group(self, axis: str, axes: tuple[int, ...]) -> GroupShape:
-        pipe, *stage = axes
-        plan = PlanKey(*stage, zero=0).plan.replace(pipe=pipe)
         node = int(self.settings.machine.devices_per_node.value)
-        return group_shape(plan, axis, devices_per_node=node)
+        return group_shape(_plan_of(axes), axis, devices_per_node=node)
 
     def _exchanges(
         self, context: int, tensor: int, expert: int, expert_tensor: int
@@ -306,12 +308,11 @@ class PlanModel:
         share, m = self._share(degrees), degrees.micro_batches
         moved: Counter[tuple[str, str]] = Counter()
         tiered = self._tiered(state)
-        for each in moved_bytes(tiered, option.memory, micro_batches=m, summed=state.summed):
+        saved = self._activations(degrees, option)[1]
+        for each in moved_bytes(
+            tiered, option.memory, micro_batches=m, summed=state.summed, saved=saved
+        ):
             moved[each.source, each.target] += each.bytes
-        if not option.memory.activations.is_device:
-            kept = self._activations(degrees, option)[1] * m
-            moved[DEVICE, HOST] += kept
-            moved[HOST, DEVICE] += kept
         machine = self.settings.machine
         return {
             f"{source} to {target}": transfer_link(machine, source, target).seconds(size * share)
@@ -329,7 +330,8 @@ class PlanModel:
         """Return the bytes of a rank with those of experts by layer, taken as equal."""
         layers = self._moe_layers
         experts = {str(n): state.experts // layers for n in range(layers)}
-        return StateBytes(state.weights, state.gradients, state.states, 0, experts)
+        weights = (state.weights, sum(experts.values()))
+        return StateBytes(state.weights, state.gradients, state.states, 0, experts, *weights)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.
@@ -349,6 +351,19 @@ class PlanModel:
         )
         inputs = row * self._layers * self._tokens(degrees)
         return block, round(min(inputs, whole) * flying)
+
+
+@lru_cache(maxsize=_RECENT)
+def _plan_of(axes: tuple[int, ...]) -> ParallelPlan:
+    pipe, data, context, tensor, expert, expert_tensor = axes
+    return ParallelPlan(
+        pipe=pipe,
+        data=data,
+        context=context,
+        tensor=tensor,
+        expert=expert,
+        expert_tensor=expert_tensor,
+    )
 
 
 def dtype_name(precision: Precision) -> str:

@@ -16,13 +16,17 @@ from moesaic.memory.streaming_rule import (
 )
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims, count_parameters
+from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, Precision
+from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
+from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.machine import Machine
 from moesaic.planner.plan_model import (
     EXCHANGES,
@@ -36,7 +40,7 @@ from moesaic.planner.plan_model import (
 from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
 from moesaic.planner.search import Certificate, SearchResult, search
 from moesaic.planner.state_bytes import ShardedState
-from moesaic.planner.step_cost import CostSettings, inventory_of, step_cost
+from moesaic.planner.step_cost import CostSettings, step_cost
 
 RESERVE = 0.05  # of device memory: the context of the driver, libraries, fragmentation
 
@@ -166,7 +170,7 @@ def find_plans(
     """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
     inventory = inventory_of(request.model)
     model = plan_model(request, inventory=inventory, machine=machine)
-    legal = _can_be_cut(request, inventory)
+    legal = _can_be_cut(request)
     found = search(model, limits=limits, keep=keep, legal=legal)
     if not found.best:
         raise ConfigError([nothing_fits(request, found)])
@@ -182,6 +186,7 @@ def plan_model(
         optimizer=request.optimizer,
         precision=request.precision,
         sizes=request.space.micro_batch(1),
+        device=machine.device,
     )
     return PlanModel(
         PlanModelSettings(
@@ -220,9 +225,11 @@ def _measure_exchanges(
     return found
 
 
-def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable[[Degrees], bool]:
+def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
     """Return a check of whether the model's layers and stages can be cut by some degrees."""
     option = Option(0, request.space.memory[0], request.space.checkpointing[0])
+    chain = BlockChain.of(request.model, checkpointing=option.checkpointing)
+    few = Transformer.without_values(request.model, layers=chain.run)  # a block of each kind
 
     @cache  # a split into stages is searched over all blocks, for few numbers of stages
     def can_be_staged(pipe: int) -> bool:
@@ -237,7 +244,7 @@ def _can_be_cut(request: PlanRequest, inventory: ParameterInventory) -> Callable
     def can_be_sharded(stage: Degrees) -> bool:
         plan = CompletePlan(stage, option).plan
         try:
-            inventory.on_rank(request.parallel.replace(plan=plan), world=plan.stage_size)
+            check_parallel(few, parallel=request.parallel.replace(plan=plan), plan=plan)
         except UserError:
             return False
         return True

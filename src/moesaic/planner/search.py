@@ -140,7 +140,14 @@ def _open(
 ) -> None:
     """Offer the fastest option of some degrees that fits; if nothing has yet, the nearest."""
     fits: list[PlanForecast] = []
+    slower = {
+        each
+        for each in (False, True)
+        if model.bound_seconds(degrees, recomputes=each) >= kept.slowest
+    }
     for option in _distinct(options, degrees):
+        if option.recomputes in slower:
+            continue
         choice, held = CompletePlan(degrees, option), tier_sums(model.held(degrees, option))
         if limits.excess(held)[0] <= 1:
             fits.append(model.forecast(choice))

@@ -21,6 +21,7 @@ def training_section(inputs: ReportInputs) -> Html:
         _metric_chart(inputs, "perf/tokens_per_s", title="Tokens per second"),
         _metric_chart(inputs, "train/lr", title="Learning rate"),
         _metric_chart(inputs, "train/grad_norm", title="Gradient norm, before clipping"),
+        _metric_chart(inputs, "perf/rolled_back", title="Share of steps rolled back"),
         _router_loss_chart(inputs),
     ]
     return join_html([tag("div", *(d for d in drawn if d), class_="charts"), _data_wait(inputs)])

@@ -58,8 +58,10 @@ def document_losses(
             scored = ScoredWindow(found.start, found.stop, max(found.first, skipped))
             windows.append(_Window(number, row, scored))
     total = [0.0] * len(plain)
+    model = generator.model
     for batch in _batches(windows):
-        for one, nll in zip(batch, _window_losses(generator.model, batch), strict=True):
+        losses = row_losses(model, _window_batch(batch, device=model.device))
+        for one, nll in zip(batch, losses, strict=True):
             total[one.document] += nll
     return [
         DocumentLoss(nll, len(ids) + 1, len(normal.encode()), text.language, _domain(text))
@@ -81,21 +83,23 @@ def _batches(windows: Sequence[_Window]) -> Iterator[list[_Window]]:
         order = order[count:]
 
 
-def _window_losses(model: Transformer, windows: Sequence[_Window]) -> list[float]:
-    """Return the summed loss of the scored positions of each window."""
-    device = model.device
+def row_losses(model: Transformer, batch: Batch) -> list[float]:
+    """Return the summed loss of each row of a batch, in nats."""
+    output = model(batch)
+    size = max(1, _LOGIT_CELLS // model.config.vocab_size)
+    parts = zip(output.hidden.split(size), output.label.split(size), strict=True)
+    nll = torch.cat([_nll(model.predict(hidden), label) for hidden, label in parts])
+    sums = torch.zeros(batch.rows, dtype=torch.float64, device=model.device)
+    return sums.index_add(0, output.row, nll).tolist()
+
+
+def _window_batch(windows: Sequence[_Window], *, device: torch.device) -> Batch:
     inputs = InputRows.from_lists([one.inputs for one in windows], device=device)
     labels = torch.full_like(inputs.values, IGNORE_LABEL)
     for row, one in zip(labels, windows, strict=True):
         row[: len(one.inputs)] = torch.tensor(one.labels, device=device)
     zeros = torch.zeros(len(windows), dtype=torch.long, device=device)
-    empty = InputRows.empty(len(windows), device=device)
-    output = model(Batch(empty, inputs, labels, {}, zeros))
-    size = max(1, _LOGIT_CELLS // model.config.vocab_size)
-    parts = zip(output.hidden.split(size), output.label.split(size), strict=True)
-    nll = torch.cat([_nll(model.predict(hidden), label) for hidden, label in parts])
-    sums = torch.zeros(len(windows), dtype=torch.float64, device=device)
-    return sums.index_add(0, output.row, nll).tolist()
+    return Batch(InputRows.empty(len(windows), device=device), inputs, labels, {}, zeros)
 
 
 def _nll(logits: Tensor, label: Tensor) -> Tensor:

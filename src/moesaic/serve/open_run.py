@@ -45,13 +45,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     _require_language_model(run)
     if weights is None:
         run.require_text_model()
-        weights = run.model
-    require_plugins(run)
-    require_unchanged(run)
-    config = _read_config(run)
-    if not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-    model = _load_model(ModelConfig.from_dict(config["model"]), weights, device=device)
+    model, config = open_weights_alone(run, weights=weights, device=device), _read_config(run)
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -64,8 +58,24 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
         limits=_read_limits(config, where=run.config),
         text_rules=read_text_rules(run.text_rules),
         trained=read_trained_directions(run.directions),
-        collator=_read_collator(config),
+        collator=read_collator(run),
     )
+
+
+def open_weights_alone(run: RunDir, *, weights: Path | None, device: str) -> Transformer:
+    """Return the model of a run; ``weights`` are those of a checkpoint instead of its own.
+
+    Raises CheckpointError.
+    """
+    if weights is None:
+        run.require_weights()
+    require_plugins(run)
+    require_unchanged(run)
+    config = _read_config(run)
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
+    model = ModelConfig.from_dict(config["model"])
+    return _load_model(model, weights or run.model, device=device).eval()
 
 
 def _require_language_model(run: RunDir) -> None:
@@ -95,9 +105,9 @@ def _loader_config(config: dict[str, Any]) -> dict[str, Any]:
     return loader if isinstance(loader, dict) else {}
 
 
-def _read_collator(config: dict[str, Any]) -> Collator | None:
+def read_collator(run: RunDir) -> Collator | None:
     """Return how rows were made in training; None for a run that does not say."""
-    found = _loader_config(config).get("collator")
+    found = _loader_config(_read_config(run)).get("collator")
     return None if found is None else Collator.from_dict(found)
 
 

@@ -22,7 +22,7 @@ from moesaic.model.beam_search import Array, Hypothesis
 from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.sampling import Sample
 from moesaic.model.transformer import Transformer
-from moesaic.serve.open_run import open_run
+from moesaic.serve.open_run import OpenedRun, open_run
 from moesaic.serve.source_text import require_texts
 from moesaic.serve.text_stream import TextStream
 
@@ -93,7 +93,11 @@ class TextGenerator:
         Raises CheckpointError naming what is missing or does not fit, DataError for a run that is
         no language model.
         """
-        run = open_run(Path(path), weights=weights, device=device)
+        return cls.of(open_run(Path(path), weights=weights, device=device))
+
+    @classmethod
+    def of(cls, run: OpenedRun) -> "TextGenerator":
+        """Return the generator of an opened run. Raises DataError: no language model."""
         return cls(
             run.model,
             tokenizer=run.tokenizer,
@@ -194,11 +198,12 @@ class TextGenerator:
         texts = [self._text_rules.normalise_beginning(prompt) for prompt in prompts]
         encoded = self.tokenizer.encode_batch(texts)
         most = self.model.position.max_positions
-        if most is None:
-            return [_Prompt(t, (*begin, *ids)) for t, ids in zip(texts, encoded, strict=True)]
-        room = max(1, most + 1 - len(begin) - min(limits.max_tokens, most // 2))
+        room = max(map(len, encoded), default=0)
+        if most is not None:
+            room = max(1, most + 1 - len(begin) - min(limits.max_tokens, most // 2))
+        before_text = begin if self._frame.text_start is None else ()
         return [
-            _Prompt(text, (*begin, *ids[-room:]), max(0, len(ids) - room))
+            _Prompt(text, (*(before_text if ids else begin), *ids[-room:]), max(0, len(ids) - room))
             for text, ids in zip(texts, encoded, strict=True)
         ]
 

@@ -32,7 +32,7 @@ from moesaic.model.repetition import is_loop
 from moesaic.model.transformer import Transformer
 from moesaic.moe.routing import Routing
 from moesaic.serve.long_text import join_translations
-from moesaic.serve.open_run import open_run
+from moesaic.serve.open_run import OpenedRun, open_run
 from moesaic.serve.source_text import (
     EncodedPart,
     SourceReader,
@@ -90,7 +90,11 @@ class Translator:
 
         Raises CheckpointError naming what is missing or does not fit.
         """
-        run = open_run(Path(path), weights=weights, device=device)
+        return cls.of(open_run(Path(path), weights=weights, device=device))
+
+    @classmethod
+    def of(cls, run: OpenedRun) -> "Translator":
+        """Return the translator of an opened run."""
         return cls(
             run.model,
             tokenizer=run.tokenizer,

@@ -1,4 +1,4 @@
-"""Model export: final weights (``model.safetensors``) and the model card of a run."""
+"""Model export: final weights (``model.safetensors``) or adapter, and the model card of a run."""
 
 from moesaic.checkpoint.checkpoint_directory import CheckpointPaths
 from moesaic.checkpoint.model_card import ModelCard, card_parameters
@@ -11,17 +11,17 @@ from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import TARGET_LANGUAGE
 from moesaic.distributed.rank0 import run_on_rank0
-from moesaic.model.weights import export_weights
 from moesaic.train.trainer import Trainer
 
 
 def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
-    """Write ``model.safetensors`` and the model card. Collective."""
+    """Write the weights, or an adapter of other weights, and the model card. Collective."""
     run, world, parallel_model = trainer.run, trainer.world, trainer.parallel_model
     metadata = run_on_rank0(world, lambda: weights_metadata(run_dir, model=run.model.to_dict()))
+    path = run_dir.adapter if run.trainable.keeps_base else run_dir.model
     if not parallel_model.is_replicated:  # the weights of the checkpoint that was just saved
         export_checkpoint_weights(
-            run_dir.model,
+            path,
             source=CheckpointPaths(run_dir.checkpoints, trainer.step, 0).final,
             dtypes=dict.fromkeys(parallel_model.sharding_plan, run.precision.parameter_dtype),
             metadata=metadata,
@@ -31,8 +31,7 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
     def write() -> None:
         if parallel_model.is_replicated:
             trainer.optimizer.catch_up()
-            weights = export_weights(trainer.model)
-            write_tensors(run_dir.model, tensors=weights, metadata=metadata)
+            write_tensors(path, tensors=parallel_model.saved_weights(), metadata=metadata)
         before = read_run_record(run_dir)  # has the plug-ins as they were when they were loaded
         plugins = () if before is None else before.plugins
         write_run_record(run_dir, config=run.to_dict(), plugins=plugins)

@@ -4,25 +4,33 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tensor_store import TensorStore
-from moesaic.memory.tier import Tier
+from moesaic.memory.tier import HostMemory, Tier
 from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.layer import MoELayer
+from moesaic.nn.adapter import is_of_adapter
 from moesaic.ops.permute import RowGroups
 from moesaic.optim.gradients import TieredGradients
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
 from moesaic.optim.named_optimizer import NamedOptimizer
+from moesaic.optim.run_ahead import RunAhead, all_overwritten_bytes
 from moesaic.optim.tiered_states import TieredStates
 from moesaic.parallel.parallel_model import ParallelModel
 
 
-def use_memory_plan(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: ParallelModel) -> None:
-    """Keep gradients and optimizer states on the tiers of ``plan`` from now on."""
+def use_memory_plan(
+    plan: MemoryPlan, *, optimizer: NamedOptimizer, model: ParallelModel
+) -> RunAhead:
+    """Keep gradients and optimizer states on the tiers of ``plan`` from now on.
+
+    Returns the updates that run ahead of the gradient norm.
+    """
 
     def opened(tier: Tier, purpose: str) -> TensorStore:
         label = f"rank{model.mesh.rank}-{purpose}"
@@ -39,7 +47,7 @@ def use_memory_plan(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: Paral
         )
     optimizer.gradients = model.gradients
     if plan.optimizer_states.is_device:
-        return
+        return RunAhead(optimizer, memory=torch.empty(0, dtype=torch.uint8))
     optimizer.tier = TieredStates(
         opened(plan.optimizer_states, "optimizer-states"), plan.in_flight_bytes
     )
@@ -56,7 +64,19 @@ def use_memory_plan(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: Paral
         [bank for each in late.values() for bank in each], max_steps=plan.late_steps
     )
     for module, each in late.items():
-        module.before_use = partial(_catch_up, optimizer, each)
+        module.call_before_use(partial(_catch_up, optimizer, each))
+    return _run_ahead(plan, optimizer=optimizer, model=model)
+
+
+def _run_ahead(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: ParallelModel) -> RunAhead:
+    size = min(plan.run_ahead_bytes, all_overwritten_bytes(optimizer))
+    size *= model.pipeline is None  # whose gradients are complete at the end of a step
+    kept = HostMemory().open(device=model.mesh.device, label=f"rank{model.mesh.rank}-overwritten")
+    kept.allocate("values", (size,), torch.uint8)
+    ahead = RunAhead(optimizer, memory=kept.live("values"))
+    if ahead.num_bytes:
+        model.when_complete(ahead.start)
+    return ahead
 
 
 def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, ExpertModule, nn.Parameter]]:
@@ -66,7 +86,8 @@ def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, ExpertModule, nn.
         if not isinstance(layer, MoELayer) or isinstance(layer.dispatcher, AdaptiveDispatcher):
             continue
         for name, parameter in layer.experts.named_parameters(prefix=f"{path}.experts"):
-            if parameter.ndim == 3 and local_tensor(parameter) is parameter:
+            whole = parameter.ndim == 3 and local_tensor(parameter) is parameter
+            if whole and not is_of_adapter(name):
                 yield name, layer.experts, parameter
 
 

@@ -12,6 +12,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, warmup_steps
 from moesaic.train.run import Run
 from moesaic.train.trainable_parameters import AllParameters
+from moesaic.train.warm_start import RandomWeights
 
 RunRule = Callable[[Run], Iterator[str]]
 
@@ -43,10 +44,17 @@ def every_mixer_is_in_a_block(run: Run) -> Iterator[str]:
 
 
 def trainable_parameters_exist(run: Run) -> Iterator[str]:
-    """Every pattern of what is trained matches a parameter of the model."""
+    """Every pattern of what is trained matches a parameter, under a plan that allows it."""
     if run.trainable != AllParameters():
         model = Transformer.without_values(run.model)
-        yield from run.trainable.problems(name for name, _ in model.named_parameters())
+        yield from run.trainable.problems(model)
+        yield from run.trainable.parallel_problems(run.parallel)
+    if run.trainable.keeps_base and isinstance(run.initial_weights, RandomWeights):
+        kind = type(run.trainable).__name__
+        yield (
+            f"trainable={kind} changes nothing of the weights that it begins with: name a trained "
+            "model (moesaic train --init MODEL), or train all parameters"
+        )
 
 
 def schedule_fits_the_steps(run: Run) -> Iterator[str]:

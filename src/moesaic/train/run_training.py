@@ -52,6 +52,7 @@ from moesaic.train.resume import (
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
+from moesaic.train.sparse_selection import selection_hooks
 from moesaic.train.timeline_hook import TimelineHook
 from moesaic.train.trainer import NonFiniteError, Trainer
 from moesaic.train.training_data import BatchLoader, Preparation, PreparedData
@@ -65,6 +66,7 @@ from moesaic.train.training_hooks import (
     no_progress,
     terminal_progress,
 )
+from moesaic.train.warm_start import WeightsOfRun
 
 
 def train(
@@ -84,6 +86,8 @@ def train(
     """
     check_run(run)
     last = _last_step(run, until=until)
+    if run.trainable.keeps_base:
+        run = _with_base(run)
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with (
         init_distributed(timeout_s=run.collective_timeout_s) as world,
@@ -125,6 +129,13 @@ def train(
             metrics=dict(trainer.event_log.latest_values),
             stop_reason=stop_reason,
         )
+
+
+def _with_base(run: Run) -> Run:
+    """Return a run of adapters with what it takes from the run that it starts from."""
+    start = run.initial_weights.pinned()
+    base = RunDir(Path(start.path)) if isinstance(start, WeightsOfRun) else None
+    return run.replace(initial_weights=start, trainable=run.trainable.resolved(base))
 
 
 def _prepare_data(
@@ -185,7 +196,8 @@ def _start_trainer(
 ) -> tuple[Trainer, list[Hook]]:
     """Return the trainer, from its checkpoint if there is one, and its standard hooks."""
     mark_phase("making the model")
-    start = None if checkpoint is None else _loaded_later
+    reads_all = checkpoint is not None and not run.trainable.keeps_base
+    start = _loaded_later if reads_all else None
     trainer = make_trainer(run, prepared=prepared, world=world, start=start)
     standard = standard_hooks(trainer, run_dir=run_dir)  # they add what a checkpoint restores
     if checkpoint is not None:
@@ -235,6 +247,7 @@ def seeded_trainer(
 def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
     """Return the hooks of every run that come before the metrics log."""
     return [
+        *selection_hooks(trainer),
         ValidationHook(),
         RouterHealthHook(run_dir.usage, trainer=trainer, findings=run_dir.health),
         RoutingTraceHook(run_dir.routes),
@@ -251,6 +264,7 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, found: LatestCheckpoint) -> dict
         saved, current = _saved_config(path), run.to_dict()
         ignored = (*CHANGEABLE_KEYS, *REPORTED_KEYS)
         require_same_config(saved, current=current, where=path, ignored=ignored)
+        _require_same_base(saved, run=run, where=path)
         changed = config_differences(saved, current).items()
         notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(REPORTED_KEYS)]
         notes += learning_rate_jump(saved, run=run, step=read_manifest(path).step)
@@ -264,6 +278,17 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, found: LatestCheckpoint) -> dict
         notes.append(note)
     atomic_write(run_dir.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
+
+
+def _require_same_base(saved: dict[str, Any], *, run: Run, where: Path) -> None:
+    """Raise CheckpointError if adapters of a checkpoint are for other weights than the run's."""
+    start, before = run.initial_weights, saved.get("initial_weights", {}).get("sha256")
+    now = start.sha256 if isinstance(start, WeightsOfRun) else None
+    if run.trainable.keeps_base and before != now:
+        raise CheckpointError(
+            f"{where}: its adapters are for weights with the hash {str(before)[:12]}, found "
+            f"{str(now)[:12]} (initial_weights): name the run that they were trained beside"
+        )
 
 
 def _record_run(run: Run, *, prepared: PreparedData, run_dir: RunDir) -> list[str]:

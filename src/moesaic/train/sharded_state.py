@@ -14,13 +14,8 @@ from moesaic.checkpoint.sharded_checkpoint import load_verified
 from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import World
-from moesaic.optim.named_optimizer import (
-    NamedOptimizer,
-    live_state,
-    masters_of,
-    round_masters,
-    without_masters,
-)
+from moesaic.optim.named_optimizer import NamedOptimizer
+from moesaic.optim.optimizer_state import live_state, masters_of, round_masters, without_masters
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.weight_start import weight_shards
 

@@ -22,11 +22,11 @@ from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, mark_phase
 from moesaic.distributed.world import World
 from moesaic.memory.disk_store import DiskFullError
 from moesaic.model.transformer import Transformer
-from moesaic.model.weights import export_weights, restore_weights
+from moesaic.model.weights import restore_tensors
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
-from moesaic.optim.named_optimizer import frozen_state, masters_of, restore_state, without_masters
+from moesaic.optim.optimizer_state import frozen_state, masters_of, restore_state, without_masters
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
@@ -64,7 +64,7 @@ class StepReport:
     """One finished update: its number (from 1), its results, and where the time went.
 
     ``seconds`` is the total, ``data_seconds`` loading batches, ``collective_seconds`` waiting in
-    collectives on this rank.
+    collectives on this rank. ``rolled_back``: its norm has undone updates that had run ahead.
     """
 
     step: int
@@ -73,6 +73,7 @@ class StepReport:
     seconds: float
     data_seconds: float
     collective_seconds: float = 0.0
+    rolled_back: bool = False
 
 
 class Trainer:
@@ -90,6 +91,7 @@ class Trainer:
         """``fill`` gives values to the shards of a model without any; None: it has values."""
         self.run, self.world, self.data = run, world, data
         self.model = model
+        run.trainable.attach(model)
         fused = fused_outputs(model)  # of the whole model, before it is sharded
         self.parallel_model = parallelize(
             model,
@@ -107,7 +109,9 @@ class Trainer:
             master_weights=run.precision.master_weights,
         )
         self.optimizer.fused_outputs = fused
-        use_memory_plan(run.parallel.memory, optimizer=self.optimizer, model=self.parallel_model)
+        self.run_ahead = use_memory_plan(
+            run.parallel.memory, optimizer=self.optimizer, model=self.parallel_model
+        )
         self.optimizer.position_of = self.parallel_model.position_of
         if world.size > 1:
             self.optimizer.matrix_sharding = MatrixOwners(self.parallel_model)
@@ -136,18 +140,16 @@ class Trainer:
             batches = self._next_micro_batches(attempt)
             data_s += time.perf_counter() - data_started
             mark_phase("forward and backward")
+            self._set_learning_rates()  # updates may run ahead
             result = self.objective.forward_backward(self.parallel_model, batches=batches)
-            norm = self.parallel_model.clip_gradients(self.run.clip_norm)
+            norm = self._clip_gradients()
             if self._should_update(attempt, result=result, norm=norm):
                 break
         mark_phase("update")
         self._reserve_states(attempt)
-        scheduled = self.run.schedule.lr_factor(self.step, steps=self.run.steps)
-        factor = scheduled * self.loss_history.rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.run_ahead.forget()
         update_stateful_rules(self.model)
         self.retry_queue.mark_succeeded()
         self.metrics.add_step(result.sums, norm=norm.norm)
@@ -159,7 +161,20 @@ class Trainer:
             seconds=time.perf_counter() - started,
             data_seconds=data_s,
             collective_seconds=FLIGHT_RECORDER.collective_s - collective_s,
+            rolled_back=self.run_ahead.num_bytes > 0 and norm.factor != 1,
         )
+
+    def _set_learning_rates(self) -> None:
+        scheduled = self.run.schedule.lr_factor(self.step, steps=self.run.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * (scheduled * self.loss_history.rate)
+
+    def _clip_gradients(self) -> GradNorm:
+        self.run_ahead.stop()
+        norm = self.parallel_model.clip_gradients(self.run.clip_norm)
+        if norm.factor != 1:
+            self.run_ahead.roll_back()
+        return norm
 
     def new_metrics(self) -> RunningMetrics:
         """Return empty sums of the head's loss and metrics."""
@@ -217,6 +232,7 @@ class Trainer:
 
     def _skip_update(self, attempt: StepAttempt, *, reason: str) -> None:
         """Discard the gradients, queue the batch for a retry, and note the reason."""
+        self.run_ahead.roll_back()
         self.optimizer.zero_grad()
         reset_routing_stats(self.model)
         self.retry_queue.mark_failed(attempt)
@@ -262,7 +278,7 @@ class Trainer:
         if not self.parallel_model.is_replicated:
             shards = local_shards(self.parallel_model, optimizer_state)
             return RankSnapshot(self.step, shards | files, state, **about)
-        files["model"] = export_weights(self.model) | masters_of(optimizer_state)
+        files["model"] = self.parallel_model.saved_weights() | masters_of(optimizer_state)
         files["optimizer"] = without_masters(optimizer_state)
         return Snapshot(self.step, files, state, **about)
 
@@ -289,7 +305,7 @@ class Trainer:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a full snapshot (every rank holds every parameter)."""
-        restore_weights(self.model, snapshot.files["model"])
+        restore_tensors(self.parallel_model.saved_weights(), snapshot.files["model"])
         restore_state(self.optimizer, snapshot.files["optimizer"], weights=snapshot.files["model"])
         self._restore_host_state(snapshot)
 

@@ -179,7 +179,7 @@ class MetricsLogHook(Hook):
 
     def __init__(self, *, writer: MetricWriter, progress: ProgressDisplay) -> None:
         self._writer, self._progress = writer, progress
-        self._steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
+        self._steps, self._rolled_back, self._seconds, self._data_seconds = 0, 0, 0.0, 0.0
 
     def before_run(self, trainer: Trainer) -> None:
         self._show_notes(trainer)
@@ -187,6 +187,7 @@ class MetricsLogHook(Hook):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         self._steps += 1
+        self._rolled_back += report.rolled_back
         self._seconds += report.seconds
         self._data_seconds += report.data_seconds
         self._progress.advance(report.step)
@@ -218,7 +219,9 @@ class MetricsLogHook(Hook):
         row["perf/tokens_per_s"] = tokens / max(self._seconds, 1e-9)
         row["perf/step_ms"] = 1e3 * self._seconds / self._steps
         row["time/data_ms"] = 1e3 * self._data_seconds / self._steps
-        self._steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
+        if trainer.run_ahead.num_bytes:
+            row["perf/rolled_back"] = self._rolled_back / self._steps
+        self._steps, self._rolled_back, self._seconds, self._data_seconds = 0, 0, 0.0, 0.0
         return row
 
     def _show_notes(self, trainer: Trainer) -> None:

@@ -98,8 +98,10 @@ def _shrink_stack(config: ModelConfig, stack: Stack, *, experts: int) -> Stack:
     layers = min(stack.layers, max(2, last + 1, len(parse_pattern(stack.pattern))))
     dense = config.feed_forward.hidden
     fewer = tuple(min(number, experts) for number in stack.experts_per_layer)
+    listed = None if stack.sparse_layers is None else tuple(i for i in sparse if i < layers)
     return stack.replace(
         layers=layers,
+        sparse_layers=listed,
         experts_per_layer=fewer[: sum(layer < layers for layer in sparse)],
         moe=stack.moe and _shrink_moe(stack.moe, experts=experts, dense=dense),
     )
