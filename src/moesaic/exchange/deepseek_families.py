@@ -145,7 +145,7 @@ _ENTRIES: tuple[ConfigEntry, ...] = (
     Key("v_head_dim", f"{_LATENT}value_dim"),
     FixedKey("moe_layer_freq", 1),
     epsilon(),
-    RotaryPositions(),
+    RotaryPositions(scales_scores=True),
     FirstDenseLayers(),
 )
 _OTHER = frozenset({"ep_size", "qk_head_dim"})
