@@ -58,6 +58,7 @@ from moesaic.exchange.hf_directory import (
     read_hf_config,
     weight_files,
 )
+from moesaic.exchange.peft_format import ADAPTER_CONFIG_FILE, read_adapter_config
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.monitor.expert_usage import USAGE_FILE, read_usage, summarize_load
 from moesaic.monitor.health_record import (
@@ -145,6 +146,8 @@ def make_files(folder: Path) -> Made:
     (folder / "foreign" / "rows.json").write_text(json.dumps(rows))
     theirs = folder / "theirs"
     theirs.mkdir()
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4.0, "use_rslora": False}
+    (theirs / "adapter_config.json").write_text(json.dumps(adapter))
     (theirs / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
     index = {"weight_map": {"a.weight": "model-00001-of-00001.safetensors"}}
     (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -288,6 +291,8 @@ DOORS = (
     Door(HEALTH_FILE, "run/health.json", "json",
          lambda made: (read_findings(made.folder / "run" / "health.json"), _report(made))),
     Door(HEAD_SCORES_FILE, "run/head-scores.json", "json", _report),
+    Door(ADAPTER_CONFIG_FILE, "theirs/adapter_config.json", "json",
+         lambda made: read_adapter_config(made.folder / "theirs")),
     Door(HF_CONFIG_FILE, "theirs/config.json", "json",
          lambda made: read_hf_config(made.folder / "theirs")),
     Door(HF_INDEX_FILE, "theirs/model.safetensors.index.json", "json",

@@ -7,12 +7,16 @@ from itertools import chain
 import pytest
 import torch
 
+from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import DiskStorage, HostMemory
 from moesaic.moe.layer import moe_layers
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks, NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.expert_dispatch import ChunkedAllToAll
 from moesaic.testing.tiny_models import BALANCED_TOP1, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.trainer import Trainer
 
@@ -81,6 +85,39 @@ def test_streamed_training_equals_resident_training_bit_for_bit(name, tier):
     if isinstance(run.parallel.activation_checkpointing, NoActivationCheckpointing):
         assert stream.store.moved.fetched == streamed_bytes(expert_bytes(streamed), shares)
         assert any(share < 1 for share in chain(*shares.values())) == (name == "few rows")
+
+
+def _chunked(memory):
+    """Train on two ranks that share experts; return weights, bytes fetched and expected."""
+    plan = ParallelPlan(expert=2)
+    parallel = ParallelConfig(plan=plan, dispatch=ChunkedAllToAll(), memory=memory)
+    trainer = tiny_trainer(RUNS["few rows"].replace(parallel=parallel), world=ProcessGroupWorld())
+    shares, used = defaultdict(list), defaultdict(set)
+
+    def note(number, groups):
+        used[number] |= set(groups.rows_per_expert.nonzero().flatten().tolist())
+
+    def note_pass(number, layer, *_):
+        shares[number].append(len(used.pop(number, ())) / layer.experts.up.shape[0])
+
+    for number, layer in enumerate(moe_layers(trainer.model)):
+        layer.experts.call_before_use(partial(note, number))
+        layer.register_forward_hook(partial(note_pass, number))
+    trainer.train_step()
+    stream, expected = trainer.parallel_model.parameter_stream, 0
+    if stream is not None:
+        expected = streamed_bytes(expert_bytes(trainer), shares)
+        assert min(chain(*shares.values())) < 1
+    fetched = stream.store.moved.fetched if stream is not None else 0
+    return [p.detach().clone() for p in trainer.model.parameters()], fetched, expected
+
+
+def test_chunked_dispatch_fetches_used_experts_for_backward_and_trains_to_the_same_bits():
+    on_host = MemoryPlan(parameters=HostMemory())
+    ranks = (run_on_ranks(2, _chunked, memory) for memory in (MemoryPlan(), on_host))
+    for resident, streamed in zip(*ranks, strict=True):
+        assert all(map(torch.equal, resident[0], streamed[0]))
+        assert streamed[1] == streamed[2] > 0
 
 
 def test_between_steps_no_streamed_weight_is_on_the_device():

@@ -10,12 +10,19 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import HostMemory
+from moesaic.model.parameter_flop_count import BatchDims
+from moesaic.optim.optimizer_state import frozen_state
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.tiny_models import tiny_model_config, tiny_run
+from moesaic.planner.cost_entries import Purpose
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.step_cost import step_cost
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.run_checks import check_run
 from moesaic.train.run_training import seeded_trainer
+from moesaic.train.sparse_adaptation import RandomSparse, SpIEL
+from moesaic.train.sparse_selection import selection_hooks
 from moesaic.train.trainable_parameters import MatchingParameters
 from moesaic.verify.compare_plans import make_setup
 from moesaic.verify.record_run import gather_full_tensors
@@ -29,6 +36,7 @@ PLANS = (
     ParallelConfig(plan=ParallelPlan(data=2, expert=2), memory=AWAY),
     ParallelConfig(plan=ParallelPlan(pipe=2, data=1)),
 )
+SHARDED = [ParallelConfig(plan=ParallelPlan(data=2, zero=stage)) for stage in (3, 0)]
 ADAPTER_PLANS = (
     *PLANS,
     ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
@@ -63,14 +71,19 @@ def trained(case):
         return gather_full_tensors(named, parallel_model=part, shapes=shapes)[0]
 
     before = weights()
-    training_loop(trainer, hooks=[], until=2)
+    training_loop(trainer, hooks=selection_hooks(trainer), until=2)
     groups = trainer.optimizer.param_groups
     return before, weights(), {name for group in groups for name in group["param_names"]}
 
 
 @pytest.mark.parametrize(
     ("trainable", "part", "plans"),
-    [(EXPERTS, ".experts.", PLANS), (LoRA(rank=2), ".adapter.", ADAPTER_PLANS)],
+    [
+        (EXPERTS, ".experts.", PLANS),
+        (LoRA(rank=2), ".adapter.", ADAPTER_PLANS),
+        (RandomSparse(density=0.05), ".adapter.", [SHARDED[0], PLANS[-1]]),
+        (SpIEL(density=0.05, every=2, select_steps=1), ".adapter.", [SHARDED[1]]),
+    ],
 )
 def test_only_what_is_chosen_is_trained_under_every_plan(trainable, part, plans):
     before, after, states = trained((trainable, ParallelConfig()))
@@ -106,3 +119,24 @@ def test_a_stage_without_trained_parameters_is_refused():
             )
 
     assert list(run_cases_on_ranks(2, start, [0])) == [[None, None]]
+
+
+def test_the_forecast_has_gradients_and_states_of_trained_parameters_alone():
+    run = setup(EXPERTS).run
+    trainer = tiny_trainer(run.replace(parallel=ParallelConfig()))
+    trainer.train_step()
+    names = [name for name, _ in trainer.model.named_parameters()]
+    settings = CostSettings(
+        model=run.model,
+        optimizer=run.optimizer,
+        sizes=BatchDims(rows=1, source=4, target=4),
+        device="cpu",
+        frozen=tuple(name for name in names if not EXPERTS.includes(name)),
+    )
+    cost, trained = step_cost(settings), [p for p in trainer.model.parameters() if p.requires_grad]
+    states = frozen_state(trainer.optimizer).values()
+    assert cost.held_bytes(purpose=Purpose.GRADIENTS) == sum(p.nbytes for p in trained)
+    assert cost.held_bytes(purpose=Purpose.STATES) == sum(state.nbytes for state in states)
+    assert cost.held_bytes(purpose=Purpose.WEIGHTS) == sum(
+        p.nbytes for p in trainer.model.parameters()
+    )

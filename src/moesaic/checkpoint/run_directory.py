@@ -53,6 +53,7 @@ class RunDir:
     routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step
     timelines = _PathIn("timelines")  # operations of a step, one Chrome trace per rank
     summary = _PathIn("summary.json")
+    forgetting = _PathIn("forgetting.json")  # scores of what a warm start was not tuned in
     perplexity = _PathIn("perplexity.json")  # of a language model, by language and domain
     head_scores = _PathIn("head-scores.json")  # of a run without vocabulary head, by label
     score_curve = _PathIn("curve.json")  # scores of the kept checkpoints

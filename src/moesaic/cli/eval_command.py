@@ -21,13 +21,14 @@ from moesaic.cli.user_files import import_user_files
 
 with deferred():
     from moesaic.checkpoint.run_directory import RunDir
-    from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun
+    from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun, TestSelection
     from moesaic.cli.evaluated_texts import (
         TextRequest,
         is_language_model,
         score_texts,
         show_perplexities,
     )
+    from moesaic.cli.forgetting_scores import write_forgetting
     from moesaic.cli.score_output import show_head_scores, show_samples, show_scores
     from moesaic.cli.score_progress import ScoreProgress
     from moesaic.cli.wanted_tests import WantedTests
@@ -35,7 +36,7 @@ with deferred():
     from moesaic.evaluate.evaluation_summary import EvaluationSummary
     from moesaic.evaluate.harness import EvaluationSettings
     from moesaic.evaluate.testset import TestSet
-    from moesaic.model.beam_search import Beam, Greedy
+    from moesaic.model.beam_search import Beam, Greedy, Search
     from moesaic.model.head import LanguageModelHead
     from moesaic.report.html_report import write_report
     from moesaic.serve.score import count_experts, record_routing, score_run
@@ -104,19 +105,29 @@ def evaluate(
         choice=DirectionChoice.parse(source, target),
     )
     chosen = wanted.find(evaluated)
-    summary = score_run(
-        run,
-        tests=chosen.tests,
-        corpus=chosen.corpus,
-        search=Greedy() if beam == 1 else Beam(size=beam),
-        settings=EvaluationSettings(resamples=resamples),
-        on_result=ScoreProgress(chosen.tests),
-    ).with_notes(chosen.notes)
+    search = Greedy() if beam == 1 else Beam(size=beam)
+    settings = EvaluationSettings(resamples=resamples)
+    summary = _score(run, chosen, search=search, settings=settings)
     if wanted.is_headline and evaluated.trained_on(chosen.tests, chosen.corpus):
+        note = write_forgetting(evaluated, limit=limit, search=search, settings=settings)
+        summary = summary.with_notes(filter(None, [note]))
         write_evaluation(run, summary=summary, tests=chosen.tests, routes=routes)
     elif routes is not None:
         record_routing(run, tests=chosen.tests, out=routes)
     print_result(summary.to_dict(), as_json=as_json, show=lambda console: _show(summary, console))
+
+
+def _score(
+    run: Path, chosen: TestSelection, *, search: Search, settings: EvaluationSettings
+) -> EvaluationSummary:
+    return score_run(
+        run,
+        tests=chosen.tests,
+        corpus=chosen.corpus,
+        search=search,
+        settings=settings,
+        on_result=ScoreProgress(chosen.tests),
+    ).with_notes(chosen.notes)
 
 
 def _print_other_scores(

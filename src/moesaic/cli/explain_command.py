@@ -26,7 +26,7 @@ with deferred():
     from moesaic.planner.cost_settings import CostSettings
     from moesaic.planner.machine import DeviceSize, device_here, find_machine
     from moesaic.planner.scale_report import bytes_by_purpose
-    from moesaic.planner.step_cost import step_cost
+    from moesaic.planner.step_cost import inventory_of, step_cost
     from moesaic.recipes.lookup import RECIPES, find_recipe
     from moesaic.train.run_checks import check_run
 
@@ -56,16 +56,25 @@ def explain(
     """
     import_user_files(files)
     is_preset = which in PRESETS and which not in RECIPES
-    found = _explain_preset(which, changes) if is_preset else _explain_run(which, changes)
-    found["fits"] = _fits(found["bytes"]["peak"], machine)
+    device = _device(machine)
+    explained = _explain_preset if is_preset else _explain_run
+    found = explained(which, changes, device=device)
+    peak = found["bytes"]["peak"]
+    found["fits"] = {
+        "device": device.name,
+        "memory": device.memory,
+        "fits": peak <= device.memory,
+    }
     print_result(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
 
-def _explain_preset(name: str, changes: list[str] | None) -> dict[str, Any]:
+def _explain_preset(name: str, changes: list[str] | None, *, device: DeviceSize) -> dict[str, Any]:
     model_preset = preset(name)
     model = model_preset.config.override(changes) if changes else model_preset.config
     source = 32 if model.encoder.layers else 0
-    settings = CostSettings(model=model, sizes=BatchDims(rows=64, source=source))
+    settings = CostSettings(
+        model=model, sizes=BatchDims(rows=64, source=source), device=device.type
+    )
     found = _cost(name, settings)
     counted = found["parameters"]
     published = [asdict(p) | {"counted": counted[p.quantity]} for p in model_preset.published]
@@ -77,12 +86,18 @@ def _explain_preset(name: str, changes: list[str] | None) -> dict[str, Any]:
     }
 
 
-def _explain_run(which: str, changes: list[str] | None) -> dict[str, Any]:
+def _explain_run(which: str, changes: list[str] | None, *, device: DeviceSize) -> dict[str, Any]:
     run = find_recipe(which, changes=changes or [])
     check_run(run)
     sizes = run.data.batch_dims(run.model)
+    names = (parameter.name for parameter in inventory_of(run.model).parameters)
     settings = CostSettings(
-        model=run.model, sizes=sizes, precision=run.precision, optimizer=run.optimizer
+        model=run.model,
+        sizes=sizes,
+        precision=run.precision,
+        optimizer=run.optimizer,
+        device=device.type,
+        frozen=tuple(name for name in names if not run.trainable.includes(name)),
     )
     found = _cost(which, settings)
     tokens = run.steps * run.gradient_accumulation_steps * run.data.max_batch_tokens()
@@ -111,11 +126,12 @@ def _cost(which: str, settings: CostSettings) -> dict[str, Any]:
     }
 
 
-def _fits(peak: int, name: str | None) -> dict[str, Any]:
-    """Return whether one device has the memory of a step: of a machine, or of this one."""
-    found = find_machine(name) if name else None
-    device = device_here() if found is None else DeviceSize(found.name, found.device_memory.value)
-    return {"device": device.name, "memory": device.memory, "fits": peak <= device.memory}
+def _device(name: str | None) -> DeviceSize:
+    """Return a device of a machine, or of this one."""
+    if name is None:
+        return device_here()
+    found = find_machine(name)
+    return DeviceSize(found.name, found.device_memory.value, found.device)
 
 
 def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:

@@ -29,6 +29,7 @@ with deferred():
     from moesaic.exchange.compare_with_transformers import compare_with_transformers
     from moesaic.exchange.export_gguf import export_gguf
     from moesaic.exchange.export_model import export_model
+    from moesaic.exchange.peft_format import export_adapter
 
 app = command_app()
 
@@ -38,6 +39,7 @@ class ExportFormat(StrEnum):
 
     HF = "hf"
     GGUF = "gguf"
+    PEFT = "peft"
 
 
 class MatrixType(StrEnum):
@@ -53,7 +55,7 @@ def export(
     run: RunArgument,
     *,
     to: Annotated[
-        ExportFormat, typer.Option("--to", help="hf: Hugging Face transformers; gguf: llama.cpp.")
+        ExportFormat, typer.Option("--to", help="hf: transformers; gguf: llama.cpp; peft: adapter.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new directory.")],
     layout: Annotated[
@@ -67,8 +69,13 @@ def export(
 ) -> None:
     """Write a model in the files of another program: transformers, or llama.cpp.
 
+    With --to peft: the adapter of a run of LoRA, for PeftModel.from_pretrained.
+
     Example: [cyan]moesaic export models/qwen3-tuned --to hf --out exported[/]
     """
+    if to is ExportFormat.PEFT:
+        _export_adapter(run, out=out, as_json=as_json)
+        return
     if (layout, dtype)[to is ExportFormat.HF] is not None:
         raise UserError("--layout belongs to --to hf, and --dtype to --to gguf")
     kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
@@ -87,6 +94,12 @@ def export(
         )
         value["verify"] = asdict(agreement) | {"text": agreement.text()}
     print_result(value, as_json=as_json, show=partial(_show, value))
+
+
+def _export_adapter(run: Path, *, out: Path, as_json: bool) -> None:
+    value = {"directory": str(out), "tensors": export_adapter(run, out=out)}
+    text = f"{out}: {value['tensors']} tensors of an adapter"
+    print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 
 def _show(value: dict[str, Any], console: Console) -> None:

@@ -17,6 +17,7 @@ with deferred():
     from moesaic.data.tokenizer_source import TokenizerSource
     from moesaic.exchange.compare_with_transformers import compare_with_transformers
     from moesaic.exchange.import_model import add_to_card, import_model
+    from moesaic.exchange.peft_format import import_adapter
     from moesaic.model.parameter_flop_count import count_parameters
 
 app = command_app()
@@ -25,6 +26,9 @@ VerifyOption = Annotated[
     typer.Option(
         "--verify", help="Compute 50 prompts in both programs and compare (extras hf, gguf)."
     ),
+]
+BaseOption = Annotated[
+    Path | None, typer.Option(metavar="MODEL", help="DIR is an adapter of PEFT, for this model.")
 ]
 
 
@@ -45,6 +49,7 @@ def import_(
         str | None,
         typer.Option(metavar="SOURCE", help='Another tokenizer: "FromFile(path=..., eos=...)".'),
     ] = None,
+    base: BaseOption = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help='Tensors to leave out: "model.layers.61.*" (MTP).'),
@@ -58,6 +63,9 @@ def import_(
 
     Example: [cyan]moesaic import Qwen3-30B-A3B --out models/qwen3[/]
     """
+    if base is not None:
+        _import_adapter(directory, base=base, out=out, as_json=as_json)
+        return
     found = import_model(
         directory,
         out=out,
@@ -83,6 +91,12 @@ def import_(
         add_to_card(out, "comparison", agreement.text())
         value["verify"] = asdict(agreement) | {"text": agreement.text()}
     print_result(value, as_json=as_json, show=partial(_show, value))
+
+
+def _import_adapter(directory: Path, *, base: Path, out: Path, as_json: bool) -> None:
+    value = {"run": str(out), "matrices": import_adapter(directory, base=base, out=out)}
+    text = f"{out}: an adapter of {value['matrices']} matrices; next: moesaic ckpt merge {out}"
+    print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 
 def _show(value: dict[str, Any], console: Console) -> None:

@@ -74,7 +74,18 @@ class ExpertModule(nn.Module):
     Members call ``before_use`` with the rows of each expert before they read expert weights.
     """
 
-    before_use: Callable[[RowGroups], None] = staticmethod(lambda _: None)
+    def __init__(self) -> None:
+        super().__init__()
+        self._users: list[Callable[[RowGroups], None]] = []
+
+    def call_before_use(self, user: Callable[[RowGroups], None]) -> None:
+        """Have ``user`` get the rows of each expert before each use of expert weights."""
+        self._users.append(user)
+
+    def before_use(self, groups: RowGroups) -> None:
+        """Tell of the rows of each expert."""
+        for user in self._users:
+            user(groups)
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups become zero."""

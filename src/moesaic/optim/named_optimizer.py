@@ -154,8 +154,11 @@ class NamedOptimizer(torch.optim.Optimizer):
             yield from self.tier.split(rows)
 
     @torch.no_grad()
-    def catch_up_weights(self, bank: ExpertBank, expert: int) -> None:
-        """Bring the weights of an expert up to date, before they are used; states are only read."""
+    def catch_up_weights(self, bank: ExpertBank, expert: int) -> dict[str, Tensor]:
+        """Bring the weights of an expert up to date, before they are used; states are only read.
+
+        Returns a copy of its states that is up to date.
+        """
         rows, weights = bank.rows(expert), bank.weights(expert)
         group = next(group for group in self.param_groups if group["name"] == bank.group)
         place = self._place(group["rule"])
@@ -167,6 +170,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         for each in weights:
             each.copy_(values)
         bank.missed_by_weights[expert] = 0
+        return state
 
     @torch.no_grad()
     def catch_up(self) -> None:

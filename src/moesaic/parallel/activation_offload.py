@@ -1,17 +1,20 @@
 """Activation offload: what autograd saves in blocks goes to a memory tier, and back in backward.
 
 A saved tensor is a view of a storage: whole storages are moved, each once, so the views that
-backward gets have the strides that they had. In backward the storage that was saved before the one
-in use is fetched meanwhile. Weights stay where they are, and so do small tensors.
+backward gets have the strides that they had. In backward each returns once, and stays until its
+last use; the storage that was saved before it is fetched meanwhile. Weights stay where they are,
+and so do small tensors.
 """
 
 import weakref
 from collections import defaultdict
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moesaic.core.shapes import Tensor
@@ -21,6 +24,7 @@ from moesaic.model.transformer import RunBlock, Transformer
 
 MIN_BYTES = 1 << 12  # smaller tensors cost more time than they free memory
 SIZE_STEPS = 8  # sizes of slots between two powers of two
+Kept = TypeVar("Kept")
 
 
 class SlotPool:
@@ -32,7 +36,7 @@ class SlotPool:
 
     def take(self, num_bytes: int) -> str:
         """Return the name of a free slot of at least so many bytes."""
-        size = _slot_bytes(num_bytes)
+        size = slot_bytes(num_bytes)
         if self._free[size]:
             return self._free[size].pop()
         name = f"slot.{len(self.store.specs)}"
@@ -44,7 +48,8 @@ class SlotPool:
         self._free[self.store.specs[name].shape[0]].append(name)
 
 
-def _slot_bytes(num_bytes: int) -> int:
+def slot_bytes(num_bytes: int) -> int:
+    """Return the bytes of the slot of a storage of so many."""
     step = max(1, (1 << (num_bytes - 1).bit_length()) // (2 * SIZE_STEPS))
     return -(-num_bytes // step) * step
 
@@ -53,6 +58,7 @@ class OffloadedStorage:
     """The bytes of one storage in a slot, which is freed with the last saved view of them.
 
     ``previous`` is the storage that was saved before it, which backward probably needs next.
+    ``content`` are the bytes on the device again.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class OffloadedStorage:
     ) -> None:
         content = _bytes_of(tensor)
         self.num_bytes = content.numel()
-        self.source = StorageWeakRef(tensor.untyped_storage())
+        self.content: Tensor | None = None
         self.previous = None if previous is None else weakref.ref(previous)
         self._pool, self._slot = pool, pool.take(self.num_bytes)
         slot = pool.store.live(self._slot)[: self.num_bytes]
@@ -85,10 +91,30 @@ class SavedView(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
 
-    def of(self, content: Tensor) -> Tensor:
-        """Return the view of the storage of ``content``."""
+    def on_device(self) -> Tensor:
+        """Return the view of the storage's content."""
+        content = self.storage.content
+        assert content is not None
         empty = torch.empty(0, dtype=self.dtype, device=content.device)
         return empty.set_(content.untyped_storage(), self.offset, self.shape, self.stride)
+
+
+class SavedStorages(Generic[Kept]):
+    """The storages of activations that a block saves, each version once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[StorageWeakRef, Kept]] = {}
+
+    def find(self, tensor: Tensor, *, make: Callable[[], Kept]) -> Kept | None:
+        """Return what there is of a saved tensor's storage; None: it stays where it is."""
+        storage = tensor.untyped_storage()
+        if not _is_activation(tensor) or storage.nbytes() < MIN_BYTES:
+            return None
+        key = storage._cdata, tensor._version
+        known = self._known.get(key)
+        if known is None or known[0].expired():
+            known = self._known[key] = StorageWeakRef(storage), make()
+        return known[1]
 
 
 class ActivationOffload:
@@ -97,66 +123,63 @@ class ActivationOffload:
     def __init__(self, run_block: RunBlock, *, store: TensorStore) -> None:
         self.store, self._run_block = store, run_block
         self._pool = SlotPool(store)
-        self._by_source: dict[tuple[int, int], OffloadedStorage] = {}
+        self._saved = SavedStorages[OffloadedStorage]()
         self._newest: weakref.ref[OffloadedStorage] | None = None
         self._coming: tuple[OffloadedStorage, FetchedTensors] | None = None
-        self._restored: tuple[OffloadedStorage, Tensor] | None = None
+        self._in_backward = False
 
     def __call__(self, block: nn.Module, state: BlockState, **inputs: Any) -> BlockState:
         if not torch.is_grad_enabled():
             return self._run_block(block, state, **inputs)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             output = self._run_block(block, state, **inputs)
-        self._by_source = {}
+        self._saved = SavedStorages()
         return output
 
     def _pack(self, tensor: Tensor) -> Tensor | SavedView:
-        storage = tensor.untyped_storage()
-        if not _is_activation(tensor) or storage.nbytes() < MIN_BYTES:
-            return tensor
-        key = storage.data_ptr(), tensor._version
-        known = self._by_source.get(key)
-        if known is None or known.source.expired():
+        def offload() -> OffloadedStorage:
             newest = None if self._newest is None else self._newest()
-            known = OffloadedStorage(tensor, pool=self._pool, previous=newest)
-            self._by_source[key], self._newest = known, weakref.ref(known)
+            made = OffloadedStorage(tensor, pool=self._pool, previous=newest)
+            self._newest = weakref.ref(made)
+            return made
+
+        known = self._saved.find(tensor, make=offload)
+        if known is None:
+            return tensor
         offset = int(tensor.storage_offset())
         return SavedView(known, tensor.dtype, offset, tensor.shape, tensor.stride())
 
     def _unpack(self, saved: Tensor | SavedView) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        if self._restored is None:
+        if not self._in_backward:
+            self._in_backward = True
             Variable._execution_engine.queue_callback(self._end_backward)
-        if self._restored is None or self._restored[0] is not saved.storage:
-            self._restored = saved.storage, self._bring(saved.storage)
-        return saved.of(self._restored[1])
+        if saved.storage.content is None:
+            self._bring(saved.storage)
+        return saved.on_device()
 
-    def _bring(self, storage: OffloadedStorage) -> Tensor:
-        self._prefetch(storage)
-        assert self._coming is not None
-        coming, self._coming = self._coming[1], None
-        content = coming.wait()[0].clone()  # the slot and the buffer are used again
-        coming.release()
-        previous = storage.previous and storage.previous()
-        if previous is not None:
-            self._prefetch(previous)
-        return content
-
-    def _prefetch(self, storage: OffloadedStorage) -> None:
-        if self._coming is not None and self._coming[0] is not storage:
-            self._discard()
-        if self._coming is None:
+    def _bring(self, storage: OffloadedStorage) -> None:
+        if self._coming is None or self._coming[0] is not storage:
+            self._receive()  # fetched out of turn: it is used later
             self._coming = storage, storage.fetch()
+        self._receive()
+        previous = storage.previous and storage.previous()
+        if previous is not None and previous.content is None:
+            self._coming = previous, previous.fetch()
 
-    def _discard(self) -> None:
+    def _receive(self) -> None:
         if self._coming is not None:
-            self._coming[1].release()
+            storage, coming = self._coming
+            storage.content = coming.wait()[0].clone()  # the slot and the buffer are used again
+            coming.release()
             self._coming = None
 
     def _end_backward(self) -> None:
-        self._discard()
-        self._restored = None
+        self._in_backward = False
+        if self._coming is not None:
+            self._coming[1].release()
+            self._coming = None
 
 
 def offload_activations(model: Transformer, *, store: TensorStore) -> ActivationOffload:
@@ -168,7 +191,7 @@ def offload_activations(model: Transformer, *, store: TensorStore) -> Activation
 
 def _is_activation(tensor: Tensor) -> bool:
     is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-    return type(tensor) is Tensor and not is_weight
+    return not (is_weight or isinstance(tensor, DTensor))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -218,7 +218,8 @@ def _zero_sync(parameters: RankParameters, precision: Precision, *, micro_batche
         axis = parameters.group_name(shard.zero_axes, num_experts=number)
         yield "all-gather", axis, held * size * gathers, gathers * (("gather", unit) not in seen)
         seen.add(("gather", unit))
-        if shard.parameter.name not in no_gradient:
+        name = shard.parameter.name
+        if name not in no_gradient and name not in parameters.frozen:
             calls = reductions * (("scatter", unit) not in seen)
             yield "reduce-scatter", axis, summed * size * reductions, calls
             seen.add(("scatter", unit))
@@ -239,7 +240,7 @@ def gradient_buckets(parameters: RankParameters, *, precision: Precision) -> lis
     held, summed = precision.parameter_dtype.itemsize, precision.reduce_dtype.itemsize
     filling: dict[tuple[int, ...], list[ParameterShard]] = {}
     full: list[list[ParameterShard]] = []
-    for shard in reversed(parameters.shards):
+    for shard in reversed(parameters.trained):
         ranks = _ranks_with_copies(parameters, shard)
         if len(ranks) == 1:
             continue
@@ -285,7 +286,7 @@ def _replica_sync(parameters: RankParameters, precision: Precision) -> Volumes:
 def _pipeline_sync(parameters: RankParameters, precision: Precision) -> Volumes:
     """Yield the sums of gradients over the stages that hold a parameter together."""
     shared: dict[tuple[int, ...], list[int]] = {}
-    for shard in parameters.shards:
+    for shard in parameters.trained:
         holders = parameters.holders(shard.parameter)
         if len(holders) > 1:
             size = precision.reduce_dtype.itemsize * math.prod(shard.shape)

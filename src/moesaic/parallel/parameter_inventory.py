@@ -5,7 +5,7 @@ milliseconds. The numbers are those of ``parallelize.py``: axes that shard dims 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,11 +85,21 @@ class ParameterInventory:
         """The paths of the experts' modules, with the number of experts of each."""
         return {path: layer.router.config.experts for path, _, layer in expert_modules(self._model)}
 
-    def on_rank(self, parallel: ParallelConfig, *, world: int, rank: int = 0) -> "RankParameters":
-        """Return the shards of a rank of ``world``. Raises ConfigError if the plan does not fit."""
+    def on_rank(
+        self,
+        parallel: ParallelConfig,
+        *,
+        world: int,
+        rank: int = 0,
+        frozen: Container[str] = frozenset(),
+    ) -> "RankParameters":
+        """Return the shards of a rank of ``world``; parameters named in ``frozen`` are not trained.
+
+        Raises ConfigError if the plan does not fit.
+        """
         plan = parallel.plan.resolve(world)
         check_parallel(self._model, parallel=parallel, plan=plan)
-        return RankParameters(self, parallel.replace(plan=plan), rank)
+        return RankParameters(self, parallel.replace(plan=plan), rank, frozen)
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ class RankParameters:
     inventory: ParameterInventory
     parallel: ParallelConfig
     rank: int
+    frozen: Container[str] = frozenset()
 
     @property
     def plan(self) -> ParallelPlan:
@@ -108,6 +119,11 @@ class RankParameters:
     def shards(self) -> tuple[ParameterShard, ...]:
         """The shard of every parameter that the rank holds."""
         return tuple(map(self._shard, self._held))
+
+    @cached_property
+    def trained(self) -> tuple[ParameterShard, ...]:
+        """The shards of the parameters that are trained."""
+        return tuple(s for s in self.shards if s.parameter.name not in self.frozen)
 
     @cached_property
     def stages(self) -> PipelineStages | None:

@@ -11,7 +11,8 @@ write it there. In use it is a buffer on the device whose memory is released aft
 autograd saved of it are valid again once it is refilled.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from moesaic.core.shapes import Int, Tensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, MoEOutput
-from moesaic.ops.moe_kernel import Edges
+from moesaic.ops.permute import RowGroups
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +59,11 @@ class StreamedLayer:
         """The bytes of all parameters."""
         return sum(parameter.nbytes for parameter in self.parameters.values())
 
+    def free_buffers(self) -> None:
+        """Release the buffers' memory."""
+        for buffer in self.buffers.values():
+            buffer.untyped_storage().resize_(0)
+
     def parts(self, *, backward: bool) -> list[Part]:
         """Return what a pass needs: in backward, where it is known which forward pass it is of."""
         used = self.waiting[0] if backward and len(self.waiting) == 1 else None
@@ -66,6 +72,16 @@ class StreamedLayer:
         counts = [each.counts() for each in used]
         runs = _runs([sum(rows) for rows in zip(*counts, strict=True)])
         return [Part(name, start, stop) for name in self.parameters for start, stop in runs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """Parts of a layer on their way; ``copied`` is the copy into its buffers, on a thread."""
+
+    layer: StreamedLayer
+    parts: list[Part]
+    fetched: FetchedTensors
+    copied: "Future[None] | None"
 
 
 class UsedExperts:
@@ -106,9 +122,11 @@ class ParameterStream:
             if isinstance(module, MoELayer)
         ]
         self.device_bytes, self.peak_device_bytes = 0, 0
-        self._coming: tuple[StreamedLayer, list[Part], FetchedTensors] | None = None
+        self._coming: _Coming | None = None
         self._hooked: set[nn.Parameter] = set()
         self._side = torch.cuda.Stream(store.device) if store.device.type == "cuda" else None
+        # a GPU copies beside its other work; on a CPU a thread does
+        self._thread = None if self._side else ThreadPoolExecutor(1, thread_name_prefix="stream")
         for number, layer in enumerate(self._layers):
             self._add_hooks(layer, number)
 
@@ -169,6 +187,10 @@ class ParameterStream:
             layer.noted = None
             self._use(number, then=number - 1 if _in_backward() else number + 1)
 
+        def note(groups: RowGroups) -> None:
+            if not _in_backward():
+                layer.noted = [*(layer.noted or []), UsedExperts(groups.rows_per_expert)]
+
         def after(_module: nn.Module, _inputs: Any, output: MoEOutput) -> None:
             if _in_backward():  # recomputed: the backward of the layer comes next
                 return
@@ -181,7 +203,7 @@ class ParameterStream:
         layer.module.register_forward_pre_hook(before)
         layer.module.register_forward_hook(after)
         if type(experts := layer.module.experts) is GroupedExperts:
-            setattr(experts, "forward_edges", _noting(layer, experts.forward_edges))  # noqa: B010
+            experts.call_before_use(note)
 
     def _start_backward(self, number: int) -> None:
         layer = self._layers[number]
@@ -218,35 +240,46 @@ class ParameterStream:
 
     def _fill(self, layer: StreamedLayer, parts: list[Part]) -> None:
         self._prefetch(layer, parts)
-        assert self._coming is not None
-        _, _, coming = self._coming
-        self._coming = None
+        coming, self._coming = self._coming, None
+        assert coming is not None
+        if coming.copied is None:
+            self._copy(layer, parts, coming.fetched)
+        else:
+            coming.copied.result()
         for name, parameter in layer.parameters.items():
-            buffer = layer.buffers[name]
+            parameter.data = layer.buffers[name]
+        layer.in_use, layer.present = True, parts
+
+    @torch.no_grad()
+    def _copy(self, layer: StreamedLayer, parts: list[Part], fetched: FetchedTensors) -> None:
+        for name, buffer in layer.buffers.items():
             buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
-            parameter.data = buffer if Part(name) in parts else buffer.zero_()
-        for tensor, part in zip(coming.wait(), parts, strict=True):
+            if Part(name) not in parts:
+                buffer.zero_()
+        for tensor, part in zip(fetched.wait(), parts, strict=True):
             if self._side is not None:
                 torch.cuda.current_stream().wait_stream(self._side)
                 tensor.record_stream(torch.cuda.current_stream())
             rows_of(layer.buffers[part.name], part).copy_(tensor)
-        coming.release()
-        layer.in_use, layer.present = True, parts
+        fetched.release()
 
     def _prefetch(self, layer: StreamedLayer, parts: list[Part]) -> None:
-        if self._coming is not None and self._coming[:2] != (layer, parts):
+        coming = self._coming
+        if coming is not None and (coming.layer, coming.parts) != (layer, parts):
             self._discard()
         if self._coming is None and layer.resting:
             with torch.cuda.stream(self._side):
-                self._coming = layer, parts, self.store.fetch(parts, access=Access.READ)
+                fetched = self.store.fetch(parts, access=Access.READ)
+            copied = self._thread and self._thread.submit(self._copy, layer, parts, fetched)
+            self._coming = _Coming(layer, parts, fetched, copied)
             self._count_bytes(layer.num_bytes)
 
     def _discard(self) -> None:
         if self._coming is not None:
-            layer, _, coming = self._coming
-            coming.release()
-            self._coming = None
-            self._count_bytes(-layer.num_bytes)
+            coming, self._coming = self._coming, None
+            coming.fetched.release() if coming.copied is None else coming.copied.result()
+            coming.layer.free_buffers()
+            self._count_bytes(-coming.layer.num_bytes)
 
     def _count_bytes(self, change: int) -> None:
         self.device_bytes += change
@@ -257,20 +290,9 @@ class ParameterStream:
             return
         for name, parameter in layer.parameters.items():
             parameter.data = layer.resting[name]
-            layer.buffers[name].untyped_storage().resize_(0)
+        layer.free_buffers()
         layer.in_use, layer.present = False, []
         self._count_bytes(-layer.num_bytes)
-
-
-def _noting(layer: StreamedLayer, forward_edges: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a method that notes the experts of its edges; they are not known of other methods."""
-
-    def run(x: Tensor, *, edges: Edges) -> Tensor:
-        if not _in_backward():
-            layer.noted = [*(layer.noted or []), UsedExperts(edges.groups.rows_per_expert)]
-        return forward_edges(x, edges=edges)
-
-    return run
 
 
 def _in_backward() -> bool:

@@ -169,6 +169,7 @@ def _measure_machine(
     device_bytes = torch.cuda.mem_get_info()[1] if run.cuda else host_memory_bytes() // devices
     return Machine(
         name=torch.cuda.get_device_name() if run.cuda else "this machine",
+        device="cuda" if run.cuda else "cpu",
         devices_per_node=run.number(devices),
         device_memory=run.number(device_bytes),
         host_memory_per_node=run.number(host_memory_bytes()),

@@ -17,7 +17,8 @@ class CostSettings(Config):
 
     ``sizes`` are those of one micro-batch of a data-parallel rank, ``world`` the number of ranks.
     ``busiest_share`` is the share of a layer's edges that expert 0 has, which rank 0 holds; None is
-    even. Kernels divide large results as on a ``device`` of this type.
+    even. Kernels divide large results as on a ``device`` of this type. Parameters named in
+    ``frozen`` are not trained: no gradients, no states. Their operations are priced all the same.
     """
 
     model: ModelConfig
@@ -29,6 +30,7 @@ class CostSettings(Config):
     world: int = Field(default=1, ge=1)
     busiest_share: float | None = Field(default=None, gt=0, le=1)
     device: str = "cuda"
+    frozen: tuple[str, ...] = ()
 
     @property
     def chunks(self) -> ChunkSizes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -124,11 +124,13 @@ class ContendedPairs(Config):
 class Machine(Config):
     """A cluster of equal nodes. Bytes and rates are those of one device, unless they say node.
 
-    ``memory`` is the rate of reading and writing device memory, by the bytes of a call. ``update``
-    is that of the optimizer on the host, over all bytes that it reads and writes.
+    ``device`` is PyTorch's type of a device. ``memory`` is the rate of reading and writing device
+    memory, by the bytes of a call. ``update`` is that of the optimizer on the host, over all bytes
+    that it reads and writes.
     """
 
     name: Source
+    device: Literal["cuda", "cpu"] = "cuda"
     devices_per_node: Sourced
     device_memory: Sourced
     host_memory_per_node: Sourced
@@ -175,17 +177,18 @@ def read_machine(path: Path) -> Machine:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSize:
-    """A device's name and its memory in bytes."""
+    """A device's name, its memory in bytes, and PyTorch's type of it."""
 
     name: str
     memory: float
+    type: str
 
 
 def device_here() -> DeviceSize:
     """Return the first CUDA device of this machine, or its processor with the host's memory."""
     if torch.cuda.is_available():
-        return DeviceSize(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
-    return DeviceSize("this machine", host_memory_bytes())
+        return DeviceSize(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1], "cuda")
+    return DeviceSize("this machine", host_memory_bytes(), "cpu")
 
 
 def host_memory_bytes() -> float:

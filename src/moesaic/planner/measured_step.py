@@ -31,6 +31,7 @@ from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.ops.chunk_sizes import ChunkSizes, use_chunk_sizes
 from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.activation_checkpointing import NoActivationCheckpointing
+from moesaic.parallel.activation_offload import SavedStorages, slot_bytes
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
@@ -44,7 +45,11 @@ from moesaic.planner.operation_recorder import Operation, OperationRecorder
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A part of a step: bytes at its end and at most, beside those at its start, and its work."""
+    """A part of a step: bytes at its end and at most, beside those at its start, and its work.
+
+    ``saved`` are the bytes of the storages that an activation offload moves, ``slots`` those of
+    their places in a tier; both are only measured for one.
+    """
 
     phase: Phase
     place: ChainPlace
@@ -52,6 +57,8 @@ class Span:
     peak: int
     operations: Counter[Operation] = field(repr=False)
     sent: Counter[SentCall] = field(repr=False)
+    saved: int = 0
+    slots: int = 0
 
     def with_more(self, size: int) -> "Span":
         """Return the span with so many more bytes at its end."""
@@ -71,6 +78,7 @@ class MeasuredPart:
     """What is run: a model's blocks under a plan with few ranks.
 
     ``is_pipelined``: routing records are dropped by each block, as pipeline stages do.
+    ``offloads``: what an activation offload moves is counted.
     """
 
     config: ModelConfig
@@ -82,6 +90,7 @@ class MeasuredPart:
     chunks: ChunkSizes
     busiest_share: float | None = None
     is_pipelined: bool = False
+    offloads: bool = False
 
     def measure(self, *, last: Sequence[bool]) -> MeasuredStep:
         """Run a step whose micro-batches are the step's last where ``last`` is true."""
@@ -106,12 +115,15 @@ class MeasuredPart:
                     model, parallel=parallel, mesh=mesh, precision=self.precision
                 )
             self._apply_checkpointing(model)
+            counted = _CountedSaves(model.run_block)
+            if self.offloads:
+                model.run_block = counted
             for module in model.modules():
                 if isinstance(module, FSDPModule):  # it drops what it was made of at first use
                     module.unshard()
                     module.reshard()
             simulation.counter = CommunicationCounter(axes=mesh_groups(mesh))
-            recording = _Recording(simulation.ledger, recorder, simulation.counter)
+            recording = _Recording(simulation.ledger, recorder, simulation.counter, counted)
             blocks = _MarkedBlocks(model, self.chain, recording, drops_records=self.is_pipelined)
             model.run_block = blocks
             batch = dummy_batch(self.config, self.sizes)
@@ -135,9 +147,14 @@ class _Recording:
     """Divides what happens into spans; ``begin`` ends one and starts the next."""
 
     def __init__(
-        self, ledger: AllocationLedger, recorder: OperationRecorder, counter: CommunicationCounter
+        self,
+        ledger: AllocationLedger,
+        recorder: OperationRecorder,
+        counter: CommunicationCounter,
+        saves: "_CountedSaves",
     ) -> None:
         self._ledger, self._recorder, self._counter = ledger, recorder, counter
+        self._saves = saves
         self._phase, self._place, self._start = Phase.FORWARD, ChainPlace(""), 0
         self._sent: Counter[SentCall] = Counter()
         self.spans: list[Span] = []
@@ -202,11 +219,33 @@ class _Recording:
                 ledger.peak_bytes - self._start,
                 self._recorder.counts,
                 sent - self._sent,
+                sum(self._saves.sizes),
+                sum(map(slot_bytes, self._saves.sizes)),
             )
         )
+        self._saves.sizes = []
         ledger.reset_peak()
         self._recorder.counts = Counter()
         self._start, self._sent = ledger.live_bytes, sent
+
+
+class _CountedSaves:
+    """Runs blocks and notes the sizes of the storages that an activation offload would move."""
+
+    def __init__(self, run_block: RunBlock) -> None:
+        self._run_block = run_block
+        self.sizes: list[int] = []
+
+    def __call__(self, block: nn.Module, state: BlockState, **inputs: Any) -> BlockState:
+        saved = SavedStorages[None]()
+
+        def pack(tensor: Tensor) -> Tensor:
+            size = tensor.untyped_storage().nbytes()
+            saved.find(tensor, make=lambda: self.sizes.append(size))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return self._run_block(block, state, **inputs)
 
 
 class _MarkedBlocks:

@@ -100,7 +100,7 @@ def _owned_matrices(parameters: RankParameters, optimizer: Optimizer) -> Iterato
     if not isinstance(optimizer, Muon):
         return
     fused = parameters.inventory.fused_outputs
-    for shard in parameters.shards:
+    for shard in parameters.trained:
         parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
         rule = optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
         if isinstance(rule, MuonRule):

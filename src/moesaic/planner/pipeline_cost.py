@@ -101,6 +101,14 @@ class PipelineCost:
                 most_kept = max(most_kept, kept)
         return peak, most_kept
 
+    def most_kept(self, sizes: Sequence[int]) -> int:
+        """Return the most at once of what passes keep, given its bytes for each stage."""
+        kept = most = 0
+        for each in self.passes():
+            kept += -sizes[each.stage] if each.is_backward else sizes[each.stage]
+            most = max(most, kept)
+        return most
+
     def bubble(self) -> float:
         """Return the share of the step in which the rank waits."""
         plan, schedule = self.parameters.plan, self.settings.parallel.pipeline_schedule

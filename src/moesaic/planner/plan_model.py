@@ -23,7 +23,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
-from moesaic.planner.cost_entries import DEVICE, HOST, Phase, Purpose
+from moesaic.planner.cost_entries import DEVICE, Phase, Purpose
 from moesaic.planner.machine import Machine
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_space import (
@@ -297,12 +297,11 @@ class PlanModel:
         share, m = self._share(degrees), degrees.micro_batches
         moved: Counter[tuple[str, str]] = Counter()
         tiered = self._tiered(state)
-        for each in moved_bytes(tiered, option.memory, micro_batches=m, summed=state.summed):
+        saved = self._activations(degrees, option)[1]
+        for each in moved_bytes(
+            tiered, option.memory, micro_batches=m, summed=state.summed, saved=saved
+        ):
             moved[each.source, each.target] += each.bytes
-        if not option.memory.activations.is_device:
-            kept = self._activations(degrees, option)[1] * m
-            moved[DEVICE, HOST] += kept
-            moved[HOST, DEVICE] += kept
         machine = self.settings.machine
         return {
             f"{source} to {target}": transfer_link(machine, source, target).seconds(size * share)
@@ -320,7 +319,8 @@ class PlanModel:
         """Return the bytes of a rank with those of experts by layer, taken as equal."""
         layers = self._moe_layers
         experts = {str(n): state.experts // layers for n in range(layers)}
-        return StateBytes(state.weights, state.gradients, state.states, 0, experts)
+        weights = (state.weights, sum(experts.values()))
+        return StateBytes(state.weights, state.gradients, state.states, 0, experts, *weights)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.

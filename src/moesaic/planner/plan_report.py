@@ -185,6 +185,7 @@ def plan_model(
         optimizer=request.optimizer,
         precision=request.precision,
         sizes=request.space.micro_batch(1),
+        device=machine.device,
     )
     return PlanModel(
         PlanModelSettings(

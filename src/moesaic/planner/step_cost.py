@@ -119,12 +119,12 @@ class _Composition:
     def of(settings: CostSettings, *, rank: int) -> "_Composition":
         """Measure what was not measured before."""
         inventory = inventory_of(settings.model)
-        parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
+        world, frozen = settings.world, frozenset(settings.frozen)
+        parameters = inventory.on_rank(settings.parallel, world=world, rank=rank, frozen=frozen)
         counts = sorted(set(inventory.expert_modules.values()))
         small = smallest_plan(parameters.plan, expert_counts=counts)
         parallel = settings.parallel.replace(plan=small, memory=MemoryPlan())
-        by = parallel.activation_checkpointing
-        blocks = BlockChain.of(settings.model, checkpointing=by)
+        blocks = BlockChain.of(settings.model, checkpointing=parallel.activation_checkpointing)
         part = MeasuredPart(
             settings.model,
             blocks,
@@ -135,6 +135,7 @@ class _Composition:
             settings.chunks,
             settings.busiest_share,
             is_pipelined=parameters.stages is not None,
+            offloads=not settings.parallel.memory.activations.is_device,
         )
         measured_parameters = inventory.on_rank(parallel, world=small.world_size)
         return _Composition(settings, parameters, blocks, part, measured_parameters)
@@ -165,9 +166,10 @@ class _Composition:
         if self.parameters.plan.zero in (1, 2):
             kept -= gathered
         lines = [*self._state_lines(), HeldBytes(DEVICE, Purpose.GATHERED, gathered)]
-        lines.append(
-            HeldBytes(tier_name(self._memory.activations), Purpose.ACTIVATIONS, max(0, kept))
-        )
+        lines.append(HeldBytes(DEVICE, Purpose.ACTIVATIONS, max(0, kept)))
+        slots = [sum(s.slots for s in stage) for stage in self._spans(self.measured, micro_batch=0)]
+        tier, away = tier_name(self._memory.activations), self._pipeline.most_kept(slots)
+        lines.append(HeldBytes(tier, Purpose.ACTIVATIONS, away))
         known = sum(line.bytes for line in lines if line.tier == DEVICE)
         lines.append(HeldBytes(DEVICE, Purpose.TRANSIENT, max(0, peak - known)))
         peaks = {DEVICE: peak}
@@ -198,6 +200,7 @@ class _Composition:
     def cost(self) -> StepCost:
         """Return the whole cost."""
         held, peak = self.held()
+        spans = chain.from_iterable(self._spans(self.measured, micro_batch=0))
         return StepCost(
             held=held,
             peak=peak,
@@ -209,6 +212,7 @@ class _Composition:
                     self._memory,
                     micro_batches=self.settings.micro_batches,
                     summed=sum(bucket.bytes for bucket in self._buckets),
+                    saved=sum(span.saved for span in spans),
                 )
             ),
             bubble=self._pipeline.bubble(),
@@ -256,7 +260,7 @@ class _Composition:
         return [with_offloaded_activations(stage) for stage in stages]
 
     def _peak(self) -> tuple[int, int]:
-        """Return the most bytes of the device at once, and of activations in any tier."""
+        """Return the most bytes of the device at once, and of activations kept there."""
         state, memory = self._state, self._memory
         fixed = resident_weights(state, memory)
         fixed += state.counters + state.stored * memory.optimizer_states.is_device
@@ -296,7 +300,7 @@ class _Composition:
         return pipeline.peak(kinds)
 
     def _update_peak(self) -> int:
-        """Return the most bytes that the update has update_peak weights, gradients and states."""
+        """Return the most bytes that the update has beside weights, gradients and states."""
         states = self._memory.optimizer_states
         if states.is_device:
             return self.measured.update.peak
@@ -324,8 +328,9 @@ class _Composition:
         state, measured = self._state, self.measured.update.operations
         passes = sum(n for each, n in measured.items() if each.kind is OperationKind.MEMORY)
         run = sum(self.blocks.has_run(s.parameter.name) for s in self.measured_parameters.shards)
-        calls = max(1, round(passes * len(self.parameters.shards) / run))
-        read, written = state.total, state.weights + state.states
+        calls = max(1, round(passes * len(self.parameters.trained) / run))
+        written = state.updated + state.states
+        read = written + state.gradients
         yield Operation(OperationKind.MEMORY, "float32", 0, read // calls, written // calls), calls
         yield from owner_operations(self.parameters, self.settings.optimizer)
 

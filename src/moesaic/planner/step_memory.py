@@ -29,8 +29,9 @@ class StateBytes:
     """Bytes of a rank's weights, gradients and optimizer states, exact, in whichever tier.
 
     ``counters`` are those of the states that are one number, which stay on the device; ``experts``
-    those of the weights of experts, by module. ``overwritten`` are the old values of updates that
-    may run ahead of the gradient norm.
+    those of the weights of experts, by module. Of ``updated`` weights, those that are trained,
+    ``updated_experts`` are of experts. ``overwritten`` are the old values of updates that may run
+    ahead of the gradient norm.
     """
 
     weights: int
@@ -38,6 +39,8 @@ class StateBytes:
     states: int
     counters: int
     experts: Mapping[str, int]
+    updated: int
+    updated_experts: int
     overwritten: int = 0
 
     @property
@@ -45,17 +48,14 @@ class StateBytes:
         """Bytes of the states that a tier holds."""
         return self.states - self.counters
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.states
-
 
 def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateBytes:
     """Return the bytes of the shards of a rank."""
     precision = settings.precision
     weight, gradient = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
     master = precision.master_weights.bytes_per_value if weight < FLOAT32_BYTES else 0
-    values, overwritten, experts = 0, 0, dict[str, int]()
+    values = overwritten = trained = trained_experts = 0
+    experts: dict[str, int] = {}
     slots: list[Tensor] = []
     for shard in parameters.shards:
         size = math.prod(shard.shape)
@@ -63,6 +63,10 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
         if shard.parameter.placement.num_experts is not None:
             module = shard.parameter.fsdp_unit
             experts[module] = experts.get(module, 0) + weight * size
+    for shard in parameters.trained:
+        size = math.prod(shard.shape)
+        trained += size
+        trained_experts += size * (shard.parameter.placement.num_experts is not None)
         parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
         rule = settings.optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
         own = list(rule.initial_state(parameter).values())
@@ -71,10 +75,12 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
             overwritten += FLOAT32_BYTES * size + sum(slot.nbytes for slot in own if slot.dim())
     return StateBytes(
         weight * values,
-        gradient * values,
-        master * values + sum(slot.nbytes for slot in slots),
+        gradient * trained,
+        master * trained + sum(slot.nbytes for slot in slots),
         sum(slot.nbytes for slot in slots if not slot.dim()),
         experts,
+        weight * trained,
+        weight * trained_experts,
         overwritten,
     )
 
@@ -138,15 +144,18 @@ def gradient_corrections(
 ) -> Mapping[ChainPlace, int]:
     """Return, for each place, by how much more bytes of gradients stay than where it was run.
 
-    There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device.
+    There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device,
+    those of frozen parameters too.
     """
     itemsize = settings.precision.gradient_dtype.itemsize
-    stays = settings.parallel.memory.gradients.is_device
+    is_device = settings.parallel.memory.gradients.is_device
     small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.shards}
     found: dict[ChainPlace, int] = {}
     for shard in parameters.shards:
         place = _place_of(shard.parameter.name, settings)
-        more = stays * math.prod(shard.shape) - small[shard.parameter.name]
+        name = shard.parameter.name
+        stays = is_device and name not in parameters.frozen
+        more = stays * math.prod(shard.shape) - small[name]
         found[place] = found.get(place, 0) + itemsize * more
     return found
 
@@ -160,7 +169,7 @@ def stage_gradients(
     """
     itemsize = settings.precision.gradient_dtype.itemsize
     sizes = [0] * len(stages)
-    for shard in parameters.shards if settings.parallel.memory.gradients.is_device else ():
+    for shard in parameters.trained if settings.parallel.memory.gradients.is_device else ():
         stack, _, rest = shard.parameter.name.partition(".")
         number = rest.partition(".")[0]
         index = 0
@@ -204,15 +213,18 @@ def _order(place: ChainPlace) -> tuple[int, int]:
 
 
 def with_offloaded_activations(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Return spans whose kept activations leave at their end, and are fetched for backward."""
-    kept = {span.place: span.change for span in spans if span.phase == Phase.FORWARD}
-    return tuple(
-        replace(span, change=0)
+    """Return spans whose saved storages leave at their end, and are fetched for backward.
+
+    Of what is saved, only what the span has added can leave: the rest is in use elsewhere.
+    """
+    left = {
+        span.place: min(span.saved, max(0, span.change))
+        for span in spans
         if span.phase == Phase.FORWARD
-        else replace(
-            span,
-            change=span.change + kept[span.place],
-            peak=span.peak + kept[span.place],
-        )
+    }
+    return tuple(
+        span.with_more(-left[span.place])
+        if span.phase == Phase.FORWARD
+        else replace(span, change=span.change + left[span.place], peak=span.peak + left[span.place])
         for span in spans
     )

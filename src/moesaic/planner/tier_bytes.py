@@ -24,26 +24,37 @@ def resident_weights(state: StateBytes, memory: MemoryPlan) -> int:
 
 
 def moved_bytes(
-    state: StateBytes, memory: MemoryPlan, *, micro_batches: int, summed: int
+    state: StateBytes,
+    memory: MemoryPlan,
+    *,
+    micro_batches: int,
+    summed: int,
+    saved: int,
 ) -> Iterator[MovedBytes]:
     """Yield what moves between tiers in a step of an optimizer that updates on the host.
 
     Streamed weights are fetched for each forward pass and, but for the last layer's, for each
     backward pass: at most, since experts without rows are left out there. Other weights go to the
-    host to be updated, and return. ``summed`` are the bytes of gradients that ranks sum.
+    host to be updated, and return. ``summed`` are the bytes of gradients that ranks sum, ``saved``
+    those of the activations of a micro-batch that leave the device, and return if they are used.
     """
     streamed = 0 if memory.parameters.is_device else sum(state.experts.values())
     if streamed:
         tier = tier_name(memory.parameters)
         last = list(state.experts.values())[-1]
         yield MovedBytes(tier, DEVICE, Purpose.WEIGHTS, micro_batches * (2 * streamed - last))
+    if not memory.activations.is_device:
+        tier = tier_name(memory.activations)
+        yield MovedBytes(DEVICE, tier, Purpose.ACTIVATIONS, micro_batches * saved)
+        yield MovedBytes(tier, DEVICE, Purpose.ACTIVATIONS, micro_batches * saved)
     if not memory.gradients.is_device:
         yield from _moved_gradients(state.gradients, memory, micro_batches, summed=summed)
     elif not memory.optimizer_states.is_device:
         yield MovedBytes(DEVICE, HOST, Purpose.GRADIENTS, state.gradients)
     if not memory.optimizer_states.is_device:
-        yield MovedBytes(DEVICE, HOST, Purpose.WEIGHTS, state.weights - streamed)
-        yield MovedBytes(HOST, DEVICE, Purpose.WEIGHTS, state.weights - streamed)
+        updated = state.updated - (state.updated_experts if streamed else 0)
+        yield MovedBytes(DEVICE, HOST, Purpose.WEIGHTS, updated)
+        yield MovedBytes(HOST, DEVICE, Purpose.WEIGHTS, updated)
     if tier_name(memory.optimizer_states) == DISK:
         yield MovedBytes(DISK, HOST, Purpose.STATES, state.stored)
         yield MovedBytes(HOST, DISK, Purpose.STATES, state.stored)

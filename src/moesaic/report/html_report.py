@@ -8,6 +8,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import UserError
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count, show_seconds
+from moesaic.report.forgetting_section import forgetting_section
 from moesaic.report.html import Html, tag
 from moesaic.report.html_page import html_page, page_logo
 from moesaic.report.quality_section import quality_section, quality_sentences
@@ -22,6 +23,7 @@ from moesaic.report.training_sections import latest_value, run_section, training
 
 _SECTIONS = (
     ("scores", "Scores", quality_section),
+    ("forgetting", "What was not tuned", forgetting_section),
     ("samples", "Sample translations", samples_section),
     ("training", "Training", training_section),
     ("routing", "Routing atlas", atlas_section),
@@ -47,7 +49,9 @@ def render_page(inputs: ReportInputs) -> str:
         f"{inputs.name} · moesaic report",
         header=_guarded(_header, inputs, name="The headline"),
         sections=[
-            (name, title, _guarded(build, inputs, name=title)) for name, title, build in _SECTIONS
+            (name, title, _guarded(build, inputs, name=title))
+            for name, title, build in _SECTIONS
+            if name != "forgetting" or inputs.forgetting
         ],
     )
 

@@ -50,6 +50,7 @@ class ReportInputs:
     config_text: str = ""
     metrics: dict[str, ChartSeries] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    forgetting: dict[str, Any] = field(default_factory=dict)
     usage: RecordedUsage | None = None
     health: tuple[RecordedFinding, ...] | None = None
     insight: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +108,12 @@ def read_training_and_scores(run: RunDir) -> ReportInputs:
         metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
         summary=_read_or_gap(
             run.summary, lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)), {}, gaps
+        ),
+        forgetting=_read_or_gap(
+            run.forgetting,
+            lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)),
+            {},
+            gaps if run.forgetting.exists() else {},
         ),
         perplexity=_read_or_gap(
             run.perplexity,

@@ -14,6 +14,7 @@ from moesaic.memory.tier import HostMemory, Tier
 from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.layer import MoELayer
+from moesaic.nn.adapter import is_of_adapter
 from moesaic.ops.permute import RowGroups
 from moesaic.optim.gradients import TieredGradients
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
@@ -63,7 +64,7 @@ def use_memory_plan(
         [bank for each in late.values() for bank in each], max_steps=plan.late_steps
     )
     for module, each in late.items():
-        module.before_use = partial(_catch_up, optimizer, each)
+        module.call_before_use(partial(_catch_up, optimizer, each))
     return _run_ahead(plan, optimizer=optimizer, model=model)
 
 
@@ -85,7 +86,8 @@ def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, ExpertModule, nn.
         if not isinstance(layer, MoELayer) or isinstance(layer.dispatcher, AdaptiveDispatcher):
             continue
         for name, parameter in layer.experts.named_parameters(prefix=f"{path}.experts"):
-            if parameter.ndim == 3 and local_tensor(parameter) is parameter:
+            whole = parameter.ndim == 3 and local_tensor(parameter) is parameter
+            if whole and not is_of_adapter(name):
                 yield name, layer.experts, parameter
 
 

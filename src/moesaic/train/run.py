@@ -18,6 +18,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.precision import Float32, Precision
 from moesaic.train import low_rank_adaptation as low_rank_adaptation  # registers its members
 from moesaic.train import row_data as row_data  # registers its member of TrainingData
+from moesaic.train import sparse_adaptation as sparse_adaptation  # registers its members
 from moesaic.train import text_data as text_data  # registers its member of TrainingData
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
 from moesaic.train.trainable_parameters import AllParameters, TrainableParameters

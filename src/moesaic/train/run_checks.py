@@ -48,7 +48,7 @@ def trainable_parameters_exist(run: Run) -> Iterator[str]:
     if run.trainable != AllParameters():
         model = Transformer.without_values(run.model)
         yield from run.trainable.problems(model)
-        yield from run.trainable.plan_problems(run.parallel.plan)
+        yield from run.trainable.parallel_problems(run.parallel)
     if run.trainable.keeps_base and isinstance(run.initial_weights, RandomWeights):
         kind = type(run.trainable).__name__
         yield (

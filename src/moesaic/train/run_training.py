@@ -52,6 +52,7 @@ from moesaic.train.resume import (
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
+from moesaic.train.sparse_selection import selection_hooks
 from moesaic.train.timeline_hook import TimelineHook
 from moesaic.train.trainer import NonFiniteError, Trainer
 from moesaic.train.training_data import BatchLoader, Preparation, PreparedData
@@ -86,7 +87,7 @@ def train(
     check_run(run)
     last = _last_step(run, until=until)
     if run.trainable.keeps_base:
-        run = run.replace(initial_weights=run.initial_weights.pinned())
+        run = _with_base(run)
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with (
         init_distributed(timeout_s=run.collective_timeout_s) as world,
@@ -128,6 +129,13 @@ def train(
             metrics=dict(trainer.event_log.latest_values),
             stop_reason=stop_reason,
         )
+
+
+def _with_base(run: Run) -> Run:
+    """Return a run of adapters with what it takes from the run that it starts from."""
+    start = run.initial_weights.pinned()
+    base = RunDir(Path(start.path)) if isinstance(start, WeightsOfRun) else None
+    return run.replace(initial_weights=start, trainable=run.trainable.resolved(base))
 
 
 def _prepare_data(
@@ -239,6 +247,7 @@ def seeded_trainer(
 def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
     """Return the hooks of every run that come before the metrics log."""
     return [
+        *selection_hooks(trainer),
         ValidationHook(),
         RouterHealthHook(run_dir.usage, trainer=trainer, findings=run_dir.health),
         RoutingTraceHook(run_dir.routes),

@@ -7,15 +7,16 @@ change it. The state of routing rules (an expert bias) is no parameter: it follo
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
-from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import World
 from moesaic.model.transformer import Transformer
+from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 
 MAX_SHOWN_NAMES = 3
@@ -50,10 +51,15 @@ class TrainableParameters(Choice):
         """Yield a sentence for each part of the choice that fits no parameter of a model."""
         raise NotImplementedError
 
-    def plan_problems(self, plan: ParallelPlan) -> Iterator[str]:
-        """Yield a sentence for each axis of a plan under which this cannot be trained."""
-        del plan
+    def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
+        """Yield a sentence for each part of a plan under which this cannot be trained."""
+        del parallel
         yield from ()
+
+    def resolved(self, start: RunDir | None) -> Self:
+        """Return the choice with what it takes from the run that training starts from, if any."""
+        del start
+        return self
 
 
 class AllParameters(TrainableParameters):

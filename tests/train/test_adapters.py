@@ -1,4 +1,4 @@
-"""LoRA: nothing changes at the start, gradients are the dense ones projected, merging is exact."""
+"""Adapters: zero at the start, gradients are the dense ones projected, merging is exact."""
 
 import shutil
 
@@ -14,6 +14,8 @@ from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
+from moesaic.model.weights import export_weights
+from moesaic.monitor.expert_usage import read_usage
 from moesaic.nn.adapter import LowRankLinear, adapter_name, add_adapter, is_of_adapter
 from moesaic.ops.permute import group_by_expert
 from moesaic.optim.lr_schedule import WSD
@@ -21,16 +23,33 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert_dispatch import AdaptiveExperts
 from moesaic.parallel.tensor_parallel import SkipBiasLinear
 from moesaic.recipes.lookup import warm_start
-from moesaic.testing.tiny_models import random_batch, synthetic_run, tiny_model_config, tiny_run
+from moesaic.testing.tiny_models import (
+    TinyStream,
+    random_batch,
+    synthetic_run,
+    tiny_model_config,
+    tiny_run,
+    tiny_trainer,
+)
+from moesaic.train.adapter_choice import adaptable_matrices
+from moesaic.train.loop import training_loop
 from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.merge_adapter import merge_adapter
 from moesaic.train.resume import ResumeLatest
+from moesaic.train.run import LogConfig, Run
 from moesaic.train.run_checks import check_run
 from moesaic.train.run_training import train
+from moesaic.train.sparse_adaptation import ExpertsOfLanguage, RandomSparse, SpIEL
+from moesaic.train.sparse_selection import selection_hooks
 from moesaic.train.training_hooks import Hook, no_progress
 from moesaic.train.warm_start import WeightsOfRun
 
 LORA = LoRA(rank=2, alpha=6.0, targets=("experts", "attention"))
+SPARSE = RandomSparse(density=0.05)
+SPIEL = SpIEL(density=0.05, every=4, select_steps=3)
+ROWS = ExpertsOfLanguage(
+    language="qaa_Latn", experts=dict.fromkeys(("encoder.0", "decoder.0"), (0, 2))
+)
 
 
 def models(choice=LORA, *, config=None):
@@ -51,30 +70,41 @@ def loss_of(model):
     return model.loss(output).total + sum(sum(r.losses.values()) for r in output.records)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_merged_weights_give_the_loss_and_the_projected_gradients_of_the_adapter(bias):
-    base, adapted = models(config=tiny_model_config().replace(bias=bias))
-    adapter = dict(adapted.named_parameters())
+def projected(choice, name, gradient, adapter) -> dict[str, torch.Tensor]:
+    """Return the gradients of the adapter of a matrix, by definition, from the matrix's own."""
+    parts = {p: adapter.get(adapter_name(name, p)) for p in ("a", "b", "delta", "index")}
+    if parts["a"] is not None:
+        whole, a, b = LORA.scale * gradient, parts["a"], parts["b"]
+        experts = gradient.dim() == 3
+        both = (whole @ b.mT, a.mT @ whole) if experts else (b.mT @ whole, whole @ a.mT)
+        return {adapter_name(name, part): each for part, each in zip("ab", both, strict=True)}
+    if parts["index"] is not None:
+        picked = gradient.flatten(-2).gather(-1, parts["index"].long())
+        return {adapter_name(name, "delta"): picked}
+    if parts["delta"] is not None:
+        return {adapter_name(name, "delta"): gradient[[0, 2]]}
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("choice", "bias"), [(LORA, False), (LORA, True), (SPARSE, False), (ROWS, False)]
+)
+def test_merged_weights_give_the_loss_and_the_projected_gradients_of_the_adapter(choice, bias):
+    base, adapted = models(choice, config=tiny_model_config().replace(bias=bias))
+    adapter, wanted = export_weights(adapted), {}
     with torch.no_grad():
         for name, weight in base.named_parameters():
-            weight.copy_(LORA.merged(weight, name=name, adapter=adapter))
+            weight.copy_(choice.merged(weight, name=name, adapter=adapter))
     losses = [loss_of(model) for model in (base, adapted)]
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
-    checked = set()
     for name, weight in base.named_parameters():
-        a, b = (adapter.get(adapter_name(name, part)) for part in "ab")
-        if a is None:
-            continue
-        whole = LORA.scale * weight.grad
-        grad_a, grad_b = (
-            (whole @ b.mT, a.mT @ whole) if weight.dim() == 3 else (b.mT @ whole, whole @ a.mT)
-        )
-        torch.testing.assert_close(a.grad, grad_a, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(b.grad, grad_b, rtol=1e-4, atol=1e-6)
-        checked |= {adapter_name(name, part) for part in "ab"}
-    assert checked == {name for name in adapter if is_of_adapter(name)}
+        wanted |= projected(choice, name, weight.grad, adapter)
+    found = {n: p.grad for n, p in adapted.named_parameters() if is_of_adapter(n)}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
 
 
 def test_adapters_that_are_zero_leave_the_bits_of_the_base():
@@ -102,21 +132,25 @@ class LastLoss(Hook):
 @pytest.fixture(scope="module")
 def init(data_home, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "init"
-    train(synthetic_run(steps=2, schedule=WSD()), out, progress=no_progress)
+    log = LogConfig(routing_stats_every=1)
+    train(synthetic_run(steps=2, schedule=WSD(), log=log), out, progress=no_progress)
     return out
 
 
-def tuned(init, **changes):
+def tuned(init, trainable=LORA, **changes):
     run = warm_start(str(init), changes=["steps=4", "checkpoint.every=2", "validation.every=0"])
-    return run.replace(trainable=LORA, **changes)
+    return run.replace(trainable=trainable, **changes)
 
 
-def test_a_run_of_adapters_saves_little_resumes_and_merges_into_a_model(init, tmp_path):
+@pytest.mark.parametrize(("choice", "matrices"), [(LORA, 11), (SPIEL, 11)])
+def test_a_run_of_adapters_saves_little_resumes_and_merges_into_a_model(
+    init, tmp_path, choice, matrices
+):
     base, whole, parts = RunDir(init), RunDir(tmp_path / "whole"), RunDir(tmp_path / "parts")
-    before, kept = base.model.read_bytes(), LastLoss()
-    train(tuned(init), whole.path, hooks=[kept], progress=no_progress)
-    train(tuned(init), parts.path, until=2, progress=no_progress)
-    train(tuned(init), parts.path, resume=ResumeLatest(), progress=no_progress)
+    before, kept, run = base.model.read_bytes(), LastLoss(), tuned(init, choice)
+    train(run, whole.path, hooks=[kept], progress=no_progress)
+    train(run, parts.path, until=2, progress=no_progress)
+    train(run, parts.path, resume=ResumeLatest(), progress=no_progress)
     assert parts.adapter.read_bytes() == whole.adapter.read_bytes()
     saved = load_checkpoint(whole.checkpoints).files
     adapter, weights = read_tensors(whole.adapter), read_tensors(base.model)
@@ -127,10 +161,65 @@ def test_a_run_of_adapters_saves_little_resumes_and_merges_into_a_model(init, tm
         RunDir.open(whole.path).require_weights()
     changed = merge_adapter(whole)
     merged = read_tensors(whole.model)
-    assert changed == sum(not torch.equal(merged[n], weights[n]) for n in weights) == 11
-    model = load_transformer(tuned(init).model, whole.model).eval()
+    assert changed == sum(not torch.equal(merged[n], weights[n]) for n in weights) == matrices
+    model = load_transformer(run.model, whole.model).eval()
     assert loss_of(model).item() == pytest.approx(kept.loss, rel=1e-6)
     assert base.model.read_bytes() == before
+
+
+def test_the_experts_of_a_language_are_those_that_got_most_of_its_edges(init, tmp_path):
+    out, base = RunDir(tmp_path / "out"), RunDir(init)
+    choice = ExpertsOfLanguage(language="qaa_Latn", share=0.6)
+    train(tuned(init, choice), out.path, until=1, progress=no_progress)
+    chosen = Run.from_yaml(out.config.read_text()).trainable.experts
+    usage = read_usage(base.usage)
+    column = usage.languages.index("qaa_Latn")
+    for layer in usage.layers:
+        own = layer.counts[:, column]
+        kept = own[list(chosen[layer.layer])]
+        assert kept.sum() >= 0.6 * own.sum() > kept.sum() - kept.min()
+    merge_adapter(out)
+    before, after = read_tensors(base.model), read_tensors(out.model)
+    name = "encoder.0.feed_forward.inner.experts.up"
+    changed = {e for e in range(4) if not torch.equal(before[name][e], after[name][e])}
+    assert changed == set(chosen["encoder.0"])
+    with pytest.raises(ConfigError, match=r"language=xxx: .*usage\.json counts"):
+        train(tuned(init, choice.replace(language="xxx")), tmp_path / "no", progress=no_progress)
+
+
+def test_spiel_moves_its_values_to_the_largest_gradients_and_seeds_their_moments():
+    choice = SPIEL.replace(select_steps=1)
+    trainer = tiny_trainer(tiny_run(trainable=choice, clip_norm=1e9))
+    dense = Transformer(trainer.run.model)
+    weights = {n: p for n, p in trainer.model.named_parameters() if not is_of_adapter(n)}
+    dense.load_state_dict(weights, strict=False)  # a tied table has a second name
+    output = dense(batch := next(TinyStream()))
+    loss = dense.loss(output).total / batch.num_predicted
+    (loss + sum(sum(r.losses.values()) for r in output.records)).backward()
+    hook = selection_hooks(trainer)[0]
+    training_loop(trainer, hooks=[hook], until=1)
+    assert not hook.tensors(trainer.world)
+    adapter, state = export_weights(trainer.model), trainer.optimizer.state
+    for name, weight in dense.named_parameters():
+        if (index := adapter.get(adapter_name(name, "index"))) is None:
+            continue
+        flat, delta = weight.grad.flatten(-2), adapter_name(name, "delta")
+        wanted = flat.abs().topk(index.shape[-1]).indices.sort(-1).values
+        assert index.long().sort(-1).values.equal(wanted), name
+        assert not adapter[delta].any()
+        moment = state[trainer.model.get_parameter(delta)]["exp_avg"] / (1 - 0.9)
+        torch.testing.assert_close(moment, flat.gather(-1, index.long()), rtol=1e-3, atol=1e-6)
+
+
+def test_the_values_that_are_trained_and_saved_are_the_budget():
+    model, counted = Transformer(tiny_model_config()), 0
+    SPARSE.attach(model)
+    for name in adaptable_matrices(model):
+        shape = model.get_parameter(name).shape
+        experts = shape[0] if len(shape) == 3 else 1
+        counted += experts * round(0.05 * shape[-2] * shape[-1])
+    named = model.named_parameters()
+    assert sum(p.numel() for n, p in named if SPARSE.includes(n)) == counted
 
 
 def test_sharded_ranks_write_the_adapter_of_one_process(init, tmp_path):
@@ -166,6 +255,10 @@ def test_adapters_of_other_weights_are_refused(init, tmp_path):
 
 
 def test_what_adapters_cannot_do_is_refused_by_name():
+    sharded = ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=2))
+    for choice, axes in ((SPIEL, r"expert=2(.|\n)*zero=2"), (SPARSE, "expert=2")):
+        with pytest.raises(ConfigError, match=axes):
+            check_run(tiny_run(trainable=choice, parallel=sharded))
     with pytest.raises(ConfigError, match=r"trainable=LoRA .*--init MODEL"):
         check_run(tiny_run(trainable=LORA))
     router = tiny_run(trainable=LoRA(targets=("router",)))

@@ -1,0 +1,31 @@
+"""Report section on forgetting: directions that a fine-tuned run was not tuned in."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from moesaic.report.html import Html, html_table
+from moesaic.report.report_inputs import ReportInputs, lookup
+from moesaic.report.score_sections import format_signed
+
+
+def forgetting_section(inputs: ReportInputs) -> Html:
+    """Return a table of chrF++ before and after tuning, with the change and its interval."""
+    rows = list(_rows(inputs))
+    head = ("not tuned", "sentences", "chrF++ before", "chrF++ after", "change", "95 % interval")
+    worse = sum(row[-1].startswith("-") and "to -" in row[-1] for row in rows[:-1])
+    words = f"{worse} of {len(rows) - 1} directions lost chrF++ beyond their interval."
+    return html_table(head, rows=rows, caption=words)
+
+
+def _rows(inputs: ReportInputs) -> Iterator[tuple[str, ...]]:
+    found = inputs.forgetting
+    for result in found["languages"].values():
+        change = lookup(result, "differences", "before", "chrf")
+        yield (result["name"], str(result["count"]), *_cells(result, change))
+    yield ("mean", "", *_cells(found["mean"], lookup(found, "mean_differences", "before", "chrf")))
+
+
+def _cells(scores: dict[str, Any], change: dict[str, float]) -> tuple[str, ...]:
+    before, after = (f"{scores[name]['chrf']['score']:.1f}" for name in ("before", "model"))
+    low, high = (format_signed(change[end]) for end in ("low", "high"))
+    return before, after, format_signed(change["difference"]), f"{low} to {high}"

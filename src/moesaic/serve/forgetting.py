@@ -1,0 +1,39 @@
+"""Forgetting: held-out scores of what a fine-tuned run was not tuned in, before and after.
+
+Both models translate the same strings, so the change has an interval of paired resamples
+(``evaluate/harness.py``).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesaic.evaluate.evaluation_summary import EvaluationSummary
+from moesaic.evaluate.harness import EvaluationSettings, TranslationSystem, evaluate
+from moesaic.evaluate.testset import TestSet
+from moesaic.model.beam_search import Search
+from moesaic.serve.translator import Translator
+
+AFTER, BEFORE = "model", "before"  # the systems of a forgetting.json
+
+
+def score_forgetting(
+    run: Path,
+    *,
+    before: Path,
+    tests: Sequence[TestSet],
+    search: Search,
+    settings: EvaluationSettings | None = None,
+) -> EvaluationSummary:
+    """Score a run and the run that it was tuned from on ``tests``; the change is its lead."""
+    systems = {AFTER: _system(run, search), BEFORE: _system(before, search)}
+    return evaluate(systems, tests=tests, settings=settings)
+
+
+def _system(path: Path, search: Search) -> TranslationSystem:
+    translator = Translator.open(path)
+
+    def translate(texts: list[str], *, source: str, target: str) -> list[str]:
+        found = translator.translate(texts, source=source, target=target, search=search)
+        return [each.text for each in found]
+
+    return translate

@@ -1,0 +1,163 @@
+"""Sparse fine-tuning: SpIEL (2401.16405), its control of random places, and chosen experts."""
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Self
+
+from pydantic import Field
+from torch import nn
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.errors import ConfigError
+from moesaic.core.shapes import Float, Tensor
+from moesaic.model.transformer import Transformer
+from moesaic.moe.experts import GroupedExperts
+from moesaic.moe.layer import moe_layers
+from moesaic.moe.sparse_experts import ChosenExperts, SparseExperts
+from moesaic.monitor.expert_usage import LayerUsage, read_usage
+from moesaic.nn.adapter import adapter_name, add_adapter
+from moesaic.nn.sparse_adapter import SparseLinear, scatter_values
+from moesaic.parallel.config import ParallelConfig
+from moesaic.train.adapter_choice import AdapterChoice, declare_adapters
+
+
+class PlacedAdapter(AdapterChoice):
+    """Base of adapters whose places in a matrix are numbers, which ranks cannot share.
+
+    ``refused_axes`` are those of a plan that would shard them.
+    """
+
+    refused_axes: ClassVar[tuple[str, ...]] = ("tensor", "expert", "expert_tensor")
+
+    def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
+        sizes = parallel.plan.to_dict()
+        for axis in self.refused_axes:
+            if (size := sizes.get(axis)) not in (None, 0, 1):
+                yield (
+                    f"trainable={type(self).__name__} under parallel.plan.{axis}={size}: its "
+                    f"places in a matrix are not shared between ranks: set {axis} to "
+                    f"{int(axis != 'zero')}, or train LoRA"
+                )
+
+
+class RandomSparse(PlacedAdapter):
+    """Trains a share ``density`` of the values of each matrix of ``targets``, at random places.
+
+    The control of ``SpIEL``: as many parameters, states and saved values.
+    """
+
+    density: float = Field(default=0.01, gt=0, le=1)
+
+    def adapt_experts(self, experts: GroupedExperts, matrices: list[str], *, path: str) -> None:
+        experts.adapter = SparseExperts(experts, matrices=matrices, density=self.density, path=path)
+
+    def adapt_linear(self, linear: nn.Linear, *, path: str) -> None:
+        add_adapter(linear, SparseLinear(linear, density=self.density, path=path))
+
+    def merged(
+        self, weight: Float[Tensor, "*E M N"], *, name: str, adapter: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*E M N"]:
+        if (values := adapter.get(adapter_name(name, "delta"))) is None:
+            return weight
+        index = adapter[adapter_name(name, "index")]
+        return weight.float() + scatter_values(values.float(), index=index, like=weight)
+
+
+class SpIEL(PlacedAdapter):
+    """Sparse fine-tuning whose places move to the largest gradients (2401.16405, section 3).
+
+    As ``RandomSparse``, and every ``every`` steps: at the first step the places of the largest
+    gradients become candidates, as many as there are values; ``select_steps`` steps sum their
+    gradients (accumulated gradients, SpIEL-AG); then the share ``drop * (1 - step / steps)`` of the
+    values, those with the smallest differences, is reset to the weight, and as many of the best
+    candidates take their places. The first time all do. The moments of AdamW start so that their
+    corrected values are the means of the summed gradients and of their squares.
+    """
+
+    refused_axes: ClassVar[tuple[str, ...]] = (
+        *PlacedAdapter.refused_axes,
+        "pipe",
+        "context",
+        "zero",
+    )
+    density: float = Field(default=0.01, gt=0, le=1)
+    every: int = Field(default=100, ge=2)
+    select_steps: int = Field(default=5, ge=1)
+    drop: float = Field(default=0.2, ge=0, le=1)
+
+    def attach(self, model: Transformer) -> None:
+        self._places().attach(model)
+
+    def merged(
+        self, weight: Float[Tensor, "*E M N"], *, name: str, adapter: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*E M N"]:
+        return self._places().merged(weight, name=name, adapter=adapter)
+
+    def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
+        yield from super().parallel_problems(parallel)
+        if not parallel.memory.optimizer_states.is_device:
+            yield (
+                "trainable=SpIEL with parallel.memory.optimizer_states on a tier: its states move "
+                "with its places: keep them on the device"
+            )
+
+    def _places(self) -> RandomSparse:
+        return RandomSparse(density=self.density, targets=self.targets)
+
+
+class ExpertsOfLanguage(PlacedAdapter):
+    """Trains the experts of one language, all their values, and nothing else.
+
+    In each layer these are the fewest experts that got the share ``share`` of the language's edges
+    in the run that training starts from (its ``usage.json``). ``experts`` are their numbers by
+    layer; they are looked up where there are none.
+    """
+
+    language: str
+    share: float = Field(default=0.5, gt=0, le=1)
+    targets: tuple[str, ...] = ("experts",)
+    experts: dict[str, tuple[int, ...]] = Field(default={})
+
+    def resolved(self, start: RunDir | None) -> Self:
+        if self.experts or start is None:
+            return self
+        key = f"trainable.language={self.language}"
+        if not start.usage.is_file():
+            text = f"{key}: {start.path} has no usage.json, which counts the experts of a language"
+            raise ConfigError([f"{text}: name them (trainable.experts), or train all experts"])
+        usage = read_usage(start.usage)
+        if self.language not in usage.languages:
+            raise ConfigError([f"{key}: {start.usage} counts {', '.join(usage.languages)}"])
+        column, share = usage.languages.index(self.language), self.share
+        chosen = {each.layer: experts_of(each, column, share=share) for each in usage.layers}
+        return self.replace(experts={name: own for name, own in chosen.items() if own})
+
+    def attach(self, model: Transformer) -> None:
+        for layer in moe_layers(model):
+            if isinstance(layer.experts, GroupedExperts) and layer.name in self.experts:
+                layer.experts.adapter = ChosenExperts(
+                    layer.experts, matrices=("up", "down"), chosen=self.experts[layer.name]
+                )
+        declare_adapters(model)
+
+    def merged(
+        self, weight: Float[Tensor, "*E M N"], *, name: str, adapter: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*E M N"]:
+        if (delta := adapter.get(adapter_name(name, "delta"))) is None:
+            return weight
+        chosen = adapter[f"{adapter_name(name, '').rpartition('.')[0]}.chosen"]
+        return weight.float().index_add(0, chosen, delta.float())
+
+
+def experts_of(usage: LayerUsage, column: int, *, share: float) -> tuple[int, ...]:
+    """Return the fewest experts of a layer that got ``share`` of a language's edges, sorted.
+
+    ``column`` is the language's in the counts. Experts with equal counts are taken by number.
+    """
+    counts = usage.counts[: len(usage.computing_load), column].tolist()
+    wanted, chosen = share * sum(counts), []
+    for expert in sorted(range(len(counts)), key=lambda e: (-counts[e], e)):
+        if wanted <= 0:
+            break
+        chosen.append(expert)
+        wanted -= counts[expert]
+    return tuple(sorted(chosen))
