@@ -17,14 +17,14 @@ from moesaic.recipes.jiuzhang_recipe import jiuzhang, jiuzhang_plain_gate
 from moesaic.recipes.language_model_recipes import language_model, language_model_demo
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
 from moesaic.recipes.time_moe_recipe import time_moe, time_moe_dense
-from moesaic.recipes.tiny_recipes import nllb_shaped, tiny, tiny_lm
+from moesaic.recipes.tiny_recipes import tiny, tiny_lm
 from moesaic.recipes.vlm2vec_recipe import vlm2vec, vlm2vec_dense
 from moesaic.train.run import Run
 from moesaic.train.text_data import TextData
 from moesaic.train.warm_start import WeightsOfRun
 
 RECIPES: Registry[Run] = Registry("recipe")
-_TEXT = (demo, tiny, tiny_lm, nllb_shaped, multilingual_50, multilingual_50_laptop)
+_TEXT = (demo, tiny, tiny_lm, multilingual_50, multilingual_50_laptop)
 _DOCUMENTS = (language_model_demo, language_model)
 _SYSTEMS = (time_moe, dit_moe, dmoerm, vlm2vec, jiuzhang)
 _CONTROLS = (time_moe_dense, dit_moe_dense, dmoerm_single, vlm2vec_dense, jiuzhang_plain_gate)

@@ -1,19 +1,16 @@
 """Tiny recipes: invented languages and a small model, trained in seconds; for tests."""
 
-from moesaic.data.collators import DecoderOnlyCollator, EncoderDecoderCollator
-from moesaic.data.language_tag import FirstTargetToken
+from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Denoising, Translation
 from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.moe.auxiliary_losses import FirstChoiceBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.expert_selection import Top2, TopK
+from moesaic.moe.expert_selection import TopK
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.positional_encoding import Sinusoidal
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.train.corpus_source import NamedCorpus
@@ -59,22 +56,6 @@ def tiny_lm() -> Run:
         ),
     )
     return base.replace(name="tiny-lm", data=data, model=_model(encoder=0))
-
-
-def nllb_shaped() -> Run:
-    """The tiny recipe in the shape of NLLB-MoE: exported, transformers loads it."""
-    base = tiny()
-    collator = EncoderDecoderCollator(tag=FirstTargetToken())
-    return base.replace(
-        name="nllb-shaped",
-        data=base.data.replace(loader=base.data.loader.replace(collator=collator)),
-        model=_model(encoder=2).replace(
-            moe=MoE(experts=4, select=Top2(), balance=(FirstChoiceBalance(),)),
-            norm=LayerNorm(bias=True),
-            position=Sinusoidal(offset=1),  # behind the padding, whose id is 0
-            bias=True,
-        ),
-    )
 
 
 def _model(*, encoder: int) -> ModelConfig:
