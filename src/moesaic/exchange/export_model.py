@@ -39,6 +39,7 @@ from moesaic.serve.open_run import read_collator
 
 SHARD_BYTES = 5 * 10**9
 DEFAULT_LENGTH = 4096  # that their config names for a model without a longest row
+SHAPED_RECIPES = {"encoder": "nllb-shaped", "decoder": "mixtral-shaped"}  # of exportable models
 _ROLES = ("pad", "bos", "eos")
 
 
@@ -105,17 +106,27 @@ def find_family(model: ModelConfig, *, first: object = None) -> Family:
 
     Raises CheckpointError with what the nearest family has no equivalent of.
     """
-    families = list(FAMILIES.values())
+    encoder = bool(model.encoder.layers)
+    every = FAMILIES.values()
+    families = [f for f in every if bool(f.mapping.template.encoder.layers) == encoder]
     if first in FAMILIES:
         families.insert(0, family_of(first))
-    found = {family.model_type: _not_held(model, family) for family in families}
+    found: dict[str, list[str]] = {}
+    unreadable: dict[str, list[str]] = {}
+    for family in families:
+        try:
+            found[family.model_type] = _not_held(model, family)
+        except ConfigError as error:  # a config that lacks a key is farther than one that differs
+            unreadable[family.model_type] = list(error.problems)
+    found = found or unreadable
     nearest = min(found, key=lambda name: len(found[name]))
     if not found[nearest]:
         return FAMILIES[nearest]
-    lines = "; ".join(found[nearest])
+    recipe = SHAPED_RECIPES["encoder" if encoder else "decoder"]
     raise CheckpointError(
         f"no model of transformers that we write has {found[nearest][0].partition(',')[0]}. The "
-        f"nearest is {nearest}, which differs so: {lines}"
+        f"nearest is {nearest}, which differs so: {'; '.join(found[nearest])}. The recipe {recipe} "
+        "trains a model that can be exported"
     )
 
 
@@ -131,13 +142,12 @@ def hf_config(
 
 
 def _not_held(model: ModelConfig, family: Family) -> list[str]:
-    """Return a sentence for each part of a model that a family has no equivalent of."""
-    wanted = canonical(model)
-    try:
-        found = family.mapping.read(hf_config(family, model))
-    except ConfigError as error:
-        return list(error.problems)
-    return list(differences(wanted, canonical(found)))
+    """Return a sentence for each part of a model that a family has no equivalent of.
+
+    Raises ConfigError if the family's config of it cannot be read back.
+    """
+    found = family.mapping.read(hf_config(family, model))
+    return list(differences(canonical(model), canonical(found)))
 
 
 def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> dict[str, int]:

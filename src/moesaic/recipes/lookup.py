@@ -16,6 +16,7 @@ from moesaic.recipes.hybrid_recipes import hunyuan_hybrid, spikingbrain_inter, s
 from moesaic.recipes.jiuzhang_recipe import jiuzhang, jiuzhang_plain_gate
 from moesaic.recipes.language_model_recipes import language_model, language_model_demo
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
+from moesaic.recipes.shaped_recipes import mixtral_shaped, nllb_shaped, qwen3_shaped
 from moesaic.recipes.time_moe_recipe import time_moe, time_moe_dense
 from moesaic.recipes.tiny_recipes import tiny, tiny_lm
 from moesaic.recipes.vlm2vec_recipe import vlm2vec, vlm2vec_dense
@@ -29,7 +30,8 @@ _DOCUMENTS = (language_model_demo, language_model)
 _SYSTEMS = (time_moe, dit_moe, dmoerm, vlm2vec, jiuzhang)
 _CONTROLS = (time_moe_dense, dit_moe_dense, dmoerm_single, vlm2vec_dense, jiuzhang_plain_gate)
 _HYBRIDS = (hunyuan_hybrid, spikingbrain_inter, spikingbrain_intra)
-for _recipe in (*_TEXT, *_DOCUMENTS, *_SYSTEMS, *_CONTROLS, *_HYBRIDS):
+_SHAPED = (mixtral_shaped, qwen3_shaped, nllb_shaped)
+for _recipe in (*_TEXT, *_DOCUMENTS, *_SHAPED, *_SYSTEMS, *_CONTROLS, *_HYBRIDS):
     RECIPES.register()(_recipe)
 
 
