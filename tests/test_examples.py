@@ -12,9 +12,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))
-def test_an_example_runs_as_it_stands(name, tmp_path, monkeypatch, capsys):
+def test_an_example_runs_as_it_stands(name, tmp_path, data_home, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOESAIC_HOME", str(tmp_path / "data"))
     # graphs as they are traced, without the generation of code, which takes a minute
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")

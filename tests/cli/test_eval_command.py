@@ -45,7 +45,7 @@ def build(name, pairs, capsys):
         files.append(f"    - {{path: {path}, source: {source}, target: {target}}}")
     recipe = f"name: {name}\nsource:\n  kind: LocalFiles\n  files:\n" + "\n".join(files) + "\n"
     Path(f"{name}.yaml").write_text(recipe)
-    run(["data", "build", f"{name}.yaml"])
+    run(["data", "build", f"{name}.yaml", "--workers", "1"])
     capsys.readouterr()
     return ["--set", f'data.corpus=CorpusFolder(path="data/corpora/{name}")']
 

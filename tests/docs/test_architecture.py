@@ -1,13 +1,17 @@
 """ARCHITECTURE.md: its snippets run, and its way of a token is the order of the calls of a run."""
 
-import json
+import contextlib
 import os
 import re
-import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from moesaic.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -17,24 +21,26 @@ NOT_IN_TINY = {
     *("recipes/demo_recipe.py", "corpus/sources/gettext_catalogues.py"),
     *("corpus/readers/gettext.py", "ops/moe_kernel.py"),
 }
-RECORD = """
-import json, runpy, sys, threading
-from pathlib import Path
-import moesaic
-root, calls = str(Path(moesaic.__file__).parent) + "/", {}
-def record(frame, event, argument):
-    code = frame.f_code
-    if event == "call" and code.co_filename.startswith(root):
-        calls.setdefault((code.co_filename[len(root):], code.co_qualname), len(calls))
-threading.setprofile(record)
-sys.setprofile(record)
-sys.argv = ["moesaic", "train", "tiny", "--out", "run", "--until", "1", *sys.argv[1:]]
-try:
-    runpy.run_module("moesaic", run_name="__main__")
-finally:
-    sys.setprofile(None)
-    Path("calls.json").write_text(json.dumps([list(call) for call in calls]))
-"""
+SOURCE = str(ROOT / "src" / "moesaic") + os.sep
+
+
+@contextmanager
+def recorded_calls() -> Iterator[dict[tuple[str, str], int]]:
+    """The functions of the package that are called, in the order of their first calls."""
+    calls: dict[tuple[str, str], int] = {}
+
+    def record(frame, event, argument) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(SOURCE):
+            calls.setdefault((code.co_filename.removeprefix(SOURCE), code.co_qualname), len(calls))
+
+    threading.setprofile(record)
+    sys.setprofile(record)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
 
 
 def test_the_snippets_run():
@@ -45,30 +51,17 @@ def test_the_snippets_run():
         exec(compile(block, "ARCHITECTURE.md", "exec"), space)
 
 
-def test_the_files_of_a_token_are_called_in_this_order_and_none_twice(tmp_path):
+def test_the_files_of_a_token_are_called_in_this_order_and_none_twice(tmp_path, monkeypatch):
     rows = ROW.findall(TEXT)
     files = [file for file, _ in rows]
     assert len(files) == len(set(files)) >= 30
-    quiet = [
-        "--set",
-        "steps=20",
-        "--set",
-        "validation.every=0",
-        "--set",
-        "log.routing_probe_every=0",
-    ]
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", RECORD, *quiet],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path, "MOESAIC_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    calls = [tuple(call) for call in json.loads((tmp_path / "calls.json").read_text())]
+    monkeypatch.setenv("MOESAIC_HOME", str(tmp_path / "home"))
+    quiet = ("steps=20", "validation.every=0", "log.routing_probe_every=0")
+    words = [word for change in quiet for word in ("--set", change)]
+    with recorded_calls() as calls, contextlib.suppress(SystemExit):
+        main(["train", "tiny", "--out", str(tmp_path / "run"), "--until", "1", *words])
     wanted = [row for row in rows if row[0] not in NOT_IN_TINY]
-    assert [row for row in wanted if row not in calls] == [], done.stderr[-2000:]
+    assert [row for row in wanted if row not in calls] == []
     assert [call for call in calls if call in wanted] == wanted
 
 

@@ -26,10 +26,8 @@ def run_command(line, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_of_the_guide_runs_as_it_stands(page, tmp_path, monkeypatch, capsys):
+def test_a_page_of_the_guide_runs_as_it_stands(page, tmp_path, data_home, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MOESAIC_HOME", raising=False)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "user"))
     Path("lines.txt").write_text("Please open the file number 3\n")
     space, ran = {"__name__": "guide"}, 0
     for kind, about, body in BLOCK.findall((GUIDE / page).read_text(encoding="utf-8")):

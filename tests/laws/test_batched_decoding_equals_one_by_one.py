@@ -20,8 +20,8 @@ SEARCHES = {
     "beam": Beam(size=3, n_best=3),
     "beam-long": Beam(size=4, length_penalty=2.0, early_stopping="never", no_repeat_ngram_size=2),
 }
-LENGTHS = [3, 9, 1, 5, 7]
-LIMITS = torch.tensor([8, 3, 12, 6, 10])
+LENGTHS = [3, 9, 1]
+LIMITS = torch.tensor([8, 3, 10])
 CAPPED = BASE.replace(moe=MoE(experts=4, limit=Capacity(factor=0.5, minimum=0)))
 
 
@@ -34,8 +34,8 @@ CASES += [("mixers-of-all-kinds", "greedy"), ("mixers-of-all-kinds", "beam")]
 @pytest.mark.parametrize(("name", "search"), CASES)
 def test_batched_decoding_equals_one_by_one(name, search):
     model = Transformer((VARIANTS | {"capped-in-training": CAPPED})[name])
-    source = ids(5, LENGTHS, width=9)
-    tag = torch.tensor([5, 6, 7, 5, 8])
+    source = ids(3, LENGTHS, width=9)
+    tag = torch.tensor([5, 6, 7])
     settings = {"search": SEARCHES[search], "rules": RULES}
     together = generate(model, **question(model, source, tag=tag), max_tokens=LIMITS, **settings)
     for row, length in enumerate(LENGTHS):

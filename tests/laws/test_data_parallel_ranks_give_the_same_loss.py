@@ -102,7 +102,7 @@ VARIANTS = {
     "decoupled": MoE(experts=4, select=TopK(k=2), cross_layer=DecoupledRouting(dim=8, heads=2)),
     "on-tag": MoE(experts=4, select=TopK(k=2), router_input=HiddenStateAndTag()),
 }
-STEPS = 3
+STEPS = 2  # the second after an update of weights and of stateful rules
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 
 

@@ -1,5 +1,7 @@
 """Law: a run resumed under another plan, on other ranks, equals one that never stopped."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from moesaic.train.loop import training_loop
 from moesaic.train.run import Run
 from moesaic.train.training_hooks import CheckpointHook
 
-STEPS, HALF = 6, 3
+STEPS, HALF = 4, 2
 STATEFUL = MoE(
     experts=4,
     select=TopK(k=2),
@@ -74,6 +76,19 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     return _weights(folder, step=STEPS)
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint that four ranks leave under a plan, written once."""
+
+    @cache
+    def checkpoint(plan: str) -> Path:
+        folder = tmp_path_factory.mktemp("stopped")
+        run_on_ranks(4, _train, PLANS[plan], folder, HALF, None)
+        return folder / f"step-{HALF:08d}"
+
+    return checkpoint
+
+
 @pytest.mark.parametrize(
     ("first", "then"),
     [
@@ -86,13 +101,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     ],
 )
 def test_resuming_under_another_plan_equals_never_stopping(
-    first: str, then: str, uninterrupted: Weights, tmp_path: Path
+    first: str, then: str, uninterrupted: Weights, stopped: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    run_on_ranks(4, _train, PLANS[first], tmp_path / "first", HALF, None)
-    saved = tmp_path / "first" / f"step-{HALF:08d}"
     ranks = 4 if "tensor" in then or "pipe" in then else 2
-    run_on_ranks(ranks, _train, PLANS[then] | _fit(then, ranks), tmp_path / "then", STEPS, saved)
-    found = _weights(tmp_path / "then", step=STEPS)
+    run_on_ranks(ranks, _train, PLANS[then] | _fit(then, ranks), tmp_path, STEPS, stopped(first))
+    found = _weights(tmp_path, step=STEPS)
     assert found.keys() == uninterrupted.keys()
     for name, value in uninterrupted.items():
         torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)

@@ -32,7 +32,7 @@ class _New(NamedTuple):
     dtype: torch.dtype
 
 
-class _Unlike(Exception):
+class _UnlikeError(Exception):
     """An argument or a result that says more than shapes, strides, dtypes and numbers."""
 
 
@@ -47,7 +47,7 @@ def run_on_fake_tensors(
         if is_view(func):
             return _view(mode, func, args, kwargs)
         key = (func, _describe(args), *((name, _describe(v)) for name, v in kwargs.items()))
-    except _Unlike:
+    except _UnlikeError:
         return _compute(mode, func, args, kwargs)
     given = tensors_in((*args, *kwargs.values()))
     if key not in _known:
@@ -55,10 +55,10 @@ def run_on_fake_tensors(
         unchanged = key[1] == _describe(args)
         if len(_known) >= _MOST_CALLS:
             _known.clear()
-        _known[key] = _recipe(out, given) if unchanged else _Unlike
+        _known[key] = _recipe(out, given) if unchanged else _UnlikeError
         return out
     recipe = _known[key]
-    if recipe is _Unlike:
+    if recipe is _UnlikeError:
         return _compute(mode, func, args, kwargs)
     return _make(recipe, given, mode)
 
@@ -93,7 +93,7 @@ def _compute(
 def _view(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return views of the first argument, by PyTorch's own operation on what it holds."""
     if func.namespace == "prim" or len(tensors_in((*args, *kwargs.values()))) != 1:
-        raise _Unlike
+        raise _UnlikeError
     _describe(args[:1])
     with in_kernel_invocation_manager(mode):
         out = func(*args, **kwargs)
@@ -103,20 +103,20 @@ def _view(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _describe(value: Any) -> Any:
-    """Return what a result depends on. Raises ``_Unlike`` where that is unknown."""
+    """Return what a result depends on. Raises ``_UnlikeError`` where that is unknown."""
     if isinstance(value, FakeTensor):
         if value.fake_device != _CPU or value.constant is not None:
-            raise _Unlike
+            raise _UnlikeError
         return (value.shape, value.stride(), value.storage_offset(), value.dtype)
     if isinstance(value, torch.Tensor):
         if not value.ndim or value.device != _CPU:  # a number takes another part in promotion
-            raise _Unlike
+            raise _UnlikeError
         return (value.shape, value.stride(), value.dtype)
     if isinstance(value, list | tuple):
         return tuple(map(_describe, value))
     if isinstance(value, _PLAIN):
         return (value.__class__, value)
-    raise _Unlike
+    raise _UnlikeError
 
 
 def _recipe(out: Any, given: list[Tensor]) -> Any:
@@ -125,10 +125,10 @@ def _recipe(out: Any, given: list[Tensor]) -> Any:
     memory = [each.untyped_storage()._cdata for each in (*results, *given)]
     try:
         recipe = _recipe_of(out, given, memory[len(results) :])
-    except _Unlike:
-        return _Unlike
+    except _UnlikeError:
+        return _UnlikeError
     new = [m for each, m in zip(results, memory, strict=False) if not _is_in(each, given)]
-    return recipe if len(set(new)) == len(new) else _Unlike
+    return recipe if len(set(new)) == len(new) else _UnlikeError
 
 
 def _recipe_of(out: Any, given: list[Tensor], memory: list[int]) -> Any:
@@ -137,14 +137,14 @@ def _recipe_of(out: Any, given: list[Tensor], memory: list[int]) -> Any:
     if isinstance(out, list | tuple):
         return [type(out), *(_recipe_of(each, given, memory) for each in out)]
     if not isinstance(out, torch.Tensor):
-        raise _Unlike
+        raise _UnlikeError
     if _is_in(out, given):
         return next(i for i, each in enumerate(given) if each is out)
     _describe(out)
     found, storage = _New(out.shape, out.stride(), out.dtype), out.untyped_storage()
     exact = _empty(found).untyped_storage().nbytes() == storage.nbytes()
     if not isinstance(out, FakeTensor) or storage._cdata in memory or not exact:
-        raise _Unlike
+        raise _UnlikeError
     return found
 
 

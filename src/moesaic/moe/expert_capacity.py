@@ -20,6 +20,7 @@ from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.edge_queues import QueuedEdges, keep_first_of_rows
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
+from moesaic.ops.counter_rng import hash_combine
 
 
 class Limit(Choice):
@@ -129,8 +130,8 @@ class RandomPriority(Priority):
         return self if router.training else WeightPriority()
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
-        draws = router.context.random_bits("room", width=routing.num_experts + 1)
-        return draws[routing.token, routing.expert][:, None]
+        key = router.context.random_key("room")  # of edges alone: few of all experts are chosen
+        return hash_combine(key[routing.token], routing.expert)[:, None]
 
 
 class Capacity(Limit):

@@ -118,8 +118,9 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     Draws from torch's global generator. On the meta device nothing is allocated or drawn.
     """
     parameter = nn.Parameter(torch.empty(shape))
-    with torch.no_grad():
-        parameter.normal_(std=std) if std else parameter.zero_()
+    if not parameter.is_meta:  # torch's own way to draw nothing there imports for a second
+        with torch.no_grad():
+            parameter.normal_(std=std) if std else parameter.zero_()
     return parameter
 
 
