@@ -13,7 +13,7 @@ from moesaic.exchange.transformers_repairs import repair_forward
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.nn.positional_encoding import Sinusoidal
 from moesaic.optim.lr_schedule import Constant
-from moesaic.recipes.tiny_recipes import nllb_shaped
+from moesaic.recipes.shaped_recipes import nllb_shaped
 from moesaic.serve.source_text import TranslationLimits
 from moesaic.serve.translator import Translator
 from moesaic.testing.tiny_models import synthetic_run, text_of
