@@ -41,11 +41,11 @@ class TheirModel:
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> Any:
+    def build(self, **changes: Any) -> Any:
         """Return the model with weights away from their initial values."""
         import transformers
 
-        config = getattr(transformers, f"{self.name}Config")(**SIZES | self.changes)
+        config = getattr(transformers, f"{self.name}Config")(**SIZES | self.changes | changes)
         model = getattr(transformers, f"{self.name}ForCausalLM")(config).eval()
         torch.manual_seed(0)
         with torch.no_grad():
@@ -122,16 +122,28 @@ MODELS = {
         "DeepseekV3",
         LATENT | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
     ),
+    "gpt_oss": TheirModel(
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "sliding_window": 5,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "llama": TheirModel("Llama", {"rope_parameters": LLAMA3}),
     "granite": TheirModel("Granite", GRANITE | {"tie_word_embeddings": True}),
     "mistral": TheirModel("Mistral", {"sliding_window": 5, "tie_word_embeddings": True}),
     "qwen2": TheirModel("Qwen2"),
     "qwen3": TheirModel(
         "Qwen3",
-        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
 }
-DENSE = ("llama", "granite", "mistral", "qwen2", "qwen3")
+ONE_LAYOUT = ("gpt_oss", "llama", "granite", "mistral", "qwen2", "qwen3")
 Save = Callable[[Any, Path], None]
 
 

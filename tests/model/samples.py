@@ -42,13 +42,25 @@ from moesaic.moe.expert_selection_dynamic import DenseAll, ExpertChoice, Thresho
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.null_experts import IdentityExperts, ZeroExperts
 from moesaic.moe.product_key_memory import ProductKeyMemory
-from moesaic.moe.router_gate import HiddenStateAndTag, HiddenStateAndToken, TagOnly, TokenOnly
+from moesaic.moe.router_gate import (
+    HiddenStateAndTag,
+    HiddenStateAndToken,
+    IndependentRouters,
+    TagOnly,
+    TokenOnly,
+)
 from moesaic.moe.router_noise import StochasticWarmup
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU, SwiGLU
+from moesaic.nn.feed_forward import (
+    ClampedSwiGLU,
+    FeedForwardConfig,
+    ReLU,
+    SquaredReLU,
+    SwiGLU,
+)
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import (
     LearnedPositions,
@@ -171,7 +183,12 @@ VARIANTS |= {
 }
 VARIANTS["residual-pyramid-bias"] = BASE.replace(
     decoder=Stack(layers=3, sparse_layers=(0, 2), experts_per_layer=(2, 5)),
-    moe=MIXTURE.replace(select=SwitchTop1(), shared_experts=ResidualExpert()),
+    moe=MIXTURE.replace(
+        select=SwitchTop1(),
+        shared_experts=ResidualExpert(),
+        cross_layer=IndependentRouters(bias=True),
+    ),
+    feed_forward=FeedForwardConfig(hidden=24, activation=ClampedSwiGLU(limit=0.5)),
     embedding=EmbeddingConfig(multiplier=2.0, logits_scaling=3.0),
     block_layout=SequentialResidual(residual_multiplier=0.5),
     bias=True,

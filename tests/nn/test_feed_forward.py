@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from moesaic.nn.feed_forward import (
     GEGLU,
     GELU,
+    ClampedSwiGLU,
     DenseFeedForward,
     FeedForwardConfig,
     ReGLU,
@@ -24,6 +25,11 @@ WANTED = {
     ReLU(): X.clamp(min=0),
     GELU(): F.gelu(X),
     SquaredReLU(): X.clamp(min=0) ** 2,
+    ClampedSwiGLU(alpha=2.0, limit=0.5): (
+        X[:, :4].clamp(max=0.5)
+        * (2 * X[:, :4].clamp(max=0.5)).sigmoid()
+        * (X[:, 4:].clamp(-0.5, 0.5) + 1)
+    ),
     SwiGLU(): X[:, :4] * X[:, :4].sigmoid() * X[:, 4:],
     TanhGELU(): X * TANH,
     GEGLU(): F.gelu(X[:, :4]) * X[:, 4:],

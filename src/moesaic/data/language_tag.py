@@ -19,12 +19,14 @@ class RowFrame:
     """The special tokens of a row by name: a role, ``source`` or ``target``, or one of your own.
 
     ``source_start`` is before the source text (``eos`` is after it), ``prompt`` before the target
-    text. The last ``predicted`` tokens of the prompt are labels as well.
+    text. The last ``predicted`` tokens of the prompt are labels as well. A text that is continued
+    has ``text_start`` before it instead, if that is not None.
     """
 
     source_start: tuple[str, ...]
     prompt: tuple[str, ...]
     predicted: int = 0
+    text_start: tuple[str, ...] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,12 +82,18 @@ class TwoTokenPrompt(LanguageTag):
 
 
 class NoTag(LanguageTag):
-    """No tag: a model of one direction, or of text. The decoder starts with ``start``."""
+    """No tag: a model of one direction, or of text. The decoder starts with ``start``.
 
-    start: Literal["eos", "bos", "pad"] = "eos"
+    ``text``: a text that is continued starts with its own first token (Qwen). Where there is none,
+    and between documents in training, it is the end token.
+    """
+
+    start: Literal["eos", "bos", "pad", "text"] = "eos"
 
     def frame(self, *, decoder_only: bool) -> RowFrame:
         del decoder_only
+        if self.start == "text":
+            return RowFrame((), ("eos",), text_start=())
         return RowFrame((), (self.start,))
 
 

@@ -4,7 +4,7 @@ The names of keys are those of transformers 5 (``rope_parameters``) and, in read
 (``rope_theta``, ``rope_scaling``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,9 +12,11 @@ from moesaic.core.config_errors import show_value
 from moesaic.core.errors import ConfigError
 from moesaic.exchange.config_mapping import ConfigEntry, Theirs, field_of, is_absent
 from moesaic.model.config import ModelConfig
+from moesaic.model.mixer_pattern import DEFAULT_MIXER
 from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.nn.attention_parts import NoWindow, SlidingWindow
+from moesaic.nn.attention import Attention
+from moesaic.nn.attention_parts import NoWindow, SlidingWindow, Window
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.rotary_scaling import (
     DynamicNTKScaling,
@@ -31,9 +33,14 @@ LENGTH = "max_position_embeddings"
 
 @dataclass(frozen=True)
 class RotaryPositions(ConfigEntry):
-    """Rotary positions: theta, the share of rotated channels and the scaling."""
+    """Rotary positions of all channels: theta and the scaling.
+
+    ``mscale_all_dim`` of YaRN scales scores in the families of DeepSeek (``scales_scores``), and
+    rotated channels alone in others.
+    """
 
     theta: float = 10000.0
+    scales_scores: bool = False
     path: str = "position"
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
@@ -42,6 +49,9 @@ class RotaryPositions(ConfigEntry):
             raise ConfigError(["rope_parameters: found several, expected one for all layers"])
         theta = given.get("rope_theta") or theirs.get("rope_theta") or self.theta
         part = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1.0
+        if part != 1:
+            found = f"partial_rotary_factor: found {show_value(part)}"
+            raise ConfigError([f"{found}, of which we have 1 alone in this family"])
         kind = given.get("rope_type") or given.get("type") or "default"
         if kind not in _READ_SCALING:
             known = ", ".join(_READ_SCALING)
@@ -50,9 +60,11 @@ class RotaryPositions(ConfigEntry):
             scaling = _READ_SCALING[kind](given, theirs.get(LENGTH))
         except KeyError as error:
             raise ConfigError([f"rope_parameters: found no {error.args[0]} of {kind}"]) from error
+        if isinstance(scaling, YaRN) and scaling.mscale_all_dim and not self.scales_scores:
+            factor = scaling.magnitude()
+            scaling = scaling.replace(attention_factor=factor, mscale=None, mscale_all_dim=None)
         return {
             f"{self.path}.theta": theta,
-            f"{self.path}.fraction": part,
             f"{self.path}.scaling": scaling,
         }
 
@@ -136,30 +148,70 @@ def _write_scaling(scaling: RotaryScaling) -> tuple[dict[str, Any], dict[str, An
     return {"rope_type": "default"}, {}
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 @dataclass(frozen=True)
-class WindowOfAllLayers(ConfigEntry):
-    """``sliding_window`` of every layer, ``switch`` says whether it is used where there is one."""
+class Windows(ConfigEntry):
+    """``sliding_window`` of all layers or of those that ``layer_types`` names.
+
+    ``switch`` is the key that says whether it is used, where there is one. ``default_types`` are
+    the layers of a config without ``layer_types``: the kinds of the first layers, repeated; empty
+    for a family that has no such key.
+    """
 
     switch: str | None = None
+    default_types: tuple[str, ...] = ()
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
-        size = theirs.get("sliding_window")
+        size, layers = theirs.get("sliding_window"), theirs.get("num_hidden_layers") or 0
         if self.switch is not None and not theirs.get(self.switch):
             size = None
-        kinds = set(theirs.get("layer_types") or ())
-        some = len(kinds) > 1 if kinds else bool(theirs.get("max_window_layers")) and self.switch
-        if size and some:
-            raise ConfigError(["sliding_window: expected a window of all layers, or of none"])
-        if kinds == {"full_attention"}:
-            size = None
-        return {"attention.window": SlidingWindow(size=size) if size else NoWindow()}
+        kinds = self._layer_types(theirs, layers=layers)
+        if unknown := set(kinds) - {FULL, SLIDING}:
+            raise ConfigError([f"layer_types: found {show_value(sorted(unknown)[0])}"])
+        if not size or SLIDING not in kinds:
+            return {"attention.window": NoWindow()}
+        window = SlidingWindow(size=size)
+        if FULL not in kinds:
+            return {"attention.window": window}
+        return {
+            "mixers": {"sliding": Attention(window=window).to_dict()},
+            "decoder.pattern": _shortest_pattern([_MIXER_OF_KIND[kind] for kind in kinds]),
+        }
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
-        window = ours.attention.window
-        size = window.size if isinstance(window, SlidingWindow) else None
-        switch = {} if self.switch is None else {self.switch: size is not None}
-        every = {"max_window_layers": 0} if size and self.switch else {}
-        return {"sliding_window": size} | switch | every
+        windows = [_window_of_layer(ours, layer) for layer in range(ours.decoder.layers)]
+        size = next((w.size for w in windows if isinstance(w, SlidingWindow)), None)
+        keys: dict[str, Any] = {} if self.switch is None else {self.switch: size is not None}
+        if self.default_types:
+            kinds = [SLIDING if isinstance(w, SlidingWindow) else FULL for w in windows]
+            keys["layer_types"] = kinds
+        return {"sliding_window": size} | keys
+
+    def _layer_types(self, theirs: Theirs, *, layers: int) -> Sequence[str]:
+        if not self.default_types:
+            return [SLIDING] * layers
+        given = theirs.get("layer_types")
+        most = theirs.get("max_window_layers")
+        if given is None and self.switch and theirs.get(self.switch) and most:
+            return [SLIDING if layer >= most else FULL for layer in range(layers)]
+        return given or [*self.default_types * layers][:layers]
+
+
+_MIXER_OF_KIND = {FULL: DEFAULT_MIXER, SLIDING: "sliding"}
+
+
+def _shortest_pattern(names: Sequence[str]) -> str:
+    """Return the pattern of the fewest blocks that gives these mixers when it is repeated."""
+    number = next(n for n in range(1, len(names) + 1) if names[n:] == names[: len(names) - n])
+    return ", ".join(names[:number])
+
+
+def _window_of_layer(ours: ModelConfig, layer: int) -> Window:
+    mixer = ours.mixers_of_layer(ours.decoder, layer=layer)[0]
+    own = mixer.window if isinstance(mixer, Attention) else None
+    return own or ours.attention.window
 
 
 @dataclass(frozen=True)

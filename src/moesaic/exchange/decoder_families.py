@@ -1,11 +1,12 @@
 """Decoder families: Llama and its relatives, dense and with experts, as data."""
 
 from moesaic.exchange.config_entries import (
+    FULL,
     BalanceLoss,
     RotaryPositions,
     SharedWidth,
     SparseLayers,
-    WindowOfAllLayers,
+    Windows,
 )
 from moesaic.exchange.config_mapping import ConfigEntry, ConfigMapping, FixedKey, Key
 from moesaic.exchange.family import DENSE, FUSED, PER_EXPERT, PUBLISHED, Family
@@ -46,8 +47,9 @@ SIZES: tuple[ConfigEntry, ...] = (
 )
 HEAD_DIM = Key("head_dim", "attention.head_dim", default=None)
 HIDDEN = Key("intermediate_size", "feed_forward.hidden")
-_EXPERTS_AS_WIDE = Key("intermediate_size", ("moe.hidden", "feed_forward.hidden"))
+EXPERTS_AS_WIDE = Key("intermediate_size", ("moe.hidden", "feed_forward.hidden"))
 _EXPERTS = Key("num_experts", "moe.experts", also="num_local_experts")
+LOCAL_EXPERTS = Key("num_local_experts", "moe.experts", also="num_experts")
 CHOSEN = Key("num_experts_per_tok", "moe.select.k")
 NORMALISED = Key(
     "norm_topk_prob", "moe.select.normalise", default=False, values={True: "before", False: "none"}
@@ -65,7 +67,7 @@ def epsilon(*paths: str, default: float = 1e-6) -> Key:
 
 _PER_HEAD_NORM = AttentionConfig(heads=1, qk_norm=PerHeadQKNorm())
 LAYER, OURS = "model.layers.{layer}.", "decoder.{layer}."
-_ATTENTION, FEED_FORWARD = OURS + "self_attention.", OURS + "feed_forward."
+ATTENTION, FEED_FORWARD = OURS + "self_attention.", OURS + "feed_forward."
 GATE_AND_UP = ("gate_proj", "up_proj")
 
 
@@ -78,21 +80,21 @@ LLAMA_TENSORS: TensorTable = {
     "embedding.weight": Rows("model.embed_tokens.weight"),
     "embedding.output": Rows("lm_head.weight"),
     "decoder_norm.weight": Rows("model.norm.weight"),
-    f"{_ATTENTION}norm.weight": Rows(f"{LAYER}input_layernorm.weight"),
-    f"{_ATTENTION}inner.qkv.weight": projections("q_proj", "k_proj", "v_proj", of="self_attn"),
-    f"{_ATTENTION}inner.out.weight": projections("o_proj", of="self_attn"),
+    f"{ATTENTION}norm.weight": Rows(f"{LAYER}input_layernorm.weight"),
+    f"{ATTENTION}inner.qkv.weight": projections("q_proj", "k_proj", "v_proj", of="self_attn"),
+    f"{ATTENTION}inner.out.weight": projections("o_proj", of="self_attn"),
     f"{FEED_FORWARD}norm.weight": Rows(f"{LAYER}post_attention_layernorm.weight"),
     f"{FEED_FORWARD}inner.up.weight": projections(*GATE_AND_UP, of="mlp"),
     f"{FEED_FORWARD}inner.down.weight": projections("down_proj", of="mlp"),
 }
-_QKV_BIAS: TensorTable = {
-    f"{_ATTENTION}inner.qkv.bias": projections(
+QKV_BIAS: TensorTable = {
+    f"{ATTENTION}inner.qkv.bias": projections(
         "q_proj", "k_proj", "v_proj", of="self_attn", kind="bias"
     )
 }
 _QK_NORMS: TensorTable = {
-    f"{_ATTENTION}inner.qk_norm.query.weight": projections("q_norm", of="self_attn"),
-    f"{_ATTENTION}inner.qk_norm.key.weight": projections("k_norm", of="self_attn"),
+    f"{ATTENTION}inner.qk_norm.query.weight": projections("q_norm", of="self_attn"),
+    f"{ATTENTION}inner.qk_norm.key.weight": projections("k_norm", of="self_attn"),
 }
 ROUTED = f"{FEED_FORWARD}inner."
 QWEN_EXPERTS: TensorTable = {
@@ -158,12 +160,12 @@ MIXTRAL = llama_like(
         (
             *SIZES,
             HEAD_DIM,
-            _EXPERTS_AS_WIDE,
-            Key("num_local_experts", "moe.experts", also="num_experts"),
+            EXPERTS_AS_WIDE,
+            LOCAL_EXPERTS,
             CHOSEN,
             epsilon(default=1e-5),
             RotaryPositions(theta=1e6),
-            WindowOfAllLayers(),
+            Windows(),
             BalanceLoss(),
             FixedKey("router_jitter_noise", 0.0),
         ),
@@ -185,7 +187,7 @@ QWEN3_MOE = llama_like(
             Key("moe_intermediate_size", "moe.hidden"),
             epsilon("attention.qk_norm.norm.eps"),
             RotaryPositions(),
-            WindowOfAllLayers("use_sliding_window"),
+            Windows("use_sliding_window"),
             SparseLayers(),
             BalanceLoss(),
             NO_BIAS,
@@ -215,15 +217,15 @@ QWEN2_MOE = llama_like(
             SharedWidth(),
             epsilon(),
             RotaryPositions(),
-            WindowOfAllLayers("use_sliding_window"),
+            Windows("use_sliding_window", (FULL,)),
             SparseLayers(),
             BalanceLoss(),
         ),
-        frozenset({"max_window_layers", "layer_types"}),
+        frozenset({"max_window_layers"}),
     ),
     {
-        PER_EXPERT: LLAMA_TENSORS | _QKV_BIAS | QWEN_EXPERTS | SHARED_EXPERT,
-        FUSED: LLAMA_TENSORS | _QKV_BIAS | FUSED_EXPERTS | SHARED_EXPERT,
+        PER_EXPERT: LLAMA_TENSORS | QKV_BIAS | QWEN_EXPERTS | SHARED_EXPERT,
+        FUSED: LLAMA_TENSORS | QKV_BIAS | FUSED_EXPERTS | SHARED_EXPERT,
     },
 )
 OLMOE = llama_like(
@@ -233,7 +235,7 @@ OLMOE = llama_like(
         SPARSE_MODEL.replace(attention=AttentionConfig(heads=1, qk_norm=AcrossHeadsQKNorm())),
         (
             *SIZES,
-            _EXPERTS_AS_WIDE,
+            EXPERTS_AS_WIDE,
             _EXPERTS,
             CHOSEN,
             NORMALISED,
@@ -275,8 +277,8 @@ GRANITE_MOE = llama_like(
         SPARSE_MODEL,
         (
             *SIZES,
-            _EXPERTS_AS_WIDE,
-            Key("num_local_experts", "moe.experts", also="num_experts"),
+            EXPERTS_AS_WIDE,
+            LOCAL_EXPERTS,
             CHOSEN,
             epsilon(),
             RotaryPositions(),
@@ -309,7 +311,7 @@ GRANITE = llama_like(
 MISTRAL = llama_like(
     "mistral",
     "MistralForCausalLM",
-    ConfigMapping(LLAMA_MODEL, (*_DENSE_SIZES, HEAD_DIM, WindowOfAllLayers())),
+    ConfigMapping(LLAMA_MODEL, (*_DENSE_SIZES, HEAD_DIM, Windows())),
     {DENSE: LLAMA_TENSORS},
 )
 QWEN2 = llama_like(
@@ -317,10 +319,10 @@ QWEN2 = llama_like(
     "Qwen2ForCausalLM",
     ConfigMapping(
         LLAMA_MODEL.replace(attention=AttentionConfig(heads=1, bias=_QKV)),
-        (*_DENSE_SIZES, WindowOfAllLayers("use_sliding_window")),
-        frozenset({"max_window_layers", "layer_types"}),
+        (*_DENSE_SIZES, Windows("use_sliding_window", (FULL,))),
+        frozenset({"max_window_layers"}),
     ),
-    {DENSE: LLAMA_TENSORS | _QKV_BIAS},
+    {DENSE: LLAMA_TENSORS | QKV_BIAS},
 )
 QWEN3 = llama_like(
     "qwen3",
@@ -333,10 +335,10 @@ QWEN3 = llama_like(
             Key("head_dim", "attention.head_dim", default=128),
             epsilon("attention.qk_norm.norm.eps"),
             RotaryPositions(),
-            WindowOfAllLayers("use_sliding_window"),
+            Windows("use_sliding_window", (FULL,)),
             NO_BIAS,
         ),
-        frozenset({"max_window_layers", "layer_types"}),
+        frozenset({"max_window_layers"}),
     ),
     {DENSE: LLAMA_TENSORS | _QK_NORMS},
 )

@@ -145,7 +145,7 @@ _ENTRIES: tuple[ConfigEntry, ...] = (
     Key("v_head_dim", f"{_LATENT}value_dim"),
     FixedKey("moe_layer_freq", 1),
     epsilon(),
-    RotaryPositions(),
+    RotaryPositions(scales_scores=True),
     FirstDenseLayers(),
 )
 _OTHER = frozenset({"ep_size", "qk_head_dim"})
@@ -163,7 +163,7 @@ def _deepseek(model_type: str, architecture: str, mapping: ConfigMapping) -> Fam
         model_type,
         architecture,
         mapping,
-        {PER_EXPERT: _TENSORS | QWEN_EXPERTS, FUSED: _TENSORS | FUSED_EXPERTS},
+        {PER_EXPERT: {**_TENSORS, **QWEN_EXPERTS}, FUSED: {**_TENSORS, **FUSED_EXPERTS}},
         copies=TIED,
         derived=INVERSE_FREQUENCIES,
         variants=_query_tensors,

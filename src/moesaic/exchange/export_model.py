@@ -135,7 +135,7 @@ def hf_config(
 ) -> dict[str, Any]:
     """Return their config of a model; keys that we do not have are as ``before``."""
     kept = dict(before or {}) if (before or {}).get("model_type") == family.model_type else {}
-    replaced = {"rope_theta", "rope_scaling", "torch_dtype"}
+    replaced = {"rope_theta", "rope_scaling", "torch_dtype", "quantization_config"}
     kept = {key: value for key, value in kept.items() if key not in replaced}
     about = {"model_type": family.model_type, "architectures": [family.architecture]}
     return {LENGTH: DEFAULT_LENGTH} | kept | family.mapping.write(resolved(model)) | about

@@ -16,8 +16,9 @@ from moesaic.exchange.decoder_families import (
 from moesaic.exchange.deepseek_families import DEEPSEEK_V2, DEEPSEEK_V3
 from moesaic.exchange.encoder_decoder_families import M2M100, NLLB_MOE, SWITCH, T5
 from moesaic.exchange.family import Family
+from moesaic.exchange.gpt_oss_family import GPT_OSS
 
-_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
+_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS)
 _DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)
 _ENCODER_DECODER = (NLLB_MOE, M2M100, SWITCH, T5)
 FAMILIES = {f.model_type: f for f in (*_SPARSE, *_DENSE, *_ENCODER_DECODER)}

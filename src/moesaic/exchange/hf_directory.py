@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from moesaic.checkpoint.safetensors_io import PICKLE_SUFFIXES, reject_pickle
 from moesaic.core.errors import CheckpointError
 from moesaic.core.file_reader import MIB, FileKind, FileShape, read_json_mapping, require_inside
 from moesaic.core.markdown import markdown_table
+from moesaic.data.tokenizer_file import TOKENIZER_FILE
 from moesaic.exchange.family import Family
 from moesaic.exchange.tensor_files import TensorFiles
 from moesaic.exchange.tensor_table import Region, Shape
@@ -31,6 +32,7 @@ CARRIED = (
     "chat_template.jinja",
 )
 MAX_SHOWN = 20
+TextStart = Literal["bos", "eos", "text"]
 
 
 class _IndexShape(FileShape):
@@ -46,10 +48,11 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
             f"{directory}: no {CONFIG}, expected a directory of a Hugging Face model"
         )
     found = read_json_mapping(path, HF_CONFIG_FILE)
-    if found.get("quantization_config"):
+    quantised = found.get("quantization_config")
+    if quantised and quantised.get("quant_method") != "mxfp4":
         raise CheckpointError(
             f"{path}: quantization_config: the weights are quantised, expected those of a float "
-            "type; load and save them in bfloat16 first"
+            "type or MXFP4; load and save them in bfloat16 first"
         )
     return found
 
@@ -74,6 +77,30 @@ def carried_files(directory: Path) -> list[Path]:
     return [path for path in (*named, *sorted(directory.glob("*.model"))) if path.is_file()]
 
 
+def find_text_start(directory: Path, theirs: Mapping[str, Any]) -> TextStart:
+    """Return the role of the token that their tokenizer puts before a text.
+
+    ``add_bos_token`` of the tokenizer's config says it, or the post-processor of
+    ``tokenizer.json``. Without either it is the bos of the config, if there is one.
+    """
+    settings, tokenizer = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    adds = None
+    if settings.is_file():
+        adds = read_json_mapping(settings, HF_CONFIG_FILE).get("add_bos_token")
+    if adds is None and tokenizer.is_file():
+        processor = read_json_mapping(tokenizer, TOKENIZER_FILE).get("post_processor")
+        adds = None if processor is None else _starts_with_special(processor)
+    if adds is None:
+        return "eos" if theirs.get("bos_token_id") is None else "bos"
+    return "bos" if adds else "text"
+
+
+def _starts_with_special(processor: Mapping[str, Any]) -> bool:
+    """Return whether a post-processor, or one of a sequence, puts a special token first."""
+    inner = [processor, *(processor.get("processors") or ())]
+    return any("SpecialToken" in (each.get("single") or [{}])[0] for each in inner)
+
+
 def require_same_tensors(
     family: Family, files: TensorFiles, *, expected: Mapping[str, Shape], where: Path
 ) -> None:
@@ -94,7 +121,8 @@ def require_same_tensors(
         more = f"and {len(rows) - MAX_SHOWN} more\n" if len(rows) > MAX_SHOWN else ""
         raise CheckpointError(
             f"{where}: {len(rows)} tensors are not those of its config ({family.model_type}); "
-            f"nothing was written. --drop PATTERN leaves unexpected ones out\n{table}{more}".rstrip()
+            "nothing was written. --drop PATTERN leaves unexpected ones out\n"
+            f"{table}{more}".rstrip()
         )
 
 

@@ -34,7 +34,9 @@ from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
+    TextStart,
     carried_files,
+    find_text_start,
     read_hf_config,
     require_same_tensors,
     weight_files,
@@ -111,7 +113,8 @@ def import_model(
         else:
             notes.append("no tokenizer was found: the model scores ids, and no text")
         copy_files(carried_files(directory), to=part.imported)
-        run = imported_run(out, model, theirs=theirs, languages=languages)
+        start = find_text_start(directory, theirs)
+        run = imported_run(out, model, theirs=theirs, languages=languages, text_start=start)
         size = _write_model(part, run, PutTogether(pieces, files))
         facts = {"imported from": f"{directory.name} ({family.architecture}, {layout})"}
         _write_card(part, run, facts=facts, notes=notes, languages=languages)
@@ -135,14 +138,18 @@ def find_pieces(
 
 
 def imported_run(
-    out: Path, model: ModelConfig, *, theirs: Mapping[str, Any], languages: Sequence[str]
+    out: Path,
+    model: ModelConfig,
+    *,
+    theirs: Mapping[str, Any],
+    languages: Sequence[str],
+    text_start: TextStart = "eos",
 ) -> Run:
     """Return the Run of an imported model: a starting point of fine-tuning."""
     longest = theirs.get(LENGTH)
     row = min(longest, LONGEST_ROW) if isinstance(longest, int) and longest >= 2 else LONGEST_ROW
     encoder = bool(model.encoder.layers)
-    start = "bos" if theirs.get("bos_token_id") is not None else "eos"
-    collator: Collator = DecoderOnlyCollator(tag=NoTag(start=start))
+    collator: Collator = DecoderOnlyCollator(tag=NoTag(start=text_start))
     task = WeightedTask(task=CausalLM(packing=Concatenated()))
     if encoder:
         collator = EncoderDecoderCollator(tag=_tag_of(theirs))

@@ -17,9 +17,11 @@ from moesaic.checkpoint.block_index import DTYPE_BY_NAME
 from moesaic.checkpoint.safetensors_io import read_header
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
+from moesaic.exchange.mxfp4 import dequantise_mxfp4
 from moesaic.exchange.tensor_table import Region, Shape, TensorPiece
 
 BLOCK_BYTES = 64 * 2**20
+BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in MXFP4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,40 +33,86 @@ class FileTensor:
     dtype: torch.dtype
     start: int
 
+    def read_rows(self, start: int, number: int) -> Tensor:
+        """Return rows, of a scalar its value. Raises CheckpointError if the file is shorter."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = bytearray(number * row)
+        with self.path.open("rb") as stream:
+            stream.seek(self.start + start * row)
+            if stream.readinto(data) != len(data):
+                raise CheckpointError(f"{self.path}: it became shorter while it was read")
+        values = torch.frombuffer(data, dtype=self.dtype)
+        return values.view(number, *self.shape[1:]) if self.shape else values.view(())
+
+
+@dataclass(frozen=True, slots=True)
+class MXFP4Tensor:
+    """Matrices of experts [E, D, F] in MXFP4, as GPT-OSS stores them: by rows of F, 32 in a block.
+
+    ``blocks`` [E, F, D/32, 16] have two values of 4 bits in a byte, ``scales`` [E, F, D/32] the
+    exponent of a block. Their values are those of bfloat16 without rounding.
+    """
+
+    blocks: FileTensor
+    scales: FileTensor
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def path(self) -> Path:
+        return self.blocks.path
+
+    @property
+    def shape(self) -> Shape:
+        experts, outputs, blocks, size = self.blocks.shape
+        return experts, 2 * size * blocks, outputs
+
+    def read_rows(self, start: int, number: int) -> Tensor:
+        """Return the matrices of some experts, dequantised."""
+        parts = (tensor.read_rows(start, number) for tensor in (self.blocks, self.scales))
+        return dequantise_mxfp4(*parts).transpose(1, 2)
+
 
 class TensorFiles:
     """The tensors of safetensors files by name; ``repeated`` names are in several of them."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self.tensors: dict[str, FileTensor] = {}
+        found: dict[str, FileTensor] = {}
         self.repeated: list[str] = []
         for path in paths:
             header = read_header(path)
             ends = [entry.end for entry in header.tensors.values()]
             first = path.stat().st_size - max(ends, default=0)
             for name, entry in header.tensors.items():
-                if name in self.tensors:
+                if name in found:
                     self.repeated.append(name)
                 dtype, start = DTYPE_BY_NAME[entry.dtype], first + entry.start
-                self.tensors[name] = FileTensor(path, entry.shape, dtype, start)
+                found[name] = FileTensor(path, entry.shape, dtype, start)
+        self.tensors = _join_mxfp4(found)
 
     def read(self, region: Region) -> Tensor:
         """Return the values of a region. Raises CheckpointError if the file became shorter."""
         tensor = self.tensors[region.name]
         if not region.numel:
             return torch.empty(region.shape, dtype=tensor.dtype)
-        row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        first, count = (region.offset[0], region.shape[0]) if region.shape else (0, 1)
-        data = bytearray(count * row)
-        with tensor.path.open("rb") as stream:
-            stream.seek(tensor.start + first * row)
-            if stream.readinto(data) != len(data):
-                raise CheckpointError(f"{tensor.path}: it became shorter while it was read")
-        values = torch.frombuffer(data, dtype=tensor.dtype)
-        values = values.view(count, *tensor.shape[1:]) if region.shape else values.view(())
+        first, number = (region.offset[0], region.shape[0]) if region.shape else (0, 1)
+        values = tensor.read_rows(first, number)
         for dim in range(1, len(region.shape)):
             values = values.narrow(dim, region.offset[dim], region.shape[dim])
         return values
+
+
+def _join_mxfp4(found: Mapping[str, FileTensor]) -> dict[str, FileTensor | MXFP4Tensor]:
+    """Return the tensors with those of blocks and scales as one, without the suffix."""
+    tensors: dict[str, FileTensor | MXFP4Tensor] = dict(found)
+    for name, blocks in found.items():
+        base = name.removesuffix(BLOCKS)
+        scales = found.get(base + SCALES)
+        if base == name or scales is None or blocks.shape[:-1] != scales.shape:
+            continue
+        if len(blocks.shape) == 4 and {blocks.dtype, scales.dtype} == {torch.uint8}:
+            del tensors[name], tensors[base + SCALES]
+            tensors[base] = MXFP4Tensor(blocks, scales)
+    return tensors
 
 
 def target_tensors(pieces: Sequence[TensorPiece], files: TensorFiles) -> dict[str, Tensor]:
@@ -119,7 +167,8 @@ class PutTogether:
         if piece.transposed:
             values = values.transpose(-1, -2)
         if piece.order is not None:
-            values = values[list(piece.order)]
+            order = torch.tensor(piece.order)
+            values = values.index_select(piece.dim, order)
         return values.reshape(piece.target.shape)
 
 

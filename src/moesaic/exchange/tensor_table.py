@@ -43,13 +43,15 @@ class Region:
 class TensorPiece:
     """Two regions with the same values, the last two dims of one exchanged where ``transposed``.
 
-    Row i of the target is row ``order[i]`` of the source, if there is an order.
+    Row i of the target is row ``order[i]`` of the source, if there is an order; ``dim`` has the
+    rows.
     """
 
     target: Region
     source: Region
     transposed: bool = False
     order: tuple[int, ...] | None = None
+    dim: int = 0
 
     def reversed(self) -> "TensorPiece":
         """Return the piece of the other direction."""
@@ -149,6 +151,21 @@ class FusedExperts(TensorRule):
                 theirs = Region(_in_layer(name, layer), (expert, 0, 0), (1, width, rows))
                 yield TensorPiece(inside, theirs, transposed=True)
                 start += width
+
+
+class InterleavedExperts(TensorRule):
+    """One tensor [E, *, 2F] whose last channels are gate, value, gate, ...: ours is gates first."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
+        experts, *rest = ours.shape
+        order = (*range(0, rest[-1], 2), *range(1, rest[-1], 2))
+        for expert in range(experts):
+            inside = Region(ours.name, (expert, *_zeros(rest)), (1, *rest))
+            theirs = replace(inside, name=_in_layer(self.name, layer))
+            yield TensorPiece(inside, theirs, order=order, dim=len(rest))
 
 
 TensorTable = Mapping[str, TensorRule]

@@ -53,14 +53,17 @@ class GateOutput:
 
 
 class LinearGate(nn.Module):
-    """A linear map without bias from the router input to logits."""
+    """A linear map from the router input to logits."""
 
-    def __init__(self, *, dim: int, experts: int) -> None:
+    def __init__(self, *, dim: int, experts: int, bias: bool) -> None:
         super().__init__()
         self.weight = normal_parameter(experts, dim, std=router_std(dim))
+        self.bias = nn.Parameter(torch.zeros(experts)) if bias else None
 
     def forward(self, x: Float[Tensor, "T D"], *, router_state: RouterState) -> GateOutput:
-        return GateOutput(x @ self.weight.float().t(), router_state)
+        logits = x @ self.weight.float().t()
+        logits = logits if self.bias is None else logits + self.bias.float()
+        return GateOutput(logits, router_state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +132,16 @@ class CrossLayerRouting(Choice):
 
 
 class IndependentRouters(CrossLayerRouting):
-    """Each MoE layer routes by its own linear gate."""
+    """Each MoE layer routes by its own linear gate, with a learned ``bias`` in GPT-OSS."""
+
+    bias: bool = False
 
     def build_gate(self, shape: RouterShape, /) -> nn.Module:
-        return LinearGate(dim=shape.dim, experts=shape.experts)
+        return LinearGate(dim=shape.dim, experts=shape.experts, bias=self.bias)
 
     def gate_parameter_specs(self, shape: RouterShape, /) -> Sequence[ParameterSpec]:
-        return (ParameterSpec("router", (shape.experts, shape.dim)),)
+        bias = (ParameterSpec("bias", (shape.experts,)),) if self.bias else ()
+        return (ParameterSpec("router", (shape.experts, shape.dim)), *bias)
 
 
 EmbeddingSource = Literal["nothing", "token", "tag"]

@@ -78,6 +78,22 @@ class SwiGLU(Activation):
         return F.silu(gate) * value
 
 
+class ClampedSwiGLU(Activation):
+    """``gate sigmoid(alpha gate) (value + 1)`` of limited inputs (GPT-OSS, 2508.10925).
+
+    The gate is at most ``limit``, the value between ``-limit`` and ``limit``.
+    """
+
+    alpha: float = Field(default=1.702, gt=0)
+    limit: float = Field(default=7.0, gt=0)
+    gated: ClassVar[bool] = True
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        gate, value = x.chunk(2, -1)
+        gate, value = gate.clamp(max=self.limit), value.clamp(-self.limit, self.limit)
+        return gate * (self.alpha * gate).sigmoid() * (value + 1)
+
+
 class GEGLU(Activation):
     """``gelu(gate) * value`` (2002.05202), of the exact GELU or of ``TanhGELU`` (T5 1.1)."""
 

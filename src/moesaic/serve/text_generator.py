@@ -198,11 +198,12 @@ class TextGenerator:
         texts = [self._text_rules.normalise_beginning(prompt) for prompt in prompts]
         encoded = self.tokenizer.encode_batch(texts)
         most = self.model.position.max_positions
-        if most is None:
-            return [_Prompt(t, (*begin, *ids)) for t, ids in zip(texts, encoded, strict=True)]
-        room = max(1, most + 1 - len(begin) - min(limits.max_tokens, most // 2))
+        room = max(map(len, encoded), default=0)
+        if most is not None:
+            room = max(1, most + 1 - len(begin) - min(limits.max_tokens, most // 2))
+        before_text = begin if self._frame.text_start is None else ()
         return [
-            _Prompt(text, (*begin, *ids[-room:]), max(0, len(ids) - room))
+            _Prompt(text, (*(before_text if ids else begin), *ids[-room:]), max(0, len(ids) - room))
             for text, ids in zip(texts, encoded, strict=True)
         ]
 
