@@ -51,7 +51,7 @@ def nllb_shaped() -> Run:
         feed_forward=FeedForwardConfig(hidden=2 * _DIM, activation=ReLU()),
         moe=MoE(experts=8, select=Top2(), balance=(FirstChoiceBalance(weight=0.01),)),
         norm=LayerNorm(bias=True),
-        position=Sinusoidal(offset=2),
+        position=Sinusoidal(offset=1),  # behind the padding, whose id is 0
         bias=True,
         head=run.model.head,
     )
