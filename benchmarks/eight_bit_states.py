@@ -23,14 +23,14 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.optimizer import AdamW
 
 OUT = Path(__file__).parents[1] / "benchmarks/results/eight_bit_states.json"
-WORDS, ROWS, TOKENS = 64, 16, 64
+WORDS, ROWS, TOKENS = 32, 16, 32
 MODEL = ModelConfig(
     vocab_size=WORDS,
-    dim=128,
+    dim=64,
     encoder=Stack(layers=0),
     decoder=Stack(layers=2, moe_every=1),
     attention=AttentionConfig(heads=4),
-    feed_forward=FeedForwardConfig(hidden=256),
+    feed_forward=FeedForwardConfig(hidden=128),
     moe=MoE(experts=8, select=TopK(k=2)),
 )
 CONFIG = AdamW(lr=3e-3, betas=(0.9, 0.95))

@@ -56,7 +56,7 @@ from moesaic.train.warm_start import WeightsOfRun
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fine_tuning.json"
 OTHERS, TUNED = ("de", "fr", "it", "es"), "ca"
-VOCABULARY, RANK = 4096, 4
+VOCABULARY, RANK, FEW_PAIRS = 4096, 4, 64
 
 
 def main() -> None:
@@ -71,21 +71,23 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Choices of what is fine-tuned, side by side.")
     parser.add_argument("--corpus", type=Path, help="files LANGUAGE.train.tsv and .valid.tsv")
+    parser.add_argument("--pairs", type=int, default=8000, help="of each language")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--base-steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--quick", action="store_true", help="one seed of a few steps")
     parser.add_argument("--runs", type=Path, default=Path("build/fine-tuning"))
     parser.add_argument("--draw", action="store_true", help="train nothing")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.base_steps, options.steps = 1, 12, 12
+        options.seeds, options.base_steps, options.steps, options.pairs = 1, 12, 12, 500
     return options
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(options.runs, ignore_errors=True)
-    few, many = (_corpus(options, name, pairs=pairs) for name, pairs in _TUNED_PAIRS.items())
+    few = _corpus(options, "few", pairs=FEW_PAIRS)
+    many = _corpus(options, "many", pairs=options.pairs)
     base, began = _base(few, steps=options.base_steps), time.perf_counter()
     train(base, options.runs / "base", progress=no_progress)
     print(f"base: {time.perf_counter() - began:.0f} s", flush=True)
@@ -115,16 +117,13 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-_TUNED_PAIRS = {"few": 64, "many": 30_000}
-
-
 def _corpus(options: argparse.Namespace, name: str, *, pairs: int) -> BuiltCorpus:
     """Return a corpus of all languages, with at most ``pairs`` rows of the tuned one."""
     folder = options.runs / f"text-{name}"
     folder.mkdir(parents=True)
     for language in (*OTHERS, TUNED):
         for split in ("train", "valid"):
-            most = pairs if language == TUNED else 30_000
+            most = pairs if language == TUNED else options.pairs
             lines = "".join(islice(_lines(options.corpus / f"{language}.{split}.tsv"), most))
             (folder / f"{language}.{split}.tsv").write_text(lines, encoding="utf-8")
     source = PresplitFolder(folder=str(folder))
@@ -143,7 +142,7 @@ def _data(corpus: BuiltCorpus, languages: tuple[str, ...]) -> TextData:
         languages=("en", *languages),
         tokenizer=TrainedTokenizer(vocab_size=VOCABULARY),
         mixture=MixtureConfig(tasks=(WeightedTask(task=Translation()),)),
-        loader=LoaderConfig(batch_tokens=4096, max_source=64, max_target=64),
+        loader=LoaderConfig(batch_tokens=2048, max_source=64, max_target=64),
     )
 
 
@@ -179,7 +178,7 @@ def _choices(model: ModelConfig) -> dict[str, tuple[TrainableParameters, float]]
     share = _trained(made, lora) / sum(weight.numel() for weight in targets)
     return {
         "lora": (lora, 5e-3),
-        "spiel": (SpIEL(density=share, every=30, select_steps=3), 5e-3),
+        "spiel": (SpIEL(density=share, every=25, select_steps=3), 5e-3),
         "random-sparse": (RandomSparse(density=share), 5e-3),
         "full": (AllParameters(), 1e-3),
     }

@@ -1,14 +1,15 @@
 """Expert weights streamed from host memory: copied on a thread beside products, or in turn.
 
-A stack of MoE layers takes forward and backward passes in three ways, in turns; figures are the
-seconds beside those with resident weights. Usage::
+A stack of MoE layers takes forward and backward passes in three ways, in turns; figures are
+ratios to resident weights. Usage::
 
     python benchmarks/stream_copy.py [--rounds 15] [--hidden 1024]
 """
 
 import argparse
-import statistics
 from concurrent.futures import Executor, Future
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ import torch
 from streaming_rule import Experts, run
 from support import write_result
 
+from moesaic.bench.paired_timing import measure_in_turns, ratio_to_baseline
 from moesaic.memory.tier import HostMemory
 from moesaic.parallel import parameter_streaming
 from moesaic.parallel.parameter_streaming import ParameterStream
@@ -59,19 +61,13 @@ def main() -> None:
     models = {"resident": made(), "thread": streamed(made()), "in turn": in_turn}
     rows = []
     for tokens in TOKENS:
-        x, seconds = torch.randn(tokens * EXPERTS, DIM), {name: [] for name in models}
-        for turn in range(given.rounds + 1):
-            for name, model in models.items():
-                timed = run(model, x)
-                if turn:
-                    seconds[name].append(timed.forward + timed.backward)
-        base = statistics.median(seconds["resident"])
-        ratios = {n: sorted(s / base for s in found) for n, found in seconds.items()}
-        rows.append({"tokens_per_expert": tokens, "resident_seconds": base})
-        for name, found in ratios.items():
-            quarter = len(found) // 4
-            rows[-1][name] = [statistics.median(found), found[quarter], found[-1 - quarter]]
-    write_result(OUT, {"columns": ["median", "quartile 1", "quartile 3"], "rows": rows})
+        x = torch.randn(tokens * EXPERTS, DIM)
+        passes = {name: partial(run, model, x) for name, model in models.items()}
+        times = measure_in_turns(passes, baseline="resident", rounds=given.rounds)
+        base = times["resident"]
+        ratios = {n: asdict(ratio_to_baseline(t, base)) for n, t in times.items() if t is not base}
+        rows.append({"tokens_per_expert": tokens, "ratios": ratios})
+    write_result(OUT, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -136,6 +136,21 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("file", "program"),
+    [
+        (".metadata", "torchtitan, Megatron-Core"),
+        ("mp_rank_00_model_states.pt", "DeepSpeed or Megatron-LM"),
+        ("layer_0_expert_3_mp_rank_00_model_states.pt", "DeepSpeed-MoE"),
+        ("checkpoint_last.pt", "fairseq"),
+    ],
+)
+def test_a_checkpoint_of_another_program_is_named_and_not_opened(file, program, tmp_path):
+    (tmp_path / file).write_bytes(b"not to be read")
+    with pytest.raises(CheckpointError, match=f"{program}.*convert it where you trust it"):
+        import_model(tmp_path, out=tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"hidden_act": "gelu"}, 'hidden_act: found "gelu", of which we have "silu" alone'),

@@ -14,17 +14,21 @@ from torch import nn
 import moesaic
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.moe.experts import Expert, ExpertShape
+from moesaic.moe.experts import Expert, ExpertShape, GroupedExperts
+from moesaic.moe.low_rank_experts import LowRankExperts
 from moesaic.moe.moe_module import MoEModule
 from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.moe.router_gate import CrossLayerRouting, LayerIndex, RouterShape
 from moesaic.moe.shared_experts import SharedExpertBranch
 from moesaic.moe.soft_moe import SoftMoE
+from moesaic.moe.sparse_experts import ChosenExperts
+from moesaic.nn.adapter import LowRankLinear
 from moesaic.nn.embedding import Embedding, EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.initializer import normal_parameter, parameters_on_meta
 from moesaic.nn.parameter_spec import FeedForwardShape
 from moesaic.nn.recurrence_backend import ConvolutionWeights
+from moesaic.nn.sparse_adapter import SparseLinear
 from moesaic.testing.tiny_models import tiny_model_config
 
 SRC = Path(moesaic.__file__).parent
@@ -57,6 +61,11 @@ def modules():
         yield expert().build(ExpertShape(4, 8, SHAPE.feed_forward, bias=True))
     for branch in SharedExpertBranch.__subclasses__():
         yield branch().build(SHAPE) or nn.Identity()
+    grouped = GroupedExperts(ExpertShape(4, 8, SHAPE.feed_forward, bias=True))
+    yield ChosenExperts(grouped, matrices=("up", "down"), chosen=(0, 2))
+    yield LowRankExperts(grouped, matrices=("up", "down"), rank=2, scale=2.0)
+    yield LowRankLinear(nn.Linear(8, 6), rank=2, scale=2.0)
+    yield SparseLinear(nn.Linear(8, 6), density=0.5, path="linear")
     yield from gates()
     yield ConvolutionWeights(4, width=3)
     yield Embedding(EmbeddingConfig(tied=False), vocab_size=10, dim=8)
@@ -111,6 +120,7 @@ def test_every_module_class_with_parameters_was_made():
         importlib.import_module(info.name)
     made = {type(inner) for module in modules() for inner in module.modules()}
     made |= {type(inner) for inner in Transformer(tiny_model_config()).modules()}
+    made = {base for kind in made for base in kind.__mro__}
     direct = set()
     stack = [nn.Module]
     while stack:

@@ -52,7 +52,9 @@ def hand_made_step() -> StepCost:
         for kind, n, flops in kinds
     ]
     saved = HeldBytes(DEVICE, Purpose.ACTIVATIONS, 4 * TOKENS * DIM * 20 * LAYERS)
-    return StepCost(held=(saved,), peak={}, operations=tuple(operations), sent=(), moved=())
+    return StepCost(
+        held=(saved,), peak={}, operations=tuple(operations), exchanged=(), synced=(), moved=()
+    )
 
 
 def small_space(ranks: int, **changes: Any) -> PlanSpace:

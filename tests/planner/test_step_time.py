@@ -1,10 +1,13 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from plan_cases import hand_made_step
 
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
-from moesaic.planner.machine import find_machine
+from moesaic.planner.machine import Machine, SharedCores, SizedRate, SlowDown, find_machine
 from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_time import group_shape, sent_seconds, step_time, together
 
@@ -12,13 +15,20 @@ H100 = find_machine("h100")
 PLAN = ParallelPlan(data=4, tensor=2, expert=4).resolve(8)
 
 
-def _step(
-    sent: tuple[CommunicationVolume, ...] = (),
-    moved: tuple[MovedBytes, ...] = (),
-    bubble: float = 0,
-) -> StepCost:
-    made = hand_made_step()
-    return StepCost(made.held, {}, made.operations, sent, moved, bubble=bubble)
+def _step(**parts: Any) -> StepCost:
+    return replace(hand_made_step(), **parts)
+
+
+def _shared_cores(**curves: SizedRate) -> Machine:
+    """Return a machine whose ranks share cores: a collective takes 1 ms, a unit of ZeRO 2 ms."""
+
+    def curve(seconds: float) -> SizedRate:
+        return SizedRate(points=((1e9, 1e9 / seconds),), source="made up")
+
+    kinds = {name: curve(1e-3) for name in ("all_to_all", "all_gather", "all_reduce")}
+    units = {name: curve(2e-3) for name in ("unit_gather", "unit_scatter")}
+    shared = SharedCores(**{**kinds, **units, "memory": H100.memory, **curves})
+    return H100.replace(shared_cores=shared)
 
 
 @pytest.mark.parametrize("axis", ["data", "tensor", "data+context", "stage", "expert", "pipe"])
@@ -42,12 +52,48 @@ def test_equal_pieces_take_the_slow_down_of_their_pair_and_a_short_one_a_share_o
 def test_gradient_sums_hide_under_compute_and_exchanges_between_layers_do_not():
     alone = step_time(_step(), machine=H100, plan=PLAN)
     size = int(0.5 * alone.total * H100.within_node.bytes_per_s.value)
-    hidden, waited = (
-        step_time(_step((CommunicationVolume(kind, axis, size),)), machine=H100, plan=PLAN)
-        for kind, axis in (("reduce-scatter", "data"), ("all-to-all", "expert"))
+    hidden, last, waited = (
+        step_time(_step(**lines), machine=H100, plan=PLAN)
+        for lines in (
+            {"synced": (CommunicationVolume("reduce-scatter", "data", size, 20),)},
+            {"synced": (CommunicationVolume("reduce-scatter", "data", size, 1),)},
+            {"exchanged": (CommunicationVolume("all-to-all", "expert", size),)},
+        )
     )
     assert alone.total < hidden.total < 1.2 * alone.total
     assert waited.total > 1.45 * alone.total
+    assert last.total > 1.45 * alone.total  # of one sum all gradients are there at the end
+
+
+def test_where_ranks_share_cores_each_call_takes_what_it_was_measured_to_take():
+    machine, plan = _shared_cores(), ParallelPlan(data=2, zero=3).resolve(2)
+    alone = step_time(_step(), machine=machine, plan=plan).total
+    for lines, milliseconds in (
+        ({"exchanged": (CommunicationVolume("all-to-all", "data", 1000, 3),)}, 3),
+        ({"synced": (CommunicationVolume("all-reduce", "data", 1000, 5),)}, 5),
+        ({"synced": (CommunicationVolume("all-gather", "data", 1000, 4),)}, 8),
+        ({"synced": (CommunicationVolume("reduce-scatter", "data", 1000, 2),)}, 4),
+    ):
+        found = step_time(_step(**lines), machine=machine, plan=plan)
+        assert found.total - alone == pytest.approx(1e-3 * milliseconds)
+
+
+def test_operands_from_memory_are_slower_beside_busy_ranks_that_share_cores():
+    slow = H100.memory.replace(points=tuple((s, r / 3) for s, r in H100.memory.points))
+    machine = _shared_cores(memory=slow)
+    plans = (ParallelPlan().resolve(1), ParallelPlan(data=2).resolve(2))
+    one, two = (step_time(_step(), machine=machine, plan=plan).compute for plan in plans)
+    factor = machine.contended.all_devices.value
+    assert two["memory-bound"] == pytest.approx(3 * factor * one["memory-bound"])
+    assert two["dense product"] == pytest.approx(factor * one["dense product"])
+
+
+def test_what_a_step_takes_over_its_parts_is_a_factor_of_compute_alone():
+    over = H100.replace(step_over_parts=SlowDown(value=1.25, source="made up"))
+    step = _step(exchanged=(CommunicationVolume("all-to-all", "expert", 10**9, 1),))
+    plain, longer = (step_time(step, machine=machine, plan=PLAN) for machine in (H100, over))
+    assert sum(longer.compute.values()) == pytest.approx(1.25 * sum(plain.compute.values()))
+    assert longer.communication == plain.communication
 
 
 def test_copies_between_tiers_are_waited_for_where_compute_does_not_cover_them():

@@ -16,6 +16,7 @@ from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.optim.lr_schedule import WSD
@@ -24,7 +25,13 @@ from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.precision import BFloat16
 from moesaic.recipes.lookup import warm_start
 from moesaic.serve.translator import Translator
-from moesaic.testing.tiny_models import change_text, synthetic_run, text_of, tiny_model_config
+from moesaic.testing.tiny_models import (
+    change_text,
+    synthetic_run,
+    text_of,
+    tiny_model_config,
+    tiny_run,
+)
 from moesaic.train.corpus_source import BuiltCorpus
 from moesaic.train.resume import ResumeFrom, ResumeLatest
 from moesaic.train.run import Run
@@ -203,3 +210,12 @@ def test_the_directions_of_the_first_run_are_recorded_with_share_0_also_when_res
     assert read_trained_directions(RunDir(moved).directions) == record
     translator = Translator.open(out)
     assert all(translator.is_trained(*direction) for direction in first.directions)
+
+
+def test_routed_layers_that_nothing_balances_get_a_balance_term(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        tiny_run(model=tiny_model_config(moe=MoE(experts=4, balance=()))).to_yaml()
+    )
+    assert warm_start(str(tmp_path)).model.moe.balance == (SwitchBalance(),)
+    chosen = warm_start(str(tmp_path), changes=["model.moe.balance=[]"])
+    assert chosen.model.moe.balance == ()

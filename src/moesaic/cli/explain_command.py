@@ -24,9 +24,10 @@ with deferred():
     from moesaic.model.parameter_flop_count import BatchDims, count_parameters
     from moesaic.model.presets import PRESETS, preset
     from moesaic.planner.cost_settings import CostSettings
+    from moesaic.planner.inventory_cache import inventory_of
     from moesaic.planner.machine import DeviceSize, device_here, find_machine
     from moesaic.planner.scale_report import bytes_by_purpose
-    from moesaic.planner.step_cost import inventory_of, step_cost
+    from moesaic.planner.step_cost import step_cost
     from moesaic.recipes.lookup import RECIPES, find_recipe
     from moesaic.train.run_checks import check_run
 

@@ -113,6 +113,30 @@ class Tokenizer:
         if self._recorded is not None:
             write_vocabulary(self._recorded, tokenizer=path)
 
+    def with_languages(self, codes: Sequence[str]) -> "Tokenizer":
+        """Return the tokenizer with a tag for each further language, at the end of the ids.
+
+        Raises DataError for one that has a tag.
+        """
+        known, extended = self._vocabulary, HfTokenizer.from_str(self._hf_tokenizer.to_str())
+        if present := [code for code in codes if code in known.tags]:
+            raise DataError(f"the tokenizer has a tag for {', '.join(present)} already")
+        first = extended.get_vocab_size()
+        extended.add_special_tokens([language_token(code) for code in codes])
+        if self._recorded is None:
+            return Tokenizer(extended)
+        rows = range(first, first + len(codes))
+        if known.id_map is not None:
+            rows = range(known.size, known.size + len(codes))
+        record = replace(
+            self._recorded.vocabulary,
+            size=max(known.size, rows.stop),
+            tags={**known.tags, **dict(zip(codes, rows, strict=True))},
+            id_map=None if known.id_map is None else (*known.id_map, *rows),
+        )
+        languages = (*self._recorded.languages, *codes)
+        return Tokenizer(extended, recorded=RecordedVocabulary(record, languages))
+
     @property
     def vocabulary(self) -> Vocabulary:
         """The number of ids, and which of them are no text."""

@@ -72,7 +72,7 @@ class LlamaCppAgreement:
 class _Question:
     """What the other process is asked: what follows rows of ids, and the ids of texts.
 
-    It reports probabilities only beside a token with a text, so that it is made to choose ``plain``.
+    It reports probabilities only beside a token with a text, so it is made to choose ``plain``.
     """
 
     path: str

@@ -128,7 +128,8 @@ class StackLayers(ConfigEntry):
     also: str = ""
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
-        layers = theirs.get(self.count) or theirs.get(self.also)
+        layers = theirs.get(self.count)
+        layers = theirs.get(self.also) if layers is None else layers
         if type(layers) is not int or layers < 1:
             raise ConfigError([f"{self.count}: found {show_value(layers)}, expected a number"])
         sparse = self.chosen(layers, theirs.get(self.number, self.default))

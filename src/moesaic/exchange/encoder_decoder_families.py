@@ -218,6 +218,7 @@ M2M100 = Family(
     copies=_M2M_COPIES,
     derived=POSITIONS,
     tag=FirstTargetToken(),
+    fairseq_rows=True,
 )
 NLLB_MOE = Family(
     "nllb-moe",
@@ -256,6 +257,7 @@ NLLB_MOE = Family(
     copies=_M2M_COPIES,
     derived=POSITIONS,
     tag=FirstTargetToken(),
+    fairseq_rows=True,
 )
 T5 = Family(
     "t5",

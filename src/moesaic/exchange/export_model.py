@@ -19,6 +19,7 @@ from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.core.files import copy_files, new_directory, write_json
 from moesaic.core.shapes import Tensor
 from moesaic.core.yaml_reader import read_yaml_file
+from moesaic.data.collators import EncoderDecoderCollator
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.exchange.config_entries import LENGTH
 from moesaic.exchange.config_mapping import differences
@@ -34,9 +35,11 @@ from moesaic.exchange.hf_directory import (
 from moesaic.exchange.same_model import canonical, resolved
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.model.config import ModelConfig
+from moesaic.serve.open_run import read_collator
 
 SHARD_BYTES = 5 * 10**9
 DEFAULT_LENGTH = 4096  # that their config names for a model without a longest row
+SHAPED_RECIPES = {"encoder": "nllb-shaped", "decoder": "mixtral-shaped"}  # of exportable models
 _ROLES = ("pad", "bos", "eos")
 
 
@@ -83,7 +86,7 @@ def export_model(
     with new_directory(out) as part:
         dtype = str(next(iter(put_together.targets.values())).dtype).removeprefix("torch.")
         config = hf_config(family, model, before=before) | {"dtype": dtype}
-        config |= _write_tokenizer(directory, part)
+        config |= _write_tokenizer(directory, part, fixed=family.mapping.write(resolved(model)))
         write_json(part / CONFIG, config)
         _write_shards(part, put_together, shard_bytes=shard_bytes)
     targets = put_together.targets
@@ -103,17 +106,27 @@ def find_family(model: ModelConfig, *, first: object = None) -> Family:
 
     Raises CheckpointError with what the nearest family has no equivalent of.
     """
-    families = list(FAMILIES.values())
+    encoder = bool(model.encoder.layers)
+    every = FAMILIES.values()
+    families = [f for f in every if bool(f.mapping.template.encoder.layers) == encoder]
     if first in FAMILIES:
         families.insert(0, family_of(first))
-    found = {family.model_type: _not_held(model, family) for family in families}
+    found: dict[str, list[str]] = {}
+    unreadable: dict[str, list[str]] = {}
+    for family in families:
+        try:
+            found[family.model_type] = _not_held(model, family)
+        except ConfigError as error:  # a config that lacks a key is farther than one that differs
+            unreadable[family.model_type] = list(error.problems)
+    found = found or unreadable
     nearest = min(found, key=lambda name: len(found[name]))
     if not found[nearest]:
         return FAMILIES[nearest]
-    lines = "; ".join(found[nearest])
+    recipe = SHAPED_RECIPES["encoder" if encoder else "decoder"]
     raise CheckpointError(
         f"no model of transformers that we write has {found[nearest][0].partition(',')[0]}. The "
-        f"nearest is {nearest}, which differs so: {lines}"
+        f"nearest is {nearest}, which differs so: {'; '.join(found[nearest])}. The recipe {recipe} "
+        "trains a model that can be exported"
     )
 
 
@@ -129,23 +142,34 @@ def hf_config(
 
 
 def _not_held(model: ModelConfig, family: Family) -> list[str]:
-    """Return a sentence for each part of a model that a family has no equivalent of."""
-    wanted = canonical(model)
-    try:
-        found = family.mapping.read(hf_config(family, model))
-    except ConfigError as error:
-        return list(error.problems)
-    return list(differences(wanted, canonical(found)))
+    """Return a sentence for each part of a model that a family has no equivalent of.
+
+    Raises ConfigError if the family's config of it cannot be read back.
+    """
+    found = family.mapping.read(hf_config(family, model))
+    return list(differences(canonical(model), canonical(found)))
 
 
-def _write_tokenizer(run: RunDir, part: Path) -> dict[str, int]:
-    """Write tokenizer and generation config. Returns the ids of roles for ``config.json``."""
+def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> dict[str, int]:
+    """Write tokenizer and generation config. Returns the ids of roles for ``config.json``.
+
+    Raises CheckpointError if one is not that of ``fixed`` keys.
+    """
     if not run.tokenizer.is_file():
         return {}
     kept = [path for path in carried_files(run.imported) if path.name != CONFIG]
     tokenizer = Tokenizer.load(run.tokenizer)
     known = tokenizer.vocabulary
     ids = {f"{role}_token_id": known.roles[role] for role in _ROLES if role in known.roles}
+    if fixed.get("pad_token_id", known.pad) != known.pad:
+        raise CheckpointError(
+            f"the tokenizer pads with id {known.pad}, but the model's first position is "
+            f"{fixed['pad_token_id'] + 1}: expected the id behind its padding"
+        )
+    collator = read_collator(run)
+    if isinstance(collator, EncoderDecoderCollator):
+        first = collator.frame.prompt[0]
+        ids |= {"decoder_start_token_id": known.roles[first]} if first in known.roles else {}
     if any(path.name == "tokenizer.json" or path.suffix == ".model" for path in kept):
         copy_files(kept, to=part)
         return ids

@@ -32,7 +32,8 @@ class Family:
     other; ``derived`` are patterns of tensors that a model computes. ``rotated`` is the pattern of
     the tensors whose rows are the channels of queries and keys; ``variants`` are the rules of
     tensors that have another name in a model of this config. ``tag`` is where an encoder-decoder
-    has the tags of languages.
+    has the tags of languages; ``fairseq_rows`` is true where the ids of a SentencePiece model are
+    not the rows of the table.
     """
 
     model_type: str
@@ -43,6 +44,7 @@ class Family:
     derived: tuple[str, ...] = ()
     rotated: str = ""
     tag: FirstTargetToken | NoTag = field(default_factory=NoTag)
+    fairseq_rows: bool = False
     variants: Callable[[ModelConfig], TensorTable] = _no_variants
 
     def pieces(self, model: ModelConfig, *, layout: str) -> list[TensorPiece]:

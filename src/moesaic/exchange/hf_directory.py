@@ -32,6 +32,14 @@ CARRIED = (
     "chat_template.jinja",
 )
 MAX_SHOWN = 20
+_TORCH = "a distributed checkpoint of torch (torchtitan, Megatron-Core), whose metadata are"
+FOREIGN_FILES = {  # of programs whose checkpoints are pickles, wholly or in part
+    ".metadata": _TORCH,
+    "*.distcp": _TORCH,
+    "mp_rank_*.pt": "a checkpoint of DeepSpeed or Megatron-LM, whose files are",
+    "*expert_*_model_states.pt": "a checkpoint of DeepSpeed-MoE, whose files are",
+    "checkpoint*.pt": "a checkpoint of fairseq, whose files are",
+}
 TextStart = Literal["bos", "eos", "text"]
 
 
@@ -44,8 +52,11 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """Return the config of a directory. Raises CheckpointError."""
     path = directory / CONFIG
     if not path.is_file():
+        found = [kind for pattern, kind in FOREIGN_FILES.items() if any(directory.glob(pattern))]
+        what = f": this is {found[0]} pickled objects, which can run code" if found else ""
+        way = "; convert it where you trust it" if found else ""
         raise CheckpointError(
-            f"{directory}: no {CONFIG}, expected a directory of a Hugging Face model"
+            f"{directory}{what}: no {CONFIG}, expected a directory of a Hugging Face model{way}"
         )
     found = read_json_mapping(path, HF_CONFIG_FILE)
     quantised = found.get("quantization_config")

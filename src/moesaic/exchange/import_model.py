@@ -5,6 +5,7 @@ are read and written some rows at a time. The directory appears when it is compl
 """
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from moesaic.checkpoint.model_card import ModelCard, card_parameters
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import weights_metadata, write_run_record
 from moesaic.checkpoint.safetensors_io import serialize_chunks
-from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.core.errors import CheckpointError, ConfigError, DataError
 from moesaic.core.files import atomic_write, copy_files, new_directory
 from moesaic.core.units import show_bytes
+from moesaic.corpus.languages import find_language
 from moesaic.data.collators import Collator, DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.document_packing import Concatenated
 from moesaic.data.imported_tokenizer import FromFile
@@ -25,6 +27,7 @@ from moesaic.data.language_tag import FirstTargetToken, LanguageTag, NoTag
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.tokenizer_source import TokenizerSource
 from moesaic.exchange.config_entries import LENGTH
 from moesaic.exchange.families import FAMILIES, family_of
@@ -47,6 +50,7 @@ from moesaic.train.text_data import TextData
 
 LONGEST_ROW = 4096  # of a row of an imported model, in training
 TOKENIZER_FILES = ("tokenizer.json", "*.model")
+_LANGUAGE_TAG = re.compile("<?[a-z]{3}_[A-Z][a-z]{3}(_[A-Z]{2})?>?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +104,12 @@ def import_model(
     with new_directory(out) as path:
         part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
-            source = tokenizer or FromFile(path=str(directory), tags={})
-            source.make({}, languages=languages, notify=notes.append).save(part.tokenizer)
+            source = tokenizer or _tokenizer_of(directory, family)
+            made = source.make({}, languages=languages, notify=notes.append)
+            if model.encoder.layers and not languages and (found := _languages_of(made)):
+                languages = found
+                made = source.make({}, languages=languages, notify=lambda _: None)
+            made.save(part.tokenizer)
         else:
             notes.append("no tokenizer was found: the model scores ids, and no text")
         copy_files(carried_files(directory), to=part.imported)
@@ -163,6 +171,25 @@ def imported_run(
         model=model,
         steps=1000,
     )
+
+
+def _tokenizer_of(directory: Path, family: Family) -> TokenizerSource:
+    """Return the tokenizer beside a model. Raises DataError: the order of its rows is not known."""
+    if family.fairseq_rows and not (directory / "tokenizer.json").is_file():
+        raise DataError(
+            f"{directory}: found a SentencePiece model alone, whose ids are not the rows of a "
+            f"{family.model_type}; expected a tokenizer.json (save_pretrained of transformers "
+            "writes one), or --tokenizer with the order of its rows (id_map)"
+        )
+    return FromFile(path=str(directory), tags={})
+
+
+def _languages_of(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the languages whose tags are tokens, as in NLLB (``deu_Latn``) or here."""
+    names = map(tokenizer.id_to_token, range(tokenizer.vocab_size))
+    codes = {name.strip("<>") for name in names if _LANGUAGE_TAG.fullmatch(name)}
+    known = ((name, find_language(name)) for name in sorted(codes))
+    return tuple(name for name, language in known if language and language.code == name)
 
 
 def _tag_of(theirs: Mapping[str, Any]) -> LanguageTag:

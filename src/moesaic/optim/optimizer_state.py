@@ -16,6 +16,7 @@ from moesaic.distributed.world import local_tensor
 from moesaic.memory.disk_store import DiskFullError
 from moesaic.memory.tensor_store import Access, Part
 from moesaic.optim.group_update import UpdateRule
+from moesaic.optim.late_updates import ExpertBank
 from moesaic.optim.named_optimizer import MASTER, NamedOptimizer
 from moesaic.optim.tiered_states import ParameterRows
 
@@ -32,28 +33,27 @@ def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
         is_full = True
     tiered = optimizer.tier.store.freeze() if optimizer.tier else {}
     state = _resident_state(optimizer) | dict(tiered)
-    return state | (_late_in_memory(optimizer) if is_full else {})
+    late = [bank for bank in optimizer.late.banks.values() if is_full and bank.late]
+    for bank in late:
+        state |= _late_in_memory(optimizer, bank)
+    return state
 
 
-def _late_in_memory(optimizer: NamedOptimizer) -> dict[str, Tensor]:
-    """Return copies of the states of banks with late experts, brought up to date.
+def _late_in_memory(optimizer: NamedOptimizer, bank: ExpertBank) -> dict[str, Tensor]:
+    """Return copies of the states of a bank with late experts, brought up to date.
 
     What no update has reached yet is read, not mapped: a mapping may need room on its disk.
     """
     assert optimizer.tier is not None
-    found: dict[str, Tensor] = {}
-    for bank in optimizer.late.banks.values():
-        if bank.late:
-            parts = optimizer.tier.parts(ParameterRows(Part(bank.name), bank.parameter))
-            with optimizer.tier.store.fetch(list(parts.values()), access=Access.READ) as whole:
-                copies = {slot: each.clone() for slot, each in zip(parts, whole, strict=True)}
-            for expert in bank.late:
-                state = optimizer.catch_up_weights(bank, expert)
-                for slot in parts:
-                    copies[slot][expert].copy_(state[slot][0])
-                copies |= {slot: t for slot, t in state.items() if not t.dim()}
-            found |= {f"{slot}/{bank.name}": copy for slot, copy in copies.items()}
-    return found
+    parts = optimizer.tier.parts(ParameterRows(Part(bank.name), bank.parameter))
+    with optimizer.tier.store.fetch(list(parts.values()), access=Access.READ) as whole:
+        copies = {slot: each.clone() for slot, each in zip(parts, whole, strict=True)}
+    for expert in bank.late:
+        state = optimizer.catch_up_weights(bank, expert)
+        for slot in parts:
+            copies[slot][expert].copy_(state[slot][0])
+        copies |= {slot: t for slot, t in state.items() if not t.dim()}
+    return {f"{slot}/{bank.name}": copy for slot, copy in copies.items()}
 
 
 def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:

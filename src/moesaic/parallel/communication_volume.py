@@ -7,7 +7,7 @@ its ranks ("data+context").
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moesaic.core.errors import UserError
@@ -31,6 +31,17 @@ class CommunicationVolume:
     axis: str
     bytes: int
     messages: int = 0
+
+
+def summed_volumes(lines: Iterable[CommunicationVolume]) -> tuple[CommunicationVolume, ...]:
+    """Return the lines with those of the same collective and axis added up, sorted."""
+    found: dict[tuple[str, str], CommunicationVolume] = {}
+    for each in lines:
+        key = each.kind, each.axis
+        known = found.get(key, CommunicationVolume(*key, 0))
+        size, messages = known.bytes + each.bytes, known.messages + each.messages
+        found[key] = CommunicationVolume(*key, size, messages)
+    return tuple(found[key] for key in sorted(found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.planner.capacity import with_experts
+from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.machine import Machine
 from moesaic.planner.plan_model import Limits, PlanModel, tier_sums
 from moesaic.planner.plan_report import PlanRequest, plan_model, plan_words
@@ -23,7 +24,6 @@ from moesaic.planner.plan_space import (
     Option,
 )
 from moesaic.planner.state_bytes import ShardedState
-from moesaic.planner.step_cost import inventory_of
 
 NOTE = (
     "experts are added to every MoE layer of this base until a tier is full, one row per "

@@ -111,7 +111,7 @@ class Products(Config):
 class ContendedPairs(Config):
     """Slow-downs of pairs of work that a step overlaps.
 
-    ``all_devices`` is that of a device's products while the other devices of its node compute.
+    ``all_devices`` is that of a device's compute while the other devices of its node compute.
     """
 
     all_devices: SlowDown
@@ -121,12 +121,44 @@ class ContendedPairs(Config):
     product_collective: SlowDown
 
 
+class SharedCores(Config):
+    """What ranks of a node add to each other's steps where they compute and send on its cores.
+
+    Collectives and ZeRO's units are by the bytes that a rank sends in a call: the wait for a late
+    rank, copies and the host's work are in them, and none of it overlaps compute. ``memory`` is
+    that of ``Machine`` while all other devices of the node are as busy.
+    """
+
+    all_to_all: SizedRate
+    all_gather: SizedRate
+    all_reduce: SizedRate
+    unit_gather: SizedRate
+    unit_scatter: SizedRate
+    memory: SizedRate
+
+    def collective(self, kind: str) -> SizedRate | None:
+        """Return the curve of a kind of collective between layers, or None if it has none."""
+        curves: dict[str, SizedRate] = {
+            "all-to-all": self.all_to_all,
+            "all-gather": self.all_gather,
+            "all-reduce": self.all_reduce,
+        }
+        return curves.get(kind)
+
+    def unit(self, kind: str) -> SizedRate | None:
+        """Return the curve of what ZeRO adds to a unit by a kind of collective, or None."""
+        return {"all-gather": self.unit_gather, "reduce-scatter": self.unit_scatter}.get(kind)
+
+
 class Machine(Config):
     """A cluster of equal nodes. Bytes and rates are those of one device, unless they say node.
 
     ``device`` is PyTorch's type of a device. ``memory`` is the rate of reading and writing device
     memory, by the bytes of a call. ``update`` is that of the optimizer on the host, over all bytes
-    that it reads and writes.
+    that it reads and writes. Without ``shared_cores`` (devices with memory and links of their own)
+    collectives take what their link takes, gradient sums overlap compute, and the host's work for
+    ZeRO's units is not forecast. ``step_over_parts`` is what a step on a processor takes over the
+    sum of its operations' times.
     """
 
     name: Source
@@ -145,6 +177,8 @@ class Machine(Config):
     disk_write: LinkSpeed
     update: Sourced
     contended: ContendedPairs
+    shared_cores: SharedCores | None = None
+    step_over_parts: SlowDown | None = None
     price_per_device_hour: Sourced | None = None
 
     def products_of(self, dtype: str) -> Products:
@@ -159,10 +193,15 @@ class Machine(Config):
             )
         return self.products[dtype]
 
-    def link(self, *, ranks_span: int) -> LinkSpeed:
-        """Return the link of a group whose rank numbers span so many ranks."""
-        inside = ranks_span <= self.devices_per_node.value
-        return self.within_node if inside else self.between_nodes
+    def beside_busy_ranks(self) -> "Machine":
+        """Return the machine as a rank has it while all others of its node compute."""
+        shared = self.shared_cores
+        return self.replace(memory=shared.memory) if shared else self
+
+    def compute_factor(self, *, neighbours: bool) -> float:
+        """Return what a step's compute takes over the sum of its operations' times."""
+        over = self.step_over_parts.value if self.step_over_parts else 1.0
+        return over * (self.contended.all_devices.value if neighbours else 1.0)
 
 
 def read_machine(path: Path) -> Machine:

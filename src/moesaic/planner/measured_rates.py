@@ -4,6 +4,7 @@ Each returns a ``Measurement``: the times of repeated calls, from which ``calibr
 numbers of a machine file. Calls run under autograd where training runs them so.
 """
 
+import math
 import os
 import statistics
 import tempfile
@@ -11,35 +12,24 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import distributed
 
 from moesaic.core.shapes import Tensor
-from moesaic.distributed.collectives import all_gather_rows
-from moesaic.distributed.forked_ranks import run_on_ranks
-from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_flop_count import BatchDims
-from moesaic.model.transformer import Transformer
-from moesaic.moe.config import MoE
 from moesaic.moe.dispatcher import LocalDispatcher
-from moesaic.moe.expert_selection import TopK
 from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.routing import Routing
-from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
 from moesaic.optim.optimizer import AdamW
-from moesaic.planner.cost_entries import Phase
-from moesaic.planner.cost_settings import CostSettings
-from moesaic.planner.dry_run import dummy_batch
-from moesaic.planner.step_cost import step_cost
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
+EXPERTS = 8
+OPERAND_BYTES, MAX_IN_TURN = 48 * 2**20, 16  # of calls that take turns; more than a cache has
 CHAIN = 16  # operations of a chain whose time is divided by their number
-COLLECTIVES = ("all-to-all", "all-gather", "all-reduce")
 UPDATE_BYTES = 28  # AdamW in float32: reads weight, gradient and two moments, writes all but one
 
 
@@ -76,11 +66,12 @@ class Stopwatch:
     def measure(self, what: str, call: Callable[[], object], *, size: float) -> Measurement:
         """Return the times of repeated calls, after two that warm up."""
         call()
-        first = self._time(call)
+        first = self.time(call)
         rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, self.point_s / max(first, 1e-7))))
-        return Measurement(what, size, tuple(self._time(call) for _ in range(rounds)))
+        return Measurement(what, size, tuple(self.time(call) for _ in range(rounds)))
 
-    def _time(self, call: Callable[[], object]) -> float:
+    def time(self, call: Callable[[], object]) -> float:
+        """Return the seconds of one call."""
         self.synchronize()
         started = time.perf_counter()
         call()
@@ -93,14 +84,25 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
+def _in_turn(make: Callable[[], Callable[[], object]], *, size: int) -> Callable[[], object]:
+    """Return calls with operands of their own in turn: as in a step, they are in no near cache.
+
+    ``size`` are the bytes of the operands of one.
+    """
+    number = max(1, min(MAX_IN_TURN, OPERAND_BYTES // size))
+    turns = cycle([make() for _ in range(number)])
+    return lambda: next(turns)()
+
+
 def dense_product(watch: Stopwatch, *, rows: int, dim: int, dtype: torch.dtype) -> Measurement:
     """Time a product [rows, dim] @ [dim, dim] with both of its gradients, as one of the three."""
-    x, weight, grad = _leaves(watch, (rows, dim), (dim, dim), (rows, dim), dtype=dtype)
 
-    def call() -> None:
-        for _ in range(3):
-            torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
+    def make() -> Callable[[], object]:
+        x, weight, grad = _leaves(watch, (rows, dim), (dim, dim), (rows, dim), dtype=dtype)
+        return lambda: torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
 
+    one = _in_turn(make, size=(2 * rows + dim) * dim * dtype.itemsize)
+    call = loop(one, 3)
     found = watch.measure(f"dense product {rows}x{dim}", call, size=2.0 * rows * dim * dim)
     return Measurement(found.what, found.size, tuple(s / 9 for s in found.seconds))
 
@@ -111,23 +113,10 @@ def grouped_product(watch: Stopwatch, *, tokens: int, dim: int, dtype: torch.dty
     ``size`` are the FLOPs of one of its 2 products per expert; the kernel is the selected one, so
     permutation and activation are in the time.
     """
-    experts, hidden = 8, 2 * dim
-    with torch.device(watch.device):
-        feed_forward = FeedForwardConfig(hidden=hidden, activation=SwiGLU())
-        module = GroupedExperts(ExpertShape(experts, dim, feed_forward, bias=False)).to(dtype)
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        x = torch.randn(tokens, dim, dtype=dtype, requires_grad=True)
-        expert = (torch.arange(tokens) % experts)[:, None]
-        weight = torch.ones(tokens, 1, requires_grad=True)
-        grad = torch.randn(tokens, dim, dtype=dtype)
-    routing = Routing.from_topk(weight, expert=expert, num_experts=experts)
-    dispatcher = LocalDispatcher()
-
-    def call() -> None:
-        out = dispatcher.run_experts(x, routing=routing, experts=module)
-        torch.autograd.grad(out, (x, *module.parameters()), grad)
-
+    experts, hidden = EXPERTS, 2 * dim
+    size = 2 * (experts * 3 * dim * hidden + 2 * tokens * dim) * dtype.itemsize
+    make = partial(expert_layer, watch, tokens=tokens, dim=dim, dtype=dtype)
+    call = _in_turn(make, size=size)
     # forward and backward: three products of each of the two matrices of every expert
     flops = 2.0 * tokens / experts * dim * hidden * 1.5
     found = watch.measure(f"grouped product {tokens}x{dim}", call, size=flops)
@@ -135,16 +124,48 @@ def grouped_product(watch: Stopwatch, *, tokens: int, dim: int, dtype: torch.dty
     return Measurement(found.what, found.size, tuple(s / calls for s in found.seconds))
 
 
-def attention(watch: Stopwatch, *, tokens: int, dtype: torch.dtype) -> Measurement:
-    """Time causal attention of 4 heads of 32 with its gradients: 3.5 times the forward FLOPs."""
-    shape = (4, 4, tokens, 32)
-    q, k, v, grad = _leaves(watch, shape, shape, shape, shape, dtype=dtype)
+def expert_layer(
+    watch: Stopwatch, *, tokens: int, dim: int, dtype: torch.dtype
+) -> Callable[[], object]:
+    """Return forward and backward of a layer of experts [dim, 2 dim], top-1, evenly routed."""
+    with torch.device(watch.device):
+        feed_forward = FeedForwardConfig(hidden=2 * dim, activation=SwiGLU())
+        module = GroupedExperts(ExpertShape(EXPERTS, dim, feed_forward, bias=False)).to(dtype)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        x = torch.randn(tokens, dim, dtype=dtype, requires_grad=True)
+        expert = (torch.arange(tokens) % EXPERTS)[:, None]
+        weight = torch.ones(tokens, 1, requires_grad=True)
+        grad = torch.randn(tokens, dim, dtype=dtype)
+    routing = Routing.from_topk(weight, expert=expert, num_experts=EXPERTS)
+    dispatcher = LocalDispatcher()
 
     def call() -> None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.autograd.grad(out, (q, k, v), grad)
+        out = dispatcher.run_experts(x, routing=routing, experts=module)
+        torch.autograd.grad(out, (x, *module.parameters()), grad)
 
-    flops = 2.0 * 4 * 4 * tokens * tokens * 32  # as they are counted: the causal half
+    return call
+
+
+def attention(watch: Stopwatch, *, tokens: int, dtype: torch.dtype) -> Measurement:
+    """Time causal attention of 4 heads of 32 with its gradients: 3.5 times the forward FLOPs.
+
+    All lengths have 1,024 tokens in all, as a micro-batch has short rows or few.
+    """
+    rows = max(1, 1024 // tokens)
+    shape = (rows, 4, tokens, 32)
+
+    def make() -> Callable[[], object]:
+        q, k, v, grad = _leaves(watch, shape, shape, shape, shape, dtype=dtype)
+
+        def call() -> None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(out, (q, k, v), grad)
+
+        return call
+
+    call = _in_turn(make, size=4 * math.prod(shape) * dtype.itemsize)
+    flops = 2.0 * rows * 4 * tokens * tokens * 32  # as they are counted: the causal half
     found = watch.measure(f"attention {tokens}", call, size=flops)
     return Measurement(found.what, flops, tuple(s / 3.5 for s in found.seconds))
 
@@ -167,38 +188,6 @@ def memory_bound(watch: Stopwatch, *, size: int) -> Measurement:
     found = watch.measure(f"memory {size}", call, size=float(size))
     # each product has two gradients
     return Measurement(found.what, found.size, tuple(s / (3 * CHAIN) for s in found.seconds))
-
-
-def step_call(watch: Stopwatch) -> Measurement:
-    """Time an operation of a step whose tensors are so small that only calls cost.
-
-    Modules, dispatch and autograd are in it. ``size`` are the bytes of a mean operation.
-    """
-    config = ModelConfig(
-        vocab_size=32,
-        dim=8,
-        encoder=Stack(layers=0),
-        decoder=Stack(layers=4, moe_every=1),
-        attention=AttentionConfig(heads=2),
-        feed_forward=FeedForwardConfig(hidden=8),
-        moe=MoE(experts=2, select=TopK(k=1)),
-    )
-    sizes = BatchDims(rows=1, source=0, target=8)
-    with torch.device(watch.device):
-        model, batch = Transformer(config), dummy_batch(config, sizes)
-
-    def call() -> None:
-        output = model(batch)
-        terms = [value for record in output.records for value in record.losses.values()]
-        torch.stack([model.loss(output).total, *terms]).sum().backward()
-        model.zero_grad()
-
-    cost = step_cost(CostSettings(model=config, sizes=sizes, device=watch.device.type))
-    passes = [each for each in cost.operations if each.phase is not Phase.UPDATE]
-    calls = sum(each.count for each in passes)
-    moved = sum(each.count * (each.bytes_read + each.bytes_written) for each in passes)
-    found = watch.measure("call within a step", call, size=moved / calls)
-    return Measurement(found.what, found.size, tuple(s / calls for s in found.seconds))
 
 
 def copy(watch: Stopwatch, *, size: int, to_device: bool) -> Measurement:
@@ -226,12 +215,6 @@ def optimizer_update(watch: Stopwatch, *, values: int) -> Measurement:
     return host.measure("update", optimizer.step, size=float(UPDATE_BYTES * values))
 
 
-def collectives(*, point_s: float, cuda: bool, sizes: tuple[int, ...]) -> list[Measurement]:
-    """Time collectives of two ranks, by the bytes that a rank sends; and a product beside one."""
-    per_rank = run_on_ranks(2, _measure_collectives, point_s, "cuda" if cuda else "cpu", sizes)
-    return [Measurement(*found) for found in per_rank[0]]
-
-
 def contended(
     watch: Stopwatch, what: str, pair: tuple[Callable[[], object], Callable[[], object]]
 ) -> Measurement:
@@ -243,7 +226,7 @@ def contended(
     alone = [watch.measure(what, call, size=0).median for call in pair]
     repeats = [max(1, round(max(watch.point_s / 10, *alone) / t)) for t in alone]
     spent = [t * n for t, n in zip(alone, repeats, strict=True)]
-    loops = [_loop(call, n) for call, n in zip(pair, repeats, strict=True)]
+    loops = [loop(call, n) for call, n in zip(pair, repeats, strict=True)]
     stream = torch.cuda.Stream(watch.device) if watch.device.type == "cuda" else None
 
     def second() -> None:
@@ -315,77 +298,11 @@ def _disk_read(file: int, size: int) -> Callable[[], object]:
     return call
 
 
-def _loop(call: Callable[[], object], repeats: int) -> Callable[[], None]:
-    def loop() -> None:
+def loop(call: Callable[[], object], repeats: int) -> Callable[[], None]:
+    """Return a call that makes so many calls."""
+
+    def calls() -> None:
         for _ in range(repeats):
             call()
 
-    return loop
-
-
-def _measure_collectives(
-    point_s: float, kind: str, sizes: tuple[int, ...]
-) -> list[tuple[str, float, tuple[float, ...]]]:
-    """Run on each of two ranks; all ranks do the same number of rounds."""
-    rank = distributed.get_rank()
-    device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
-    group: Any = distributed.new_group(backend="nccl" if kind == "cuda" else "gloo")
-    watch, found = Stopwatch(device, point_s), []
-    for size in sizes:
-        for name in COLLECTIVES:
-            call = _collective_call(name, size, device=device, group=group)
-            rounds = max(MIN_ROUNDS, min(50, round(point_s * 2**28 / (size + 2**18))))
-            seconds = tuple(watch._time(call) for _ in range(rounds))[1:]
-            found.append((f"{name} {size}", float(size), seconds))
-    both = _measure_all_devices(watch, group=group)
-    return [*found, _measure_product_beside(watch, sizes[-1], group=group), both]
-
-
-def _measure_all_devices(watch: Stopwatch, *, group: Any) -> tuple[str, float, tuple[float, ...]]:
-    """Time a product on rank 0 alone, then while rank 1 computes too."""
-    x = torch.randn(256, 256, device=watch.device)
-    products = _loop(lambda: x @ x, 50)
-    alone = [watch.measure("alone", products, size=1)] if distributed.get_rank() == 0 else []
-    distributed.barrier(group=group)
-    seconds = tuple(watch._time(products) for _ in range(4 * MIN_ROUNDS))
-    distributed.barrier(group=group)
-    longer = alone[0].median if alone else 1.0
-    return "all_devices", longer, tuple(min(2 * longer, max(longer, s)) for s in seconds)
-
-
-def _measure_product_beside(
-    watch: Stopwatch, size: int, *, group: distributed.ProcessGroup
-) -> tuple[str, float, tuple[float, ...]]:
-    x = torch.randn(256, 256, device=watch.device)
-    sent = torch.zeros(size // 4, device=watch.device)
-    collective = _collective_call("all-reduce", size, device=watch.device, group=group)
-    alone = statistics.median([watch._time(collective) for _ in range(5)])
-    product = statistics.median([watch._time(lambda: x @ x) for _ in range(20)])
-    counts = torch.tensor([max(1.0, alone / product)])
-    distributed.all_reduce(counts, op=distributed.ReduceOp.MIN)
-    products = _loop(lambda: x @ x, int(counts))
-
-    def both() -> None:
-        work = distributed.all_reduce(sent, group=group, async_op=True)
-        products()
-        if work is not None:
-            work.wait()
-
-    longer = max(alone, watch._time(products))
-    seconds = tuple(max(longer, watch._time(both)) for _ in range(MIN_ROUNDS))
-    return "product_collective", longer, seconds
-
-
-def _collective_call(
-    kind: str, size: int, *, device: torch.device, group: distributed.ProcessGroup
-) -> Callable[[], object]:
-    """Return a collective in which each of two ranks sends ``size`` bytes."""
-    values = size // 4
-    if kind == "all-reduce":  # 2 (n - 1) / n of the tensor
-        x = torch.zeros(values, device=device)
-        return lambda: distributed.all_reduce(x, group=group)
-    if kind == "all-gather":
-        part = torch.zeros(values, device=device)
-        return lambda: all_gather_rows(part, group=group, sizes=(values, values))
-    x, out = torch.zeros(2 * values, device=device), torch.zeros(2 * values, device=device)
-    return lambda: distributed.all_to_all_single(out, x, group=group)
+    return calls

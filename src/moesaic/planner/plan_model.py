@@ -17,6 +17,7 @@ from functools import lru_cache
 
 from moesaic.core.errors import UserError
 from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
@@ -39,11 +40,13 @@ from moesaic.planner.step_memory import StateBytes
 from moesaic.planner.step_time import (
     GroupShape,
     StepTime,
+    SyncSeconds,
     group_shape,
     operation_rate,
     operation_seconds,
     overlapped,
     sent_seconds,
+    sync_seconds,
     transfer_link,
 )
 from moesaic.planner.tier_bytes import moved_bytes, resident_weights
@@ -110,12 +113,15 @@ class PlanModel:
         self.settings, self.space = settings, space
         self._config = settings.inventory.config
         self._moe_layers = len(settings.inventory.expert_modules)
-        self._layers = max(self._config.encoder.layers, self._config.decoder.layers)
+        stacks = self._config.encoder.layers, self._config.decoder.layers
+        self._layers, self._blocks = max(stacks), sum(stacks)
         self._lines = [op for op in settings.reference.operations if op.phase != Phase.UPDATE]
         self._saved = settings.reference.held_bytes(purpose=Purpose.ACTIVATIONS)
         self._dims = max(1, self._config.dim)
         self._num_experts = max(expert_numbers(self._config), default=1)
-        self.evaluations = 0
+        machine, self.evaluations = settings.machine, 0
+        self._has_neighbours = min(space.ranks, machine.devices_per_node.value) > 1
+        self._busy = machine.beside_busy_ranks() if self._has_neighbours else machine
         self._compute = lru_cache(maxsize=_RECENT)(self._compute_seconds)
         self._exchange_seconds = lru_cache(maxsize=_RECENT)(self._sum_exchanges)
         self._kind_seconds = lru_cache(maxsize=None)(self._compute_kind)
@@ -172,7 +178,7 @@ class PlanModel:
         )
         whole = overlapped(
             time,
-            sync=self._sync_seconds(degrees, state),
+            sync=self._sync_seconds(degrees, state, zero=option.zero),
             machine=self.settings.machine,
             bubble=_bubble(degrees),
         )
@@ -189,9 +195,8 @@ class PlanModel:
         return degrees.rows / (degrees.context * degrees.tensor)
 
     def _compute_seconds(self, degrees: Degrees, recomputes: bool) -> Mapping[str, float]:  # noqa: FBT001
-        machine, often = self.settings.machine, degrees.micro_batches * self._share(degrees)
-        if min(self.space.ranks, machine.devices_per_node.value) > 1:
-            often *= machine.contended.all_devices.value
+        often = degrees.micro_batches * self._share(degrees)
+        often *= self.settings.machine.compute_factor(neighbours=self._has_neighbours)
         tokens, experts = self._tokens(degrees), degrees.expert
         found: dict[str, float] = {}
         for kind in OperationKind:
@@ -209,7 +214,7 @@ class PlanModel:
         local = max(1.0, self._num_experts / experts)
         for op in self._lines:
             if op.kind is kind:
-                rate = operation_rate(self.settings.machine, op)
+                rate = operation_rate(self._busy, op)
                 seconds = operation_seconds(op, rate, scale=tokens, local_experts=local)
                 found[op.phase] += op.count * seconds
         return found[Phase.FORWARD], found[Phase.BACKWARD]
@@ -279,12 +284,18 @@ class PlanModel:
             return False
         return True
 
-    def _sync_seconds(self, degrees: Degrees, state: ShardBytes) -> float:
-        share, total = self._share(degrees), 0.0
+    def _sync_seconds(self, degrees: Degrees, state: ShardBytes, *, zero: int) -> SyncSeconds:
+        share, total = self._share(degrees), SyncSeconds()
         for kind, axis, once, often in state.synced:
-            size = share * (once + often * degrees.micro_batches)
-            line = CommunicationVolume(kind, axis, round(size))
-            total += self._seconds_of(line, size, degrees)
+            size = round(share * (once + often * degrees.micro_batches))
+            messages = -(-size // BUCKET_BYTES)
+            if kind != "all-reduce":  # a unit of ZeRO each
+                units = self._moe_layers if axis == "expert_data" else self._blocks + 1
+                passes = (1 + (kind == "all-gather" and zero == 3)) * units
+                messages = round(share * passes * (degrees.micro_batches if often else 1))
+            line = CommunicationVolume(kind, axis, size, messages)
+            shape = self._shape(axis, degrees[:6])
+            total = total.plus(sync_seconds(line, shape=shape, machine=self.settings.machine))
         return total
 
     def _update(self, degrees: Degrees, option: Option, state: ShardBytes) -> float:

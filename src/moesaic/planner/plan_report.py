@@ -26,6 +26,7 @@ from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, Precision
 from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
+from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.machine import Machine
 from moesaic.planner.plan_model import (
     EXCHANGES,
@@ -39,7 +40,7 @@ from moesaic.planner.plan_model import (
 from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
 from moesaic.planner.search import Certificate, SearchResult, search
 from moesaic.planner.state_bytes import ShardedState
-from moesaic.planner.step_cost import CostSettings, inventory_of, step_cost
+from moesaic.planner.step_cost import CostSettings, step_cost
 
 RESERVE = 0.05  # of device memory: the context of the driver, libraries, fragmentation
 

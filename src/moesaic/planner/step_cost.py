@@ -14,15 +14,15 @@ from itertools import chain
 
 from moesaic.distributed.communication_counter import RING_BYTES, SentCall
 from moesaic.memory.memory_plan import MemoryPlan
-from moesaic.model.config import ModelConfig
 from moesaic.parallel.communication_volume import (
     CommunicationVolume,
     GradientBucket,
     gradient_buckets,
     gradient_communication,
+    summed_volumes,
 )
 from moesaic.parallel.gradient_sums import IN_FLIGHT
-from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
+from moesaic.parallel.parameter_inventory import RankParameters
 from moesaic.planner.block_chain import BlockChain, ChainPlace
 from moesaic.planner.cost_entries import (
     DEVICE,
@@ -36,6 +36,7 @@ from moesaic.planner.cost_entries import (
 )
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import volumes
+from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.measured_step import (
     MeasuredPart,
     MeasuredStep,
@@ -64,16 +65,23 @@ from moesaic.planner.tier_bytes import moved_bytes, resident_weights, tier_name
 class StepCost:
     """The cost of one training step (all micro-batches) for one rank.
 
-    ``peak`` is the most bytes in each tier at once. ``bubble`` is the share of a pipeline's time in
-    which the rank waits for others (0 without one).
+    ``peak`` is the most bytes in each tier at once. ``synced`` is sent for gradients and ZeRO's
+    weights, ``exchanged`` between layers and for the update. ``bubble`` is the share of a
+    pipeline's time in which the rank waits for others (0 without one).
     """
 
     held: tuple[HeldBytes, ...]
     peak: Mapping[str, int]
     operations: tuple[OperationCost, ...] = field(repr=False)
-    sent: tuple[CommunicationVolume, ...]
+    exchanged: tuple[CommunicationVolume, ...]
+    synced: tuple[CommunicationVolume, ...]
     moved: tuple[MovedBytes, ...]
     bubble: float = 0.0
+
+    @property
+    def sent(self) -> tuple[CommunicationVolume, ...]:
+        """All that the rank sends, sorted by collective and axis."""
+        return summed_volumes((*self.exchanged, *self.synced))
 
     def held_bytes(self, *, tier: str | None = None, purpose: Purpose | None = None) -> int:
         """Return the bytes of a tier, of a purpose, or of both."""
@@ -205,7 +213,12 @@ class _Composition:
             held=held,
             peak=peak,
             operations=self._operations(),
-            sent=self._sent(),
+            exchanged=self._exchanged(),
+            synced=gradient_communication(
+                self.parameters,
+                precision=self.settings.precision,
+                micro_batches=self.settings.micro_batches,
+            ),
             moved=tuple(
                 moved_bytes(
                     self._state,
@@ -313,12 +326,21 @@ class _Composition:
             for span in chain.from_iterable(self._spans(self.plain, micro_batch=number)):
                 for operation, times in span.operations.items():
                     found[span.phase, operation] += times * count
+        for operation, times in self._gradient_operations():
+            found[Phase.BACKWARD, operation] += times
         for operation, times in self._update_operations():
             found[Phase.UPDATE, operation] += times
         return tuple(
             OperationCost(phase, o.kind, o.dtype, o.flops, o.bytes_read, o.bytes_written, count)
             for (phase, o), count in sorted(found.items())
         )
+
+    def _gradient_operations(self) -> Iterator[tuple[Operation, int]]:
+        """Yield the copies of gradients into buckets and back, and the norm of each gradient."""
+        for bucket in self._buckets:
+            yield Operation(OperationKind.MEMORY, "float32", 0, bucket.bytes, bucket.bytes), 2
+        shards, read = len(self.parameters.shards), self._state.gradients
+        yield Operation(OperationKind.MEMORY, "float32", 0, read // shards, 0), shards
 
     def _update_operations(self) -> Iterator[tuple[Operation, int]]:
         """Yield the passes over the states, and the products of the rank's share of matrices.
@@ -334,8 +356,8 @@ class _Composition:
         yield Operation(OperationKind.MEMORY, "float32", 0, read // calls, written // calls), calls
         yield from owner_operations(self.parameters, self.settings.optimizer)
 
-    def _sent(self) -> tuple[CommunicationVolume, ...]:
-        """Return what is sent: for activations as measured, for all else by arithmetic."""
+    def _exchanged(self) -> tuple[CommunicationVolume, ...]:
+        """Return what is sent for activations, as measured, and for the update, by arithmetic."""
         plan, calls = self.parameters.plan, Counter[SentCall]()
         data = plan.data or 1
         ranks = {"stage": plan.stage_size, "data": data, "data+context": data * plan.context}
@@ -346,20 +368,8 @@ class _Composition:
                     calls[call.over(ranks[call.axis]) if scaled else call] += times * count
         for call in self._pipeline.sends():
             calls[call] += self.settings.micro_batches
-        found: dict[tuple[str, str], CommunicationVolume] = {}
-        gradients = gradient_communication(
-            self.parameters,
-            precision=self.settings.precision,
-            micro_batches=self.settings.micro_batches,
-        )
         updates = owner_communication(self.parameters, self.settings.optimizer)
-        for each in (*volumes(calls), *gradients, *updates):
-            key = (each.kind, each.axis)
-            known = found.get(key, CommunicationVolume(*key, 0))
-            found[key] = replace(
-                known, bytes=known.bytes + each.bytes, messages=known.messages + each.messages
-            )
-        return tuple(found[key] for key in sorted(found))
+        return summed_volumes((*volumes(calls), *updates))
 
 
 def _kinds_of_micro_batches(number: int, *, zero: int) -> tuple[bool, ...]:
@@ -381,19 +391,3 @@ class _Keyed:
 @lru_cache(maxsize=512)
 def _measure_once(keyed: _Keyed) -> MeasuredStep:
     return keyed.part.measure(last=keyed.last)
-
-
-def inventory_of(config: ModelConfig) -> ParameterInventory:
-    """Return the parameters of a model; equal configs have one inventory."""
-    return _inventory_once(_KeyedModel(repr(config), config))
-
-
-@dataclass(frozen=True, slots=True)
-class _KeyedModel:
-    text: str
-    config: ModelConfig = field(compare=False)
-
-
-@lru_cache(maxsize=64)
-def _inventory_once(keyed: _KeyedModel) -> ParameterInventory:
-    return ParameterInventory(keyed.config)

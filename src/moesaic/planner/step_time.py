@@ -2,8 +2,10 @@
 
 Compute, communication and copies that overlap take ``together``: the longer one, and of the shorter
 one the share that the contended pair loses. Gradient sums overlap the backward pass and gathered
-weights the pass that needs them; exchanges between layers (tensor, context, expert) do not. Links
-between nodes are those of ranks numbered node by node.
+weights the pass that needs them, but for the last sum, whose gradients are complete when the pass
+ends; exchanges between layers (tensor, context, expert) do not. Links between nodes are those of
+ranks numbered node by node. Where ranks share cores (``SharedCores``), a call of a collective takes
+what it was measured to take between pieces of compute, and none of it is hidden.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,9 +26,8 @@ from moesaic.planner.machine import LinkSpeed, Machine, SizedRate
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.step_cost import StepCost
 
-SYNC_AXES = ("data", "expert_data", "stage")  # sums of gradients and gathered weights
 PRODUCTS_PER_EXPERT = {Phase.FORWARD: 2, Phase.BACKWARD: 4}
-SYNC_KINDS = ("all-reduce", "reduce-scatter", "all-gather")
+COUNT_BYTES = 8  # each step sums the number of predictions, and of sharded gradients the norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +67,74 @@ def step_time(
     Raises ConfigError if the machine has no rates of a dtype.
     """
     local = max(1.0, num_experts / plan.expert)
-    compute = compute_seconds(cost.operations, machine=machine, local_experts=local)
-    neighbours = min(plan.world_size, int(machine.devices_per_node.value))
-    if neighbours > 1:
-        slow = machine.contended.all_devices.value
-        compute = {kind: slow * seconds for kind, seconds in compute.items()}
+    has_neighbours = min(plan.world_size, int(machine.devices_per_node.value)) > 1
+    busy = machine.beside_busy_ranks() if has_neighbours else machine
+    compute = compute_seconds(cost.operations, machine=busy, local_experts=local)
     update = compute.pop("update", 0.0)
+    factor = machine.compute_factor(neighbours=has_neighbours)
+    compute = {kind: factor * seconds for kind, seconds in compute.items()}
     states = [held for held in cost.held if held.purpose is Purpose.STATES and held.bytes]
     if any(held.tier != DEVICE for held in states):
         update = _host_update_seconds(cost.operations, machine=machine)
-    lines = {line: collective_seconds(line, machine=machine, plan=plan) for line in cost.sent}
-    exposed = {f"{x.kind} {x.axis}": s for x, s in lines.items() if not _is_sync(x)}
-    under = sum(s for line, s in lines.items() if _is_sync(line))
+    exposed = {
+        f"{line.kind} {line.axis}": collective_seconds(line, machine=machine, plan=plan)
+        for line in (*cost.exchanged, *_counts(plan))
+    }
+    sync = SyncSeconds()
+    for line in cost.synced:
+        shape = group_shape(plan, line.axis, devices_per_node=int(machine.devices_per_node.value))
+        sync = sync.plus(sync_seconds(line, shape=shape, machine=machine))
     copies = _transfer_seconds(cost.moved, machine=machine)
-    return overlapped(
-        StepTime(compute, exposed, copies, update=update),
-        sync=under,
-        machine=machine,
-        bubble=cost.bubble,
-    )
+    serial = StepTime(compute, exposed, copies, update=update)
+    return overlapped(serial, sync=sync, machine=machine, bubble=cost.bubble)
 
 
-def overlapped(serial: StepTime, *, sync: float, machine: Machine, bubble: float) -> StepTime:
+@dataclass(frozen=True, slots=True)
+class SyncSeconds:
+    """Seconds of gradient sums and gathered weights: what compute can hide, and the rest."""
+
+    hideable: float = 0.0
+    exposed: float = 0.0
+
+    def plus(self, other: "SyncSeconds") -> "SyncSeconds":
+        """Return both together."""
+        return SyncSeconds(self.hideable + other.hideable, self.exposed + other.exposed)
+
+
+def sync_seconds(
+    line: CommunicationVolume, *, shape: "GroupShape", machine: Machine
+) -> SyncSeconds:
+    """Return the seconds of a step's gradient sums or gathers of one kind over one axis.
+
+    The last of its messages has no compute beside it.
+    """
+    shared, messages = machine.shared_cores, max(1, line.messages)
+    unit = shared.unit(line.kind) if shared and 1 < shape.ranks <= shape.local else None
+    if unit is not None:
+        return SyncSeconds(exposed=messages * unit.seconds(line.bytes / messages))
+    seconds = sent_seconds(line, shape=shape, machine=machine)
+    last = seconds if shared else seconds / messages
+    return SyncSeconds(seconds - last, last)
+
+
+def _counts(plan: ParallelPlan) -> tuple[CommunicationVolume, ...]:
+    """What all ranks sum in a step beside gradients: counts, and the norm of their shards."""
+    sums = 1 + (plan.zero > 0 or plan.expert > 1)
+    size = COUNT_BYTES * sums
+    return (CommunicationVolume("all-reduce", "data", size, sums),) if (plan.data or 1) > 1 else ()
+
+
+def overlapped(serial: StepTime, *, sync: SyncSeconds, machine: Machine, bubble: float) -> StepTime:
     """Return a step whose gradient sums and transfers overlap its compute, with its bubble.
 
-    ``serial`` has each part alone, ``sync`` seconds of gradient sums; ``bubble`` is a share.
+    ``serial`` has each part alone; ``bubble`` is a share.
     """
     pairs = machine.contended
     compute = sum(serial.compute.values())
-    busy = together(compute, sync, slow_down=pairs.product_collective.value)
+    busy = together(compute, sync.hideable, slow_down=pairs.product_collective.value)
     communication = dict(serial.communication)
-    if sync:
-        communication["gradients and gathered weights"] = busy - compute
+    if waits_for_sync := busy - compute + sync.exposed:
+        communication["gradients and gathered weights"] = waits_for_sync
     copied, waits = 0.0, dict[str, float]()
     for way, seconds in serial.transfers.items():
         from_disk = DISK in way
@@ -111,7 +148,7 @@ def overlapped(serial: StepTime, *, sync: float, machine: Machine, bubble: float
         waits,
         update=serial.update,
         bubble=whole * bubble / (1 - bubble),
-        hidden=max(0.0, compute + sync - busy) + copied,
+        hidden=max(0.0, compute + sync.hideable - busy) + copied,
     )
 
 
@@ -201,6 +238,9 @@ def sent_seconds(line: CommunicationVolume, *, shape: GroupShape, machine: Machi
     if shape.ranks <= 1 or not size:
         return 0.0
     if shape.local >= shape.ranks:
+        curve = machine.shared_cores.collective(line.kind) if machine.shared_cores else None
+        if curve is not None:
+            return messages * curve.seconds(size / messages)
         return inside.seconds(size, messages=messages)
     if line.kind == "all-to-all":
         crossing = size * (shape.ranks - shape.local) / (shape.ranks - 1)
@@ -219,10 +259,6 @@ def transfer_link(machine: Machine, source: str, target: str) -> LinkSpeed:
     if target == DISK:
         return machine.disk_write
     return machine.host_to_device if source == HOST else machine.device_to_host
-
-
-def _is_sync(line: CommunicationVolume) -> bool:
-    return line.kind in SYNC_KINDS and line.axis.split("+")[0] in SYNC_AXES
 
 
 def _transfer_seconds(moved: Iterable[MovedBytes], *, machine: Machine) -> dict[str, float]:

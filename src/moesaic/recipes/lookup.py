@@ -8,7 +8,11 @@ from moesaic.checkpoint.run_record import require_plugins
 from moesaic.core.errors import ConfigError, UserError, did_you_mean
 from moesaic.core.registry import Registry
 from moesaic.core.yaml_reader import read_yaml_file
+from moesaic.model.config import ModelConfig
 from moesaic.model.presets import PRESETS
+from moesaic.moe.auxiliary_losses import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection_dynamic import ExpertChoice
 from moesaic.recipes.demo_recipe import demo
 from moesaic.recipes.dit_moe_recipe import dit_moe, dit_moe_dense
 from moesaic.recipes.dmoerm_recipe import dmoerm, dmoerm_single
@@ -16,6 +20,7 @@ from moesaic.recipes.hybrid_recipes import hunyuan_hybrid, spikingbrain_inter, s
 from moesaic.recipes.jiuzhang_recipe import jiuzhang, jiuzhang_plain_gate
 from moesaic.recipes.language_model_recipes import language_model, language_model_demo
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
+from moesaic.recipes.shaped_recipes import mixtral_shaped, nllb_shaped, qwen3_shaped
 from moesaic.recipes.time_moe_recipe import time_moe, time_moe_dense
 from moesaic.recipes.tiny_recipes import tiny, tiny_lm
 from moesaic.recipes.vlm2vec_recipe import vlm2vec, vlm2vec_dense
@@ -29,7 +34,8 @@ _DOCUMENTS = (language_model_demo, language_model)
 _SYSTEMS = (time_moe, dit_moe, dmoerm, vlm2vec, jiuzhang)
 _CONTROLS = (time_moe_dense, dit_moe_dense, dmoerm_single, vlm2vec_dense, jiuzhang_plain_gate)
 _HYBRIDS = (hunyuan_hybrid, spikingbrain_inter, spikingbrain_intra)
-for _recipe in (*_TEXT, *_DOCUMENTS, *_SYSTEMS, *_CONTROLS, *_HYBRIDS):
+_SHAPED = (mixtral_shaped, qwen3_shaped, nllb_shaped)
+for _recipe in (*_TEXT, *_DOCUMENTS, *_SHAPED, *_SYSTEMS, *_CONTROLS, *_HYBRIDS):
     RECIPES.register()(_recipe)
 
 
@@ -47,7 +53,7 @@ def warm_start(init: str, *, which: str | None = None, changes: Sequence[str] = 
 
     It is the Run of ``which`` (see ``find_recipe``), or that of ``init`` under another name, with
     ``changes`` applied. Its languages are all of the corpus if the corpus is changed and they are
-    not. Raises UserError.
+    not. Routed layers that nothing balances get ``SwitchBalance``. Raises UserError.
     """
     init_run = str(RunDir.open(Path(init)).path)
     given = {change.partition("=")[0].strip() for change in changes}
@@ -57,8 +63,20 @@ def warm_start(init: str, *, which: str | None = None, changes: Sequence[str] = 
         corpus = any(path.startswith("data.corpus") for path in given)
         if corpus and isinstance(run.data, TextData) and "data.languages" not in given:
             run = run.replace(data=run.data.replace(languages=()))
+    if which is None:
+        run = run.replace(model=_balanced(run.model))
     run = run.replace(initial_weights=WeightsOfRun(path=init_run))
     return run.override(list(changes)) if changes else run
+
+
+def _balanced(model: ModelConfig) -> ModelConfig:
+    """Return a model whose routed layers have a balance term, unless a rule balances otherwise."""
+    moe = model.moe
+    if not isinstance(moe, MoE) or moe.balance or isinstance(moe.select, ExpertChoice):
+        return model
+    if any(rule.initial_state(moe.experts) for _, rule in moe.stateful_rules()):
+        return model
+    return model.replace(moe=moe.replace(balance=(SwitchBalance(),)))
 
 
 def _read_run(which: str) -> Run:

@@ -16,6 +16,8 @@ from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import sha256
+from moesaic.corpus.languages import resolve_language
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.vocabulary_file import copy_tokenizer
 from moesaic.model.config import ModelConfig
 from moesaic.model.inputs import TokenIds
@@ -24,6 +26,7 @@ from moesaic.model.weights import require_fitting_weights
 from moesaic.nn.adapter import is_of_adapter
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.weight_start import draw_shards, weight_shards
+from moesaic.train.new_rows import MeanOfRows, NewRows, fill_grown_table, grown_tables
 
 
 class InitialWeights(Choice):
@@ -68,16 +71,20 @@ class RandomWeights(InitialWeights):
 class WeightsOfRun(InitialWeights):
     """The final weights of the run directory ``path``, with its tokenizer.
 
-    The vocabulary stays as it is, so the languages of the data must be among those of the run.
+    ``added_languages`` get a tag at the end of the vocabulary; ``model.vocab_size`` (and that of
+    the tokenizer, where the config has it) must have room for them. ``new_rows`` are the first
+    values of all further rows. Other languages of the data must be among those of the run.
     ``sha256`` is the hash of the weights where adapters are trained beside them.
     """
 
     way_out: ClassVar[str] = (
         "a warm start keeps the vocabulary of its run: choose among the languages of that "
-        "(--set data.languages=[...]), or train the new ones without --init"
+        "(--set data.languages=[...]), or add tags (initial_weights.added_languages=[...])"
     )
     path: str
     sha256: str | None = None
+    added_languages: tuple[str, ...] = ()
+    new_rows: NewRows = MeanOfRows()
 
     def pinned(self) -> Self:
         source = self.open()
@@ -96,10 +103,17 @@ class WeightsOfRun(InitialWeights):
         if isinstance(model.input, TokenIds):
             source.require_text_model()
         with self._open_weights(source) as stored:
-            require_fitting_weights(Transformer.without_values(model), stored.shapes)
+            made = Transformer.without_values(model)
+            expected = {name: tuple(p.shape) for name, p in made.named_parameters()}
+            grown = grown_tables(expected, stored.shapes)
+            shapes = stored.shapes | {name: expected[name] for name in grown}
+            require_fitting_weights(made, shapes)
         earlier = read_trained_directions(source.directions)
         if source.tokenizer.is_file():
             copy_tokenizer(source.tokenizer, to=run_dir.tokenizer)
+            if self.added_languages:
+                codes = [resolve_language(text).code for text in self.added_languages]
+                Tokenizer.load(run_dir.tokenizer).with_languages(codes).save(run_dir.tokenizer)
         run_dir.directions.unlink(missing_ok=True)
         if earlier is not None:
             earlier.write(run_dir.directions)
@@ -107,8 +121,22 @@ class WeightsOfRun(InitialWeights):
 
     def fill(self, parallel_model: ParallelModel, *, seed: int) -> None:
         with self._open_weights(self.open()) as stored:
-            shards = weight_shards(parallel_model).items()
-            stored.read_into({name: shard for name, shard in shards if not is_of_adapter(name)})
+            shards = {
+                name: shard
+                for name, shard in weight_shards(parallel_model).items()
+                if not is_of_adapter(name)
+            }
+            tables = {name: shard.shape for name, shard in shards.items()}
+            for name in grown_tables(tables, stored.shapes):
+                fill_grown_table(
+                    shards.pop(name),
+                    name,
+                    stored=stored,
+                    row=self.new_rows.row(stored.whole(name), tokenizer=self.open().tokenizer),
+                    distribution=parallel_model.model.distributions[name],
+                    seed=seed,
+                )
+            stored.read_into(shards)
         draw_shards(parallel_model, seed=seed, includes=is_of_adapter)
 
     @contextmanager

@@ -1,0 +1,108 @@
+"""Encoder-decoders are imported with their tokenizer, and without transformers."""
+
+import json
+
+import pytest
+from hf_directories import random_tensors, write_directory
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from moesaic.core.errors import ConfigError, DataError
+from moesaic.exchange.export_model import find_family, hf_config
+from moesaic.exchange.families import FAMILIES
+from moesaic.exchange.import_model import import_model
+from moesaic.exchange.tensor_table import source_shapes
+from moesaic.serve.translator import Translator
+
+NLLB = {
+    "model_type": "nllb-moe",
+    "vocab_size": 40,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_sparse_step": 2,
+    "decoder_sparse_step": 2,
+    "num_experts": 3,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+SWITCH = {
+    "model_type": "switch_transformers",
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_heads": 2,
+    "num_layers": 12,
+    "num_sparse_encoder_layers": 3,
+}
+
+
+def directory(path, **changes):
+    config = NLLB | changes
+    family = FAMILIES["nllb-moe"]
+    pieces = family.pieces(family.mapping.read(config), layout="per-expert")
+    return write_directory(path, random_tensors(source_shapes(pieces)), config=config)
+
+
+def write_tokenizer(path):
+    """A file in the order of NLLB's: roles, pieces, codes of languages, the mask."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *"abcdefgh", "eng_Latn", "fra_Latn", "<mask>"]
+    tokenizer = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def test_the_languages_of_a_tokenizer_are_found_and_start_the_answer(tmp_path):
+    write_tokenizer(directory(tmp_path / "theirs"))
+    found = import_model(tmp_path / "theirs", out=tmp_path / "ours")
+    assert found.model.moe.select.scale == 0.8  # of a token dropout of 0.2
+    translator = Translator.open(tmp_path / "ours")
+    assert translator.languages == ("eng_Latn", "fra_Latn")
+    batch = translator.batch(["abc"], targets=["de"], source="eng_Latn", target="fra_Latn")
+    assert batch.source.values.tolist() == [[12, 4, 5, 6, 2]]
+    assert batch.target.values.tolist() == [[2, 13, 7, 8]]
+    assert isinstance(
+        translator.translate_texts(["abc"], source="eng_Latn", target="fra_Latn")[0], str
+    )
+
+
+def test_a_sentencepiece_model_alone_is_refused_where_its_ids_are_no_rows(tmp_path):
+    (directory(tmp_path / "theirs") / "sentencepiece.bpe.model").write_bytes(b"")
+    with pytest.raises(DataError, match=r"expected a tokenizer.json"):
+        import_model(tmp_path / "theirs", out=tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"moe_eval_capacity_token_fraction": -1.0}, "moe_eval_capacity_token_fraction: found -1"),
+        ({"second_expert_policy": "best"}, "second_expert_policy: found .best., expected one of"),
+        ({"decoder_ffn_dim": 32}, "encoder_ffn_dim=24, decoder_ffn_dim=32, of which we have one"),
+        ({"encoder_layers": 0}, "encoder_layers: found 0"),
+        ({"pad_token_id": "x"}, "pad_token_id: found"),
+    ],
+)
+def test_what_an_encoder_decoder_here_does_not_compute_is_refused(changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        FAMILIES["nllb-moe"].mapping.read(NLLB | changes)
+
+
+@pytest.mark.parametrize(
+    ("number", "layers"),
+    [(3, (1, 5, 9)), (6, (1, 3, 5, 7, 9, 11)), (12, tuple(range(12))), (0, (1,))],
+)
+def test_sparse_layers_of_switch_are_counted_as_in_transformers(number, layers):
+    model = FAMILIES["switch_transformers"].mapping.read(
+        SWITCH | {"num_sparse_encoder_layers": number}
+    )
+    assert model.encoder.moe_layers == layers
+    family = find_family(model)
+    written = family.mapping.read(json.loads(json.dumps(hf_config(family, model))))
+    assert written.encoder.moe_layers == layers
