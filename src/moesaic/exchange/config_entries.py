@@ -210,8 +210,8 @@ def _shortest_pattern(names: Sequence[str]) -> str:
 
 def _window_of_layer(ours: ModelConfig, layer: int) -> Window:
     mixer = ours.mixers_of_layer(ours.decoder, layer=layer)[0]
-    own = mixer.window if isinstance(mixer, Attention) else None
-    return own or ours.attention.window
+    own = field_of(mixer, "window")
+    return own if isinstance(own, Window) else ours.attention.window
 
 
 @dataclass(frozen=True)
