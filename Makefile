@@ -13,12 +13,13 @@ BIN := .venv/bin
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 DOCS := .venv/.docs
+INTEROP := .venv/.interop
 PINS := pyproject.toml constraints.txt tools/setup.sh
 ARGS ?=
 
 export PYTHON TORCH_INDEX
 
-.PHONY: help setup demo test laws golden fmt lint type layers spell house ci bench docs reference pins clean
+.PHONY: help setup demo test laws interop golden fmt lint type layers spell house ci bench docs reference pins clean
 
 help:            ## list these commands
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -44,6 +45,13 @@ test: $(DEV)     ## run the whole suite (ARGS="-k router" for a part)
 
 laws: $(DEV)     ## run the laws alone
 	$(BIN)/python -m pytest tests/laws $(ARGS)
+
+$(INTEROP): $(DEV)
+	@tools/setup.sh interop
+	@touch $@
+
+interop: $(INTEROP)  ## run the tests that compare with transformers, PEFT and llama.cpp
+	$(BIN)/python -m pytest tests/exchange $(ARGS)
 
 golden: $(DEV)   ## rewrite the golden files after an intended change
 	MOESAIC_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/test_recipes_golden.py

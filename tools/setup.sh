@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv and install moesaic into it. Usage: tools/setup.sh runtime|dev
+# Make .venv and install moesaic into it. Usage: tools/setup.sh runtime|dev|docs|interop
 #
 # Versions are pinned by constraints.txt. torch goes first, because its default build on Linux
 # x86-64 brings several gigabytes of CUDA: where no NVIDIA driver is found, and the configured
@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-want=${1:?runtime, dev or docs}
+want=${1:?runtime, dev, docs or interop}
 cpu_index=https://download.pytorch.org/whl/cpu
 
 die() { echo "setup: $*" >&2; exit 1; }
@@ -61,6 +61,9 @@ if [ "$want" = runtime ]; then
 elif [ "$want" = docs ]; then
   echo "setup: installing the tools of the site"
   install -e '.[docs]'
+elif [ "$want" = interop ]; then
+  echo "setup: installing transformers, PEFT and llama.cpp"
+  install -e '.[interop]'
 else
   echo "setup: installing the developer's tools"
   install -e '.[dev]'
