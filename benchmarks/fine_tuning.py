@@ -48,7 +48,7 @@ from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.run_training import make_trainer, train
 from moesaic.train.sparse_adaptation import RandomSparse, SpIEL
 from moesaic.train.text_data import TextData
-from moesaic.train.trainable_parameters import AllParameters, TrainableParameters
+from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.train.training_data import Preparation
 from moesaic.train.training_hooks import ValidationHook, no_progress
 from moesaic.train.warm_start import WeightsOfRun

@@ -150,7 +150,9 @@ def test_a_run_of_adapters_saves_little_resumes_and_merges_into_a_model(
     before, kept, run = base.model.read_bytes(), LastLoss(), tuned(init, choice)
     train(run, whole.path, hooks=[kept], progress=no_progress)
     train(run, parts.path, until=2, progress=no_progress)
+    merge_adapter(parts)
     train(run, parts.path, resume=ResumeLatest(), progress=no_progress)
+    assert not parts.model.exists(), "it was merged with an earlier adapter"
     assert parts.adapter.read_bytes() == whole.adapter.read_bytes()
     saved = load_checkpoint(whole.checkpoints).files
     adapter, weights = read_tensors(whole.adapter), read_tensors(base.model)

@@ -21,7 +21,7 @@ from moesaic.train import row_data as row_data  # registers its member of Traini
 from moesaic.train import sparse_adaptation as sparse_adaptation  # registers its members
 from moesaic.train import text_data as text_data  # registers its member of TrainingData
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
-from moesaic.train.trainable_parameters import AllParameters, TrainableParameters
+from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.train.training_data import TrainingData
 from moesaic.train.warm_start import InitialWeights, RandomWeights
 

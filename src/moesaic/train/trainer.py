@@ -37,7 +37,7 @@ from moesaic.train.run import Run
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
 from moesaic.train.sharded_state import local_shards, restore_shards
 from moesaic.train.step import ForwardBackwardResult, Objective, first_non_finite
-from moesaic.train.trainable_parameters import freeze_others
+from moesaic.parallel.trainable_parameters import freeze_others
 from moesaic.train.training_data import BatchLoader
 
 FillShards = Callable[[ParallelModel], None]
