@@ -57,7 +57,9 @@ def language_model() -> Run:
 
 def multiplied() -> Run:
     """A decoder with a router bias, clamped experts, multipliers, and listed sparse layers."""
-    moe = SHARED.replace(cross_layer=IndependentRouters(bias=True), select=TopK(scores="probabilities"))
+    moe = SHARED.replace(
+        cross_layer=IndependentRouters(bias=True), select=TopK(scores="probabilities")
+    )
     model = tiny_model_config(moe=moe).replace(
         encoder=Stack(layers=0),
         decoder=Stack(layers=3, sparse_layers=(0, 2)),

@@ -101,9 +101,7 @@ class ParameterInventory:
         """The paths of the experts' modules, with the number of experts of each."""
         return {path: layer.router.config.experts for path, _, layer in expert_modules(self._model)}
 
-    def on_rank(
-        self, parallel: ParallelConfig, *, world: int, rank: int = 0
-    ) -> "RankParameters":
+    def on_rank(self, parallel: ParallelConfig, *, world: int, rank: int = 0) -> "RankParameters":
         """Return the shards of a rank of ``world``. Raises ConfigError if the plan does not fit."""
         plan = parallel.plan.resolve(world)
         check_parallel(self._model, parallel=parallel, plan=plan)
