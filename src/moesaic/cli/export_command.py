@@ -74,6 +74,8 @@ def export(
     Example: [cyan]moesaic export models/qwen3-tuned --to hf --out exported[/]
     """
     if to is ExportFormat.PEFT:
+        if verify or (layout, dtype) != (None, None):
+            raise UserError("--to peft takes no --verify, --layout or --dtype")
         _export_adapter(run, out=out, as_json=as_json)
         return
     if (layout, dtype)[to is ExportFormat.HF] is not None:
