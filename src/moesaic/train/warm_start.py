@@ -118,7 +118,9 @@ class WeightsOfRun(InitialWeights):
                 Tokenizer.load(run_dir.tokenizer).with_languages(codes).save(run_dir.tokenizer)
         if source.imported.is_dir():  # an export writes it again, but for a tokenizer that grew
             kept = _IMPORTED_CONFIGS if self.added_languages else ("*",)
-            copy_files((f for name in kept for f in source.imported.glob(name)), to=run_dir.imported)
+            copy_files(
+                (f for name in kept for f in source.imported.glob(name)), to=run_dir.imported
+            )
         run_dir.directions.unlink(missing_ok=True)
         if earlier is not None:
             earlier.write(run_dir.directions)
