@@ -2,7 +2,8 @@
 
 The whole checkpoint is generated as holes (``sparse_checkpoint.py``), 109 GB in bfloat16 that take
 some megabytes of disk: its config is read, every tensor accounted for, and the run that an import
-writes is given to ``moesaic explain`` and ``moesaic plan``. ``--layers N`` of each stack (4 have one layer of 128 experts) are then imported whole, in
+writes is given to ``moesaic explain`` and ``moesaic plan``. ``--layers N`` of each stack (4 have
+one layer of experts, ``--experts`` of the 128) are then imported, in
 a process whose data may take 2 GiB:
 
     python benchmarks/import_nllb.py --folder /tmp/nllb --layers 4
