@@ -3,8 +3,8 @@
 The whole checkpoint is generated as holes (``sparse_checkpoint.py``), 109 GB in bfloat16 that take
 some megabytes of disk: its config is read, every tensor accounted for, and the run that an import
 writes is given to ``moesaic explain`` and ``moesaic plan``. ``--layers N`` of each stack (4 have
-one layer of experts, ``--experts`` of the 128) are then imported, in
-a process whose data may take 2 GiB:
+one layer of experts, ``--experts`` of the 128) are then imported, in a
+process whose data may take 2 GiB:
 
     python benchmarks/import_nllb.py --folder /tmp/nllb --layers 4
 """
@@ -104,8 +104,9 @@ def explain_and_plan(folder: Path) -> dict[str, Any]:
 
 def ask(*command: str) -> dict[str, Any]:
     """Return the JSON of a command, run in this process."""
+    stream = StringIO()
     try:
-        with redirect_stdout(StringIO()) as stream:
+        with redirect_stdout(stream):
             moesaic([*command, "--json"])
     except SystemExit as end:  # the end of each command
         if end.code:
