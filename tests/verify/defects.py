@@ -88,13 +88,13 @@ def norm_counts_copies(patch: Patch) -> None:
 
 
 def chance_by_rank(patch: Patch) -> None:
-    bits = TokenContext.random_bits
+    key = TokenContext.random_key  # of every draw
 
-    def moved(self: TokenContext, name: str, *, width: int) -> torch.Tensor:
-        drawn = bits(self, name, width=width)
+    def moved(self: TokenContext, name: str) -> torch.Tensor:
+        drawn = key(self, name)
         return drawn.roll(distributed.get_rank() if distributed.is_initialized() else 0, 0)
 
-    patch.setattr(TokenContext, "random_bits", moved)
+    patch.setattr(TokenContext, "random_key", moved)
 
 
 def loss_by_local_count(patch: Patch) -> None:
