@@ -90,7 +90,9 @@ def export_ctranslate2(
             part / CONFIG,
             read_hf_config(part)
             | {
-                "decoder_start_token": None if start is None else tokens.names[start],
+                "decoder_start_token": None
+                if start is None
+                else tokens.convert_ids_to_tokens(start),
                 "layer_norm_epsilon": field_of(model, "norm.eps"),
             },
         )
