@@ -9,12 +9,17 @@ import pytest
 
 from mixer_cases import hybrid, names_allowed_by
 from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.model.block_layout import SequentialResidual
+from moesaic.model.config import Stack
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SwitchTop1, TopK
+from moesaic.moe.router_gate import IndependentRouters
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.embedding import EmbeddingConfig
+from moesaic.nn.feed_forward import ClampedSwiGLU, FeedForwardConfig
 from moesaic.nn.positional_encoding import RelativeBias
 from moesaic.optim.master_weights import StochasticRounding
 from moesaic.optim.optimizer import AdamW
@@ -50,7 +55,23 @@ def language_model() -> Run:
     return tiny_run(model=decoder_only, optimizer=AdamW(lr=0.01))
 
 
-RUNS = {"translator": translator, "language-model": language_model}
+def multiplied() -> Run:
+    """A decoder with a router bias, clamped experts, multipliers, and listed sparse layers."""
+    moe = SHARED.replace(
+        cross_layer=IndependentRouters(bias=True), select=TopK(scores="probabilities")
+    )
+    model = tiny_model_config(moe=moe).replace(
+        encoder=Stack(layers=0),
+        decoder=Stack(layers=3, sparse_layers=(0, 2)),
+        feed_forward=FeedForwardConfig(hidden=32, activation=ClampedSwiGLU(limit=0.5)),
+        embedding=EmbeddingConfig(multiplier=2.0, logits_scaling=0.5),
+        block_layout=SequentialResidual(residual_multiplier=0.4),
+        dropout=0.1,
+    )
+    return tiny_run(model=model, optimizer=AdamW(lr=0.01))
+
+
+RUNS = {"translator": translator, "language-model": language_model, "multiplied": multiplied}
 RING = Ring()
 STEPS = 2  # of two batches: the third is the one of few rows
 PLANS = {
@@ -76,6 +97,10 @@ PLANS = {
             activation_checkpointing=CheckpointBlocks(),
         ),
         ParallelConfig(plan=ParallelPlan(data=8, expert=8)),
+    ),
+    "multiplied": (
+        ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
+        ParallelConfig(plan=ParallelPlan(pipe=2, data=1, context=2, expert=2)),
     ),
 }
 

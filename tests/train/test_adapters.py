@@ -23,6 +23,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert_dispatch import AdaptiveExperts
 from moesaic.parallel.tensor_parallel import SkipBiasLinear
 from moesaic.recipes.lookup import warm_start
+from moesaic.serve.load_model import load
 from moesaic.testing.tiny_models import (
     TinyStream,
     random_batch,
@@ -150,7 +151,9 @@ def test_a_run_of_adapters_saves_little_resumes_and_merges_into_a_model(
     before, kept, run = base.model.read_bytes(), LastLoss(), tuned(init, choice)
     train(run, whole.path, hooks=[kept], progress=no_progress)
     train(run, parts.path, until=2, progress=no_progress)
+    merge_adapter(parts)
     train(run, parts.path, resume=ResumeLatest(), progress=no_progress)
+    assert not parts.model.exists(), "it was merged with an earlier adapter"
     assert parts.adapter.read_bytes() == whole.adapter.read_bytes()
     saved = load_checkpoint(whole.checkpoints).files
     adapter, weights = read_tensors(whole.adapter), read_tensors(base.model)
@@ -159,6 +162,9 @@ def test_a_run_of_adapters_saves_little_resumes_and_merges_into_a_model(
     assert not whole.model.exists()
     with pytest.raises(CheckpointError, match=r"moesaic ckpt merge .*whole"):
         RunDir.open(whole.path).require_weights()
+    for place in (whole.path, *whole.checkpoints.glob("step-*")):
+        with pytest.raises(CheckpointError, match=r"an adapter without .*moesaic ckpt merge"):
+            load(place)
     changed = merge_adapter(whole)
     merged = read_tensors(whole.model)
     assert changed == sum(not torch.equal(merged[n], weights[n]) for n in weights) == matrices
@@ -261,6 +267,12 @@ def test_what_adapters_cannot_do_is_refused_by_name():
             check_run(tiny_run(trainable=choice, parallel=sharded))
     with pytest.raises(ConfigError, match=r"trainable=LoRA .*--init MODEL"):
         check_run(tiny_run(trainable=LORA))
+    with pytest.raises(ConfigError, match=r"select_steps=5 to be at most every=4"):
+        SpIEL(every=4, select_steps=5)
+    for experts in ({"encoder.9": (0,)}, {"encoder.0": (0, 99)}, {"encoder.0": (1, 1)}):
+        unknown = tiny_run(trainable=ROWS.replace(experts=experts))
+        with pytest.raises(ConfigError, match=r"trainable\.experts\.encoder.*encoder\.0 \(0 to"):
+            check_run(unknown)
     router = tiny_run(trainable=LoRA(targets=("router",)))
     with pytest.raises(ConfigError, match=r"targets: no parameter matches 'router'"):
         check_run(router)

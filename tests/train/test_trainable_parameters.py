@@ -13,8 +13,12 @@ from moesaic.memory.tier import HostMemory
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.optim.optimizer_state import frozen_state
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.trainable_parameters import MatchingParameters
 from moesaic.planner.cost_entries import Purpose
-from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.dry_run import simulate_step
+from moesaic.planner.inventory_cache import inventory_of
+from moesaic.planner.scale_report import ScaleConfig
+from moesaic.planner.state_bytes import PlanKey, ShardedState
 from moesaic.planner.step_cost import step_cost
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
@@ -23,7 +27,6 @@ from moesaic.train.run_checks import check_run
 from moesaic.train.run_training import seeded_trainer
 from moesaic.train.sparse_adaptation import RandomSparse, SpIEL
 from moesaic.train.sparse_selection import selection_hooks
-from moesaic.train.trainable_parameters import MatchingParameters
 from moesaic.verify.compare_plans import make_setup
 from moesaic.verify.record_run import gather_full_tensors
 from moesaic.verify.shrink_config import shrink_config
@@ -121,22 +124,50 @@ def test_a_stage_without_trained_parameters_is_refused():
     assert list(run_cases_on_ranks(2, start, [0])) == [[None, None]]
 
 
-def test_the_forecast_has_gradients_and_states_of_trained_parameters_alone():
-    run = setup(EXPERTS).run
-    trainer = tiny_trainer(run.replace(parallel=ParallelConfig()))
+FORECAST = {"experts": EXPERTS, "LoRA": LoRA(rank=2), "SpIEL": SpIEL(density=0.05)}
+
+
+@pytest.mark.parametrize("name", FORECAST)
+def test_every_forecast_has_gradients_and_states_of_trained_parameters_alone(name):
+    choice = FORECAST[name]
+    run = setup(EXPERTS).run.replace(trainable=choice, parallel=ParallelConfig())
+    trainer = tiny_trainer(run)
     trainer.train_step()
-    names = [name for name, _ in trainer.model.named_parameters()]
-    settings = CostSettings(
-        model=run.model,
-        optimizer=run.optimizer,
-        sizes=BatchDims(rows=1, source=4, target=4),
-        device="cpu",
-        frozen=tuple(name for name in names if not EXPERTS.includes(name)),
-    )
-    cost, trained = step_cost(settings), [p for p in trainer.model.parameters() if p.requires_grad]
+    sizes = BatchDims(rows=1, source=4, target=4)
+    config = ScaleConfig(model=run.model, optimizer=run.optimizer, trainable=choice)
+    cost = step_cost(config.cost_settings(world=1, sizes=sizes).replace(device="cpu"))
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
     states = frozen_state(trainer.optimizer).values()
     assert cost.held_bytes(purpose=Purpose.GRADIENTS) == sum(p.nbytes for p in trained)
     assert cost.held_bytes(purpose=Purpose.STATES) == sum(state.nbytes for state in states)
-    assert cost.held_bytes(purpose=Purpose.WEIGHTS) == sum(
-        p.nbytes for p in trainer.model.parameters()
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    assert cost.held_bytes(purpose=Purpose.WEIGHTS) == weights
+    inventory = inventory_of(run.model, trainable=choice)
+    state = ShardedState(inventory, optimizer=run.optimizer, each=run.precision)
+    planned = state.of_plan(PlanKey(1, 1, 1, 1, 1, zero=0))
+    assert (planned.weights, planned.gradients) == (weights, sum(p.nbytes for p in trained))
+    counters = 4 * len(trained)
+    assert abs(planned.states - sum(state.nbytes for state in states)) <= counters
+
+
+def test_the_forecast_of_adapters_equals_a_simulated_step_under_a_plan():
+    plan = ParallelPlan(data=2, tensor=2, expert=2, zero=1)
+    run = setup(EXPERTS).run
+    sizes = BatchDims(rows=2, source=4, target=4)
+    config = ScaleConfig(
+        model=run.model, parallel=ParallelConfig(plan=plan), trainable=LoRA(rank=2)
     )
+    settings = config.cost_settings(world=4, sizes=sizes)
+    cost, simulated = step_cost(settings), simulate_step(settings)
+    for purpose, found in (
+        (Purpose.WEIGHTS, simulated.weights),
+        (Purpose.GRADIENTS, simulated.gradients),
+        (Purpose.STATES, simulated.optimizer),
+    ):
+        assert cost.held_bytes(purpose=purpose) == found, purpose
+    for kind in ("reduce-scatter", "all-reduce"):  # of activations as if all were trained
+        forecast, counted = (
+            sum(line.bytes for line in sent if line.kind == kind)
+            for sent in (cost.sent, simulated.sent)
+        )
+        assert forecast == counted, kind

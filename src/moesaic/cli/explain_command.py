@@ -24,7 +24,6 @@ with deferred():
     from moesaic.model.parameter_flop_count import BatchDims, count_parameters
     from moesaic.model.presets import PRESETS, preset
     from moesaic.planner.cost_settings import CostSettings
-    from moesaic.planner.inventory_cache import inventory_of
     from moesaic.planner.machine import DeviceSize, device_here, find_machine
     from moesaic.planner.scale_report import bytes_by_purpose
     from moesaic.planner.step_cost import step_cost
@@ -91,14 +90,13 @@ def _explain_run(which: str, changes: list[str] | None, *, device: DeviceSize) -
     run = find_recipe(which, changes=changes or [])
     check_run(run)
     sizes = run.data.batch_dims(run.model)
-    names = (parameter.name for parameter in inventory_of(run.model).parameters)
     settings = CostSettings(
         model=run.model,
         sizes=sizes,
         precision=run.precision,
         optimizer=run.optimizer,
         device=device.type,
-        frozen=tuple(name for name in names if not run.trainable.includes(name)),
+        trainable=run.trainable,
     )
     found = _cost(which, settings)
     tokens = run.steps * run.gradient_accumulation_steps * run.data.max_batch_tokens()

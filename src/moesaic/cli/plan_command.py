@@ -156,6 +156,7 @@ def _read_request(
         parallel=run.parallel,
         optimizer=run.optimizer,
         precision=run.precision,
+        trainable=run.trainable,
     )
 
 

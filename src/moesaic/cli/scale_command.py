@@ -86,6 +86,7 @@ def _read_config(which: str, changes: list[str] | None) -> ScaleConfig:
         precision=run.precision,
         optimizer=run.optimizer,
         gradient_accumulation_steps=run.gradient_accumulation_steps,
+        trainable=run.trainable,
     )
 
 

@@ -229,8 +229,7 @@ def _zero_sync(parameters: RankParameters, precision: Precision, *, micro_batche
         axis = parameters.group_name(shard.zero_axes, num_experts=number)
         yield "all-gather", axis, held * size * gathers, gathers * (("gather", unit) not in seen)
         seen.add(("gather", unit))
-        name = shard.parameter.name
-        if name not in no_gradient and name not in parameters.frozen:
+        if shard.parameter.trained and shard.parameter.name not in no_gradient:
             calls = reductions * (("scatter", unit) not in seen)
             yield "reduce-scatter", axis, summed * size * reductions, calls
             seen.add(("scatter", unit))

@@ -5,7 +5,7 @@ milliseconds. The numbers are those of ``parallelize.py``: axes that shard dims 
 """
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
+from moesaic.nn.adapter import ADAPTER
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
@@ -27,16 +28,21 @@ from moesaic.parallel.sharding_plan import (
     zero_dim,
 )
 from moesaic.parallel.tensor_parallel import row_parallel_linears
+from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterInfo:
-    """One parameter of the whole model; ``fsdp_unit`` is the module that ZeRO gathers it with."""
+    """One parameter of the whole model; ``fsdp_unit`` is the module that ZeRO gathers it with.
+
+    What is not ``trained`` has no gradient and no state.
+    """
 
     name: str
     placement: Placement
     kind: str
     fsdp_unit: str
+    trained: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +62,26 @@ class ParameterShard:
 
 
 class ParameterInventory:
-    """The parameters of a model config, without allocating any."""
+    """The parameters of a model config and of adapters in it, without allocating any."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, *, trainable: TrainableParameters | None = None
+    ) -> None:
+        trainable = trainable or AllParameters()
         count_parameters(config)  # a sentence if a tensor is too large for the meta device, too
         with torch.device("meta"):
             model = Transformer(config)
+            trainable.attach(model)
         self.config, self._model = config, model
         kinds = model.parameter_kinds()
         self.parameters = tuple(
-            ParameterInfo(name, placement, kinds[name], _fsdp_unit(name, placement))
+            ParameterInfo(
+                name,
+                placement,
+                kinds[name],
+                _fsdp_unit(name, placement),
+                trained=trainable.includes(name),
+            )
             for name, placement in make_sharding_plan(model).items()
         )
 
@@ -85,21 +101,11 @@ class ParameterInventory:
         """The paths of the experts' modules, with the number of experts of each."""
         return {path: layer.router.config.experts for path, _, layer in expert_modules(self._model)}
 
-    def on_rank(
-        self,
-        parallel: ParallelConfig,
-        *,
-        world: int,
-        rank: int = 0,
-        frozen: Container[str] = frozenset(),
-    ) -> "RankParameters":
-        """Return the shards of a rank of ``world``; parameters named in ``frozen`` are not trained.
-
-        Raises ConfigError if the plan does not fit.
-        """
+    def on_rank(self, parallel: ParallelConfig, *, world: int, rank: int = 0) -> "RankParameters":
+        """Return the shards of a rank of ``world``. Raises ConfigError if the plan does not fit."""
         plan = parallel.plan.resolve(world)
         check_parallel(self._model, parallel=parallel, plan=plan)
-        return RankParameters(self, parallel.replace(plan=plan), rank, frozen)
+        return RankParameters(self, parallel.replace(plan=plan), rank)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,6 @@ class RankParameters:
     inventory: ParameterInventory
     parallel: ParallelConfig
     rank: int
-    frozen: Container[str] = frozenset()
 
     @property
     def plan(self) -> ParallelPlan:
@@ -123,7 +128,7 @@ class RankParameters:
     @cached_property
     def trained(self) -> tuple[ParameterShard, ...]:
         """The shards of the parameters that are trained."""
-        return tuple(s for s in self.shards if s.parameter.name not in self.frozen)
+        return tuple(s for s in self.shards if s.parameter.trained)
 
     @cached_property
     def stages(self) -> PipelineStages | None:
@@ -138,7 +143,7 @@ class RankParameters:
 
     def holders(self, parameter: ParameterInfo) -> tuple[int, ...]:
         """Return the ranks of a pipeline that hold a parameter."""
-        return (0,) if self.stages is None else self.stages.ranks_of_parameter[parameter.name]
+        return (0,) if self.stages is None else self.stages.ranks_of(parameter.name)
 
     @property
     def _held(self) -> list[ParameterInfo]:
@@ -194,6 +199,6 @@ class RankParameters:
 def _fsdp_unit(name: str, placement: Placement) -> str:
     """Return the module that is gathered with a parameter: experts, a block, or the model ("")."""
     if placement.num_experts is not None:
-        return name.rpartition(".")[0]
+        return name.rpartition(".")[0].removesuffix(f".{ADAPTER}")
     words = name.split(".")
     return ".".join(words[:2]) if words[0] in ("encoder", "decoder") else ""

@@ -10,6 +10,7 @@ from moesaic.ops.chunk_sizes import ChunkSizes, chunk_sizes
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.precision import Float32, Precision
+from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 
 
 class CostSettings(Config):
@@ -17,8 +18,9 @@ class CostSettings(Config):
 
     ``sizes`` are those of one micro-batch of a data-parallel rank, ``world`` the number of ranks.
     ``busiest_share`` is the share of a layer's edges that expert 0 has, which rank 0 holds; None is
-    even. Kernels divide large results as on a ``device`` of this type. Parameters named in
-    ``frozen`` are not trained: no gradients, no states. Their operations are priced all the same.
+    even. Kernels divide large results as on a ``device`` of this type. What is not ``trainable``
+    has no gradients and no states, but its operations are priced all the same; of adapters only
+    the bytes are.
     """
 
     model: ModelConfig
@@ -30,7 +32,7 @@ class CostSettings(Config):
     world: int = Field(default=1, ge=1)
     busiest_share: float | None = Field(default=None, gt=0, le=1)
     device: str = "cuda"
-    frozen: tuple[str, ...] = ()
+    trainable: TrainableParameters = AllParameters()
 
     @property
     def chunks(self) -> ChunkSizes:

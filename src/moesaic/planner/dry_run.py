@@ -114,6 +114,7 @@ def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
         use_chunk_sizes(settings.chunks),
     ):
         model = Transformer.without_values(with_round_robin_routing(config))
+        settings.trainable.attach(model)
         mesh = Mesh(
             parallel.plan.resolve(world),
             rank=rank,
@@ -124,6 +125,8 @@ def simulate_step(settings: CostSettings, *, rank: int = 0) -> DryRunResult:
             parallel_model = parallelize_on_mesh(
                 model, parallel=parallel, mesh=mesh, precision=precision
             )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(settings.trainable.includes(name))
         before = simulation.ledger.live_bytes
         simulation.ledger.reset_peak()
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:

@@ -84,7 +84,7 @@ def largest_models(request: PlanRequest, *, machine: Machine, limits: Limits) ->
     few = 2 ** max(1, request.space.ranks.bit_length() - 1)
     states = [_sharded(request, n) for n in (few, 2 * few)]
     widest = request.replace(model=with_experts(request.model, few))
-    inventory = inventory_of(request.model)
+    inventory = inventory_of(request.model, trainable=request.trainable)
     base = plan_model(request, inventory=inventory, machine=machine)
     models = [PlanModel(replace(base.settings, state=state), request.space) for state in states]
     degrees = list(request.space.degrees(widest.model))
@@ -100,7 +100,8 @@ def largest_models(request: PlanRequest, *, machine: Machine, limits: Limits) ->
 
 
 def _sharded(request: PlanRequest, experts: int) -> ShardedState:
-    inventory = ParameterInventory(with_experts(request.model, experts))
+    model = with_experts(request.model, experts)
+    inventory = ParameterInventory(model, trainable=request.trainable)
     return ShardedState(inventory, optimizer=request.optimizer, each=request.precision)
 
 

@@ -330,8 +330,8 @@ class PlanModel:
         """Return the bytes of a rank with those of experts by layer, taken as equal."""
         layers = self._moe_layers
         experts = {str(n): state.experts // layers for n in range(layers)}
-        weights = (state.weights, sum(experts.values()))
-        return StateBytes(state.weights, state.gradients, state.states, 0, experts, *weights)
+        updated = (state.updated, state.updated_experts)
+        return StateBytes(state.weights, state.gradients, state.states, 0, experts, *updated)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.

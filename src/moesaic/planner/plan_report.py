@@ -24,6 +24,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, Precision
+from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
 from moesaic.planner.inventory_cache import inventory_of
@@ -54,6 +55,7 @@ class PlanRequest(Config):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: Optimizer = AdamW()
     precision: Precision = BFloat16()
+    trainable: TrainableParameters = AllParameters()
 
     @property
     def dtype(self) -> str:
@@ -168,7 +170,7 @@ def find_plans(
     keep: int = 5,
 ) -> PlanReport:
     """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
-    inventory = inventory_of(request.model)
+    inventory = inventory_of(request.model, trainable=request.trainable)
     model = plan_model(request, inventory=inventory, machine=machine)
     legal = _can_be_cut(request)
     found = search(model, limits=limits, keep=keep, legal=legal)
@@ -187,6 +189,7 @@ def plan_model(
         precision=request.precision,
         sizes=request.space.micro_batch(1),
         device=machine.device,
+        trainable=request.trainable,
     )
     return PlanModel(
         PlanModelSettings(
@@ -243,11 +246,12 @@ def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
     @cache
     def can_be_sharded(stage: Degrees) -> bool:
         plan = CompletePlan(stage, option).plan
+        parallel = request.parallel.replace(plan=plan)
         try:
-            check_parallel(few, parallel=request.parallel.replace(plan=plan), plan=plan)
+            check_parallel(few, parallel=parallel, plan=plan)
         except UserError:
             return False
-        return True
+        return not any(request.trainable.parallel_problems(parallel))
 
     def legal(degrees: Degrees) -> bool:
         # micro-batches and stages do not change how layers are cut

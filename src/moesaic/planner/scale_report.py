@@ -10,21 +10,24 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
+from moesaic.parallel.parameter_inventory import RankParameters
 from moesaic.parallel.precision import Float32, Precision
+from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.cost_entries import DEVICE, HOST, Purpose
 from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.step_cost import StepCost, step_cost
 
 
 class ScaleConfig(Config):
-    """What a report depends on: model, plan, precision, optimizer, gradient accumulation."""
+    """What a report depends on: model, plan, precision, optimizer, and more of a run."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: Precision = Float32()
     optimizer: Optimizer = AdamW()
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    trainable: TrainableParameters = AllParameters()
 
     def cost_settings(self, *, world: int, sizes: BatchDims) -> CostSettings:
         """Return the settings of a step on so many ranks."""
@@ -36,12 +39,14 @@ class ScaleConfig(Config):
             sizes=sizes,
             micro_batches=self.gradient_accumulation_steps,
             world=world,
+            trainable=self.trainable,
         )
 
 
 def scale_report(settings: CostSettings) -> dict[str, Any]:
     """Return the memory, communication and FLOPs of rank 0."""
-    rank = ParameterInventory(settings.model).on_rank(settings.parallel, world=settings.world)
+    inventory = inventory_of(settings.model, trainable=settings.trainable)
+    rank = inventory.on_rank(settings.parallel, world=settings.world)
     cost = step_cost(settings)
     return {
         "world": settings.world,

@@ -25,13 +25,14 @@ from moesaic.parallel.sharding_plan import Placement, local_spans, zero_dim
 class ParameterClass:
     """``copies`` equal parameters of a model in units of gathering of one ``unit`` shape.
 
-    ``state_per_value`` are the bytes of optimizer state of a value.
+    ``state_per_value`` are the bytes of optimizer state of a value, 0 of what is not ``trained``.
     """
 
     placement: Placement
     in_block: bool
     copies: int
     state_per_value: float
+    trained: bool
 
 
 class PlanKey(NamedTuple):
@@ -54,7 +55,8 @@ class PlanKey(NamedTuple):
 class ShardBytes:
     """Bytes of rank 0: its shards, and what ZeRO gathers beside them at the peak.
 
-    ``experts`` are those of the weights of experts, ``summed`` of gradients that ranks sum;
+    ``experts`` are those of the weights of experts; ``updated`` and ``updated_experts`` are of the
+    weights that are trained, ``summed`` of gradients that ranks sum;
     ``synced`` are the bytes that it sends in a step by (kind, axis): (once, per micro-batch).
     """
 
@@ -64,13 +66,15 @@ class ShardBytes:
     states: int
     gathered: int
     experts: int
+    updated: int
+    updated_experts: int
     summed: int
     synced: tuple[tuple[str, str, float, float], ...]
 
     @property
     def read_and_written(self) -> int:
-        """The bytes of an update: reads all, writes weights and states."""
-        return 2 * self.weights + self.gradients + 2 * self.states
+        """The bytes of an update: reads all that is trained, writes weights and states."""
+        return 2 * self.updated + self.gradients + 2 * self.states
 
 
 class ShardedState:
@@ -82,10 +86,18 @@ class ShardedState:
         self._each = each
         narrow = each.parameter_dtype != torch.float32
         master = each.master_weights.bytes_per_value if narrow else 0
-        counted = Counter((p.placement, p.kind, bool(p.fsdp_unit)) for p in inventory.parameters)
+        counted = Counter(
+            (p.placement, p.kind, bool(p.fsdp_unit), p.trained) for p in inventory.parameters
+        )
         self.classes = tuple(
-            ParameterClass(placement, in_block, copies, _state(placement, kind, optimizer) + master)
-            for (placement, kind, in_block), copies in counted.items()
+            ParameterClass(
+                placement,
+                in_block,
+                copies,
+                trained * (_state(placement, kind, optimizer) + master),
+                trained,
+            )
+            for (placement, kind, in_block, trained), copies in counted.items()
         )
         self._units = _unit_shapes(inventory)
         self.of_plan = lru_cache(maxsize=100_000)(self._of_plan)  # of a ``PlanKey``
@@ -102,11 +114,17 @@ class ShardedState:
         synced: Counter[tuple[str, str, bool]] = Counter()
         for each in self.classes:
             shard = _shard(each.placement, key)
-            sums["values"] += each.copies * shard.values
-            sums["experts"] += each.copies * shard.values * (each.placement.num_experts is not None)
-            sums["summed"] += each.copies * shard.values * (shard.sum_ranks > 1)
-            sums["states"] += round(each.copies * shard.values * each.state_per_value)
+            values, is_expert = each.copies * shard.values, each.placement.num_experts is not None
+            trained = values * each.trained
+            sums["values"] += values
+            sums["experts"] += values * is_expert
+            sums["trained"] += trained
+            sums["trained experts"] += trained * is_expert
+            sums["summed"] += trained * (shard.sum_ranks > 1)
+            sums["states"] += round(values * each.state_per_value)
             for kind, axis, size, often in _sync(shard, plan=plan, in_block=each.in_block):
+                if kind != "all-gather" and not each.trained:
+                    continue
                 itemsize = (
                     self._each.parameter_dtype.itemsize
                     if kind == "all-gather"
@@ -116,10 +134,12 @@ class ShardedState:
         return ShardBytes(
             values=sums["values"],
             weights=sums["values"] * self._each.parameter_dtype.itemsize,
-            gradients=sums["values"] * self._each.gradient_dtype.itemsize,
+            gradients=sums["trained"] * self._each.gradient_dtype.itemsize,
             states=sums["states"],
             gathered=self._gathered(key),
             experts=sums["experts"] * self._each.parameter_dtype.itemsize,
+            updated=sums["trained"] * self._each.parameter_dtype.itemsize,
+            updated_experts=sums["trained experts"] * self._each.parameter_dtype.itemsize,
             summed=sums["summed"] * self._each.reduce_dtype.itemsize,
             synced=tuple(
                 (kind, axis, 0.0 if often else size, size if often else 0.0)

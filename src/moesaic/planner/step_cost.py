@@ -126,9 +126,8 @@ class _Composition:
     @staticmethod
     def of(settings: CostSettings, *, rank: int) -> "_Composition":
         """Measure what was not measured before."""
-        inventory = inventory_of(settings.model)
-        world, frozen = settings.world, frozenset(settings.frozen)
-        parameters = inventory.on_rank(settings.parallel, world=world, rank=rank, frozen=frozen)
+        inventory = inventory_of(settings.model, trainable=settings.trainable)
+        parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
         counts = sorted(set(inventory.expert_modules.values()))
         small = smallest_plan(parameters.plan, expert_counts=counts)
         parallel = settings.parallel.replace(plan=small, memory=MemoryPlan())
@@ -145,7 +144,8 @@ class _Composition:
             is_pipelined=parameters.stages is not None,
             offloads=not settings.parallel.memory.activations.is_device,
         )
-        measured_parameters = inventory.on_rank(parallel, world=small.world_size)
+        run = inventory_of(settings.model)
+        measured_parameters = run.on_rank(parallel, world=small.world_size)
         return _Composition(settings, parameters, blocks, part, measured_parameters)
 
     @cached_property

@@ -145,7 +145,7 @@ def gradient_corrections(
     """Return, for each place, by how much more bytes of gradients stay than where it was run.
 
     There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device,
-    those of frozen parameters too.
+    those of frozen parameters too. Adapters are not run.
     """
     itemsize = settings.precision.gradient_dtype.itemsize
     is_device = settings.parallel.memory.gradients.is_device
@@ -153,9 +153,8 @@ def gradient_corrections(
     found: dict[ChainPlace, int] = {}
     for shard in parameters.shards:
         place = _place_of(shard.parameter.name, settings)
-        name = shard.parameter.name
-        stays = is_device and name not in parameters.frozen
-        more = stays * math.prod(shard.shape) - small[name]
+        stays = is_device and shard.parameter.trained
+        more = stays * math.prod(shard.shape) - small.get(shard.parameter.name, 0)
         found[place] = found.get(place, 0) + itemsize * more
     return found
 

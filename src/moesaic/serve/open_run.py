@@ -21,6 +21,7 @@ from moesaic.model.head import LanguageModelHead
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import describe_nonfinite, require_fitting_weights
+from moesaic.nn.adapter import is_of_adapter
 from moesaic.serve.source_text import TranslationLimits
 
 
@@ -127,6 +128,11 @@ def _load_model(config: ModelConfig, where: Path, *, device: str) -> Transformer
     """Build a model once its weights fit: a config may ask for any size, a file has its own."""
     with open_weights(where) as stored:
         shapes = stored.shapes
+    if any(map(is_of_adapter, shapes)):
+        raise CheckpointError(
+            f"{where}: it has an adapter without the weights that it changes. When training has "
+            "ended, moesaic ckpt merge RUN makes one model of both"
+        )
     try:
         _require_size(config, shapes)
         model = load_transformer(config, where, device=device)

@@ -10,7 +10,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.model.weights import weight_distributions
 from moesaic.moe.experts import GroupedExperts
 from moesaic.nn.adapter import is_of_adapter
-from moesaic.train.trainable_parameters import (
+from moesaic.parallel.trainable_parameters import (
     Patterns,
     TrainableParameters,
     matches,

@@ -32,6 +32,8 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
         if parallel_model.is_replicated:
             trainer.optimizer.catch_up()
             write_tensors(path, tensors=parallel_model.saved_weights(), metadata=metadata)
+        if run.trainable.keeps_base:  # merged with an earlier adapter
+            run_dir.model.unlink(missing_ok=True)
         before = read_run_record(run_dir)  # has the plug-ins as they were when they were loaded
         plugins = () if before is None else before.plugins
         write_run_record(run_dir, config=run.to_dict(), plugins=plugins)

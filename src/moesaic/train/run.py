@@ -16,12 +16,12 @@ from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.precision import Float32, Precision
+from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.train import low_rank_adaptation as low_rank_adaptation  # registers its members
 from moesaic.train import row_data as row_data  # registers its member of TrainingData
 from moesaic.train import sparse_adaptation as sparse_adaptation  # registers its members
 from moesaic.train import text_data as text_data  # registers its member of TrainingData
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
-from moesaic.train.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.train.training_data import TrainingData
 from moesaic.train.warm_start import InitialWeights, RandomWeights
 

@@ -10,8 +10,8 @@ from moesaic.core.errors import ConfigError
 from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.model.transformer import Transformer
 from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, warmup_steps
+from moesaic.parallel.trainable_parameters import AllParameters
 from moesaic.train.run import Run
-from moesaic.train.trainable_parameters import AllParameters
 from moesaic.train.warm_start import RandomWeights
 
 RunRule = Callable[[Run], Iterator[str]]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from moesaic.checkpoint.run_directory import RunDir
@@ -84,6 +84,12 @@ class SpIEL(PlacedAdapter):
     select_steps: int = Field(default=5, ge=1)
     drop: float = Field(default=0.2, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.select_steps > self.every:  # no window would ever end
+            raise ValueError(f"select_steps={self.select_steps} to be at most every={self.every}")
+        return self
+
     def attach(self, model: Transformer) -> None:
         self._places().attach(model)
 
@@ -130,6 +136,23 @@ class ExpertsOfLanguage(PlacedAdapter):
         column, share = usage.languages.index(self.language), self.share
         chosen = {each.layer: experts_of(each, column, share=share) for each in usage.layers}
         return self.replace(experts={name: own for name, own in chosen.items() if own})
+
+    def problems(self, model: Transformer) -> Iterator[str]:
+        if self.targets != ("experts",):
+            yield f"trainable.targets={list(self.targets)}: expected experts, alone"
+        numbers = {
+            layer.name: layer.router.config.experts
+            for layer in moe_layers(model)
+            if isinstance(layer.experts, GroupedExperts)
+        }
+        for name, chosen in self.experts.items():
+            allowed = range(numbers.get(name, 0))
+            if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
+                known = ", ".join(f"{layer} (0 to {n - 1})" for layer, n in numbers.items())
+                yield (
+                    f"trainable.experts.{name}={list(chosen)}: expected different numbers of "
+                    f"experts of a layer: {known}"
+                )
 
     def attach(self, model: Transformer) -> None:
         for layer in moe_layers(model):

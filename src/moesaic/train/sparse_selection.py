@@ -14,6 +14,8 @@ import torch
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.distributed.world import World
 from moesaic.nn.sparse_adapter import SparseValues
+from moesaic.optim.group_update import UpdateRule
+from moesaic.optim.update_rules import AdamWRule
 from moesaic.train.sparse_adaptation import SpIEL
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook
@@ -127,7 +129,9 @@ class SparseSelectionHook(Hook):
         means, squares = (
             part / self._choice.select_steps for part in (window.sums, window.squares)
         )
-        moments = dict(_corrected(state, means=means, squares=squares, trainer=trainer))
+        groups = trainer.optimizer.param_groups
+        (rule,) = (g["rule"] for g in groups if any(p is delta for p in g["params"]))
+        moments = dict(_corrected(state, means=means, squares=squares, rule=rule))
         width = delta.shape[-1]
         for row in range(delta.numel() // width):
             own = tuple(t.view(-1, width)[row] for t in (delta, index, window.candidates, means))
@@ -163,13 +167,12 @@ def _exchange(
 
 
 def _corrected(
-    state: Mapping[str, Any], *, means: Tensor, squares: Tensor, trainer: Trainer
+    state: Mapping[str, Any], *, means: Tensor, squares: Tensor, rule: UpdateRule
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield moments of AdamW that are ``means`` and ``squares`` once corrected for bias."""
-    if "exp_avg_sq" not in state:
+    if not isinstance(rule, AdamWRule) or not state:
         return
-    group = next(g for g in trainer.optimizer.param_groups if "adamw" in g["name"])
-    first, second = group["rule"].betas
+    first, second = rule.betas
     steps = float(state["step"])
     yield "exp_avg", means * (1 - first**steps)
     yield "exp_avg_sq", squares * (1 - second**steps)

@@ -30,6 +30,7 @@ from moesaic.optim.optimizer_state import frozen_state, masters_of, restore_stat
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.trainable_parameters import freeze_others
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
 from moesaic.train.memory_tiers import use_memory_plan
 from moesaic.train.random_state import random_state, restore_random_state
@@ -37,7 +38,6 @@ from moesaic.train.run import Run
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
 from moesaic.train.sharded_state import local_shards, restore_shards
 from moesaic.train.step import ForwardBackwardResult, Objective, first_non_finite
-from moesaic.train.trainable_parameters import freeze_others
 from moesaic.train.training_data import BatchLoader
 
 FillShards = Callable[[ParallelModel], None]
