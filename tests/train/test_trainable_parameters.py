@@ -17,6 +17,9 @@ from moesaic.parallel.trainable_parameters import MatchingParameters
 from moesaic.planner.cost_entries import Purpose
 from moesaic.planner.dry_run import simulate_step
 from moesaic.planner.inventory_cache import inventory_of
+from moesaic.planner.machine import find_machine
+from moesaic.planner.plan_report import PlanRequest, find_plans, machine_limits
+from moesaic.planner.plan_space import PlanSpace
 from moesaic.planner.scale_report import ScaleConfig
 from moesaic.planner.state_bytes import PlanKey, ShardedState
 from moesaic.planner.step_cost import step_cost
@@ -171,3 +174,16 @@ def test_the_forecast_of_adapters_equals_a_simulated_step_under_a_plan():
             for sent in (cost.sent, simulated.sent)
         )
         assert forecast == counted, kind
+
+
+def test_no_plan_is_found_that_the_choice_cannot_be_trained_under():
+    space = PlanSpace(ranks=4, rows=8, source=4, target=4)
+    request = PlanRequest(
+        name="tiny", model=setup(EXPERTS).run.model, space=space, trainable=FORECAST["SpIEL"]
+    )
+    machine = find_machine("h100")
+    found = find_plans(request, machine=machine, limits=machine_limits(machine, ranks=4))
+    configs = [each.choice.parallel_config(request.parallel) for each in found.best]
+    assert [list(request.trainable.parallel_problems(each)) for each in configs] == [[]] * len(
+        configs
+    )

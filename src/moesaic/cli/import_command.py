@@ -25,7 +25,7 @@ app = command_app()
 VerifyOption = Annotated[
     bool,
     typer.Option(
-        "--verify", help="Compute 50 prompts in both programs and compare (extras hf, gguf)."
+        "--verify", help="Compute 50 prompts in both programs and compare (extra interop)."
     ),
 ]
 BaseOption = Annotated[

@@ -170,6 +170,7 @@ def find_plans(
     keep: int = 5,
 ) -> PlanReport:
     """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
+    request = request.replace(space=_trainable_space(request))
     inventory = inventory_of(request.model, trainable=request.trainable)
     model = plan_model(request, inventory=inventory, machine=machine)
     legal = _can_be_cut(request)
@@ -228,6 +229,19 @@ def _measure_exchanges(
     return found
 
 
+def _trainable_space(request: PlanRequest) -> PlanSpace:
+    """Return the space with the ZeRO stages and memory plans under which the choice is trained."""
+
+    def trains(parallel: ParallelConfig) -> bool:
+        return not any(request.trainable.parallel_problems(parallel))
+
+    space = request.space
+    return space.replace(
+        zero=tuple(z for z in space.zero if trains(ParallelConfig(plan=ParallelPlan(zero=z)))),
+        memory=tuple(each for each in space.memory if trains(ParallelConfig(memory=each))),
+    )
+
+
 def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
     """Return a check of whether the model's layers and stages can be cut by some degrees."""
     option = Option(0, request.space.memory[0], request.space.checkpointing[0])
@@ -236,12 +250,13 @@ def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
 
     @cache  # a split into stages is searched over all blocks, for few numbers of stages
     def can_be_staged(pipe: int) -> bool:
-        plan = request.parallel.plan.replace(pipe=pipe)
+        parallel = request.parallel.replace(plan=request.parallel.plan.replace(pipe=pipe))
         try:
-            request.parallel.replace(plan=plan).pipeline_stages(request.model)
+            parallel.pipeline_stages(request.model)
         except UserError:
             return False
-        return True
+        staged = ParallelConfig(plan=ParallelPlan(pipe=pipe))
+        return not any(request.trainable.parallel_problems(staged))
 
     @cache
     def can_be_sharded(stage: Degrees) -> bool:
@@ -251,7 +266,7 @@ def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
             check_parallel(few, parallel=parallel, plan=plan)
         except UserError:
             return False
-        return not any(request.trainable.parallel_problems(parallel))
+        return not any(request.trainable.parallel_problems(ParallelConfig(plan=plan)))
 
     def legal(degrees: Degrees) -> bool:
         # micro-batches and stages do not change how layers are cut
