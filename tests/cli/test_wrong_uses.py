@@ -49,6 +49,8 @@ launch tiny --gpus-per-node 8 --launcher slrum
 launch tiny --gpus-per-node 0
 launch tiny --gpus-per-node 8 --launcher 'Slurm(tme=3)'
 launch tiny --gpus-per-node 8 --launcher torchrun --out nodir/x.sh
+export runs/first --to peft --out x3 --verify
+import adir --out x3 --base runs/first --verify
 translate runs/nope lines.txt --to qaa
 translate runs/first nope.txt --to qaa
 translate runs/first lines.txt --to klingon

@@ -1,6 +1,8 @@
 import json
 import pickle
+import weakref
 
+import numpy
 import pytest
 import torch
 from hf_directories import (
@@ -13,11 +15,13 @@ from hf_directories import (
     write_directory,
 )
 
+from moesaic.checkpoint.checkpoint_directory import Disk
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.exchange import tensor_files
 from moesaic.exchange.export_model import export_model, read_model_config
+from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.tensor_files import TensorFiles
 from moesaic.nn.attention_parts import SlidingWindow
@@ -204,3 +208,25 @@ def test_no_more_than_a_matrix_or_a_block_is_in_memory(mixtral, tmp_path, monkey
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 128)
     import_model(mixtral, out=tmp_path / "ours")
     assert max(sizes) == 2 * 16 * HIDDEN  # a matrix of an expert: a fused bank has three pairs
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "rope_parameters"])
+def test_a_value_of_another_kind_in_a_config_is_named(key):
+    found = MIXTRAL_CONFIG | {key: ["x"]}
+    with pytest.raises(ConfigError, match=rf"{key}=\['x'\]"):
+        FAMILIES["mixtral"].mapping.read(found)
+
+
+def test_a_written_chunk_is_gone_before_the_next_one_is_made(tmp_path):
+    alive = []
+
+    def chunks():
+        for _ in range(3):
+            assert not any(reference() is not None for reference in alive)
+            chunk = numpy.zeros(4)
+            alive.append(weakref.ref(chunk))
+            yield chunk
+            del chunk
+
+    Disk().write(tmp_path / "file", chunks=chunks())
+    assert len(alive) == 3

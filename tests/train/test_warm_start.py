@@ -1,5 +1,7 @@
 """A run can start from the weights and the tokenizer of another run."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -93,6 +95,21 @@ def test_a_warm_started_run_resumes_without_the_run_that_it_came_from(init, tmp_
     (copy / "model.safetensors").unlink()
     train(run, parts, resume=ResumeLatest(), progress=no_progress)
     assert RunDir(parts).model.read_bytes() == RunDir(whole).model.read_bytes()
+
+
+@pytest.mark.parametrize("added", [(), ("deu_Latn",)])
+def test_what_an_import_carried_goes_along_but_for_a_tokenizer_that_grew(init, tmp_path, added):
+    source, out = RunDir(tmp_path / "imported-model"), RunDir(tmp_path / "next")
+    shutil.copytree(init, source.path)
+    files = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    for folder in (source.imported, out.path):
+        folder.mkdir()
+    for name in files:
+        (source.imported / name).write_text("{}")
+    model = Run.from_yaml(source.config.read_text()).model
+    WeightsOfRun(path=str(source.path), added_languages=added).prepare(out, model=model)
+    kept = {"config.json", "generation_config.json"} if added else files
+    assert {path.name for path in out.imported.iterdir()} == kept
 
 
 def test_sharded_ranks_start_from_the_same_weights(init, tmp_path):

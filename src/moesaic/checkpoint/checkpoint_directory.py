@@ -42,6 +42,7 @@ class Disk:
         with path.open("wb") as stream:
             for chunk in chunks:
                 stream.write(chunk)
+                del chunk  # before the next one is made: one of them is as large as a matrix
             stream.flush()
             os.fsync(stream.fileno())
 

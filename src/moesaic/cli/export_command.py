@@ -27,6 +27,7 @@ with deferred():
     from moesaic.core.units import show_bytes
     from moesaic.exchange.compare_with_llama_cpp import compare_with_llama_cpp
     from moesaic.exchange.compare_with_transformers import compare_with_transformers
+    from moesaic.exchange.export_ctranslate2 import export_ctranslate2
     from moesaic.exchange.export_gguf import export_gguf
     from moesaic.exchange.export_model import export_model
     from moesaic.exchange.peft_format import export_adapter
@@ -39,6 +40,7 @@ class ExportFormat(StrEnum):
 
     HF = "hf"
     GGUF = "gguf"
+    CTRANSLATE2 = "ctranslate2"
     PEFT = "peft"
 
 
@@ -55,7 +57,8 @@ def export(
     run: RunArgument,
     *,
     to: Annotated[
-        ExportFormat, typer.Option("--to", help="hf: transformers; gguf: llama.cpp; peft: adapter.")
+        ExportFormat,
+        typer.Option("--to", help="hf: transformers; gguf: llama.cpp; ctranslate2; peft: adapter."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new directory.")],
     layout: Annotated[
@@ -67,31 +70,34 @@ def export(
     verify: VerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model in the files of another program: transformers, or llama.cpp.
+    """Write a model in the files of another program: transformers, llama.cpp or CTranslate2.
 
     With --to peft: the adapter of a run of LoRA, for PeftModel.from_pretrained.
 
     Example: [cyan]moesaic export models/qwen3-tuned --to hf --out exported[/]
     """
     if to is ExportFormat.PEFT:
+        if verify or (layout, dtype) != (None, None):
+            raise UserError("--to peft takes no --verify, --layout or --dtype")
         _export_adapter(run, out=out, as_json=as_json)
         return
-    if (layout, dtype)[to is ExportFormat.HF] is not None:
+    hf, gguf = to is ExportFormat.HF, to is ExportFormat.GGUF
+    if (layout and not hf) or (dtype and not gguf):
         raise UserError("--layout belongs to --to hf, and --dtype to --to gguf")
     kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
-    hf = to is ExportFormat.HF
-    found = (
-        export_model(run, out=out, layout=layout) if hf else export_gguf(run, out=out, dtype=kind)
-    )
+    agreement = None
+    if to is ExportFormat.CTRANSLATE2:
+        found, agreement = export_ctranslate2(run, out=out, verify=verify)
+    elif hf:
+        found = export_model(run, out=out, layout=layout)
+        agreement = compare_with_transformers(out, ours=run) if verify else None
+    else:
+        found = export_gguf(run, out=out, dtype=kind)
+        agreement = compare_with_llama_cpp(out, ours=run, dtype=kind) if verify else None
     for note in found.notes:
         show_progress(note)
     value: dict[str, Any] = {"directory": str(out), "format": to.value, **asdict(found)}
-    if verify:
-        agreement = (
-            compare_with_transformers(out, ours=run)
-            if hf
-            else compare_with_llama_cpp(out, ours=run, dtype=kind)
-        )
+    if agreement is not None:
         value["verify"] = asdict(agreement) | {"text": agreement.text()}
     print_result(value, as_json=as_json, show=partial(_show, value))
 

@@ -13,6 +13,7 @@ from moesaic.cli.shared_options import JsonOption, command_app, print_result, sh
 from moesaic.cli.styled_text import cyan
 
 with deferred():
+    from moesaic.core.errors import UserError
     from moesaic.core.units import show_bytes, show_count
     from moesaic.data.tokenizer_source import TokenizerSource
     from moesaic.exchange.compare_with_transformers import compare_with_transformers
@@ -24,7 +25,7 @@ app = command_app()
 VerifyOption = Annotated[
     bool,
     typer.Option(
-        "--verify", help="Compute 50 prompts in both programs and compare (extras hf, gguf)."
+        "--verify", help="Compute 50 prompts in both programs and compare (extra interop)."
     ),
 ]
 BaseOption = Annotated[
@@ -64,6 +65,8 @@ def import_(
     Example: [cyan]moesaic import Qwen3-30B-A3B --out models/qwen3[/]
     """
     if base is not None:
+        if verify or drop or languages or tokenizer is not None or layout != "auto":
+            raise UserError("--base takes --out alone: the model has tokenizer and languages")
         _import_adapter(directory, base=base, out=out, as_json=as_json)
         return
     found = import_model(

@@ -149,19 +149,44 @@ def _write_scaling(scaling: RotaryScaling) -> tuple[dict[str, Any], dict[str, An
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+LayerKinds = Callable[[Theirs, int], list[str]]  # of the keys and the number of layers
+
+
+def alternating_windows(theirs: Theirs, layers: int) -> list[str]:
+    """Return the kinds of layers where every other one has a window, the first too (GPT-OSS)."""
+    del theirs
+    return [FULL if layer % 2 else SLIDING for layer in range(layers)]
+
+
+def windows_above(theirs: Theirs, layers: int) -> list[str]:
+    """Return the kinds of layers where those from ``max_window_layers`` on have one (Qwen2, 3)."""
+    return [SLIDING if layer >= _max_window_layers(theirs) else FULL for layer in range(layers)]
+
+
+def alternating_windows_below(theirs: Theirs, layers: int) -> list[str]:
+    """Return the kinds of layers where even ones below ``max_window_layers`` have one (Qwen2-MoE).
+
+    That is what transformers 5 does, though Qwen2 means the layers from that number on.
+    """
+    most = min(_max_window_layers(theirs), layers)
+    return alternating_windows(theirs, most) + [FULL] * (layers - most)
+
+
+def _max_window_layers(theirs: Theirs) -> int:
+    value = theirs.get("max_window_layers")
+    return 28 if value is None else value  # what an absent key means there
 
 
 @dataclass(frozen=True)
 class Windows(ConfigEntry):
     """``sliding_window`` of all layers or of those that ``layer_types`` names.
 
-    ``switch`` is the key that says whether it is used, where there is one. ``default_types`` are
-    the layers of a config without ``layer_types``: the kinds of the first layers, repeated; empty
-    for a family that has no such key.
+    ``switch`` is the key that says whether it is used, where there is one. ``default_kinds`` are
+    the layers of a config without ``layer_types``; None for a family that has no such key.
     """
 
     switch: str | None = None
-    default_types: tuple[str, ...] = ()
+    default_kinds: LayerKinds | None = None
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
         size, layers = theirs.get("sliding_window"), theirs.get("num_hidden_layers") or 0
@@ -184,19 +209,15 @@ class Windows(ConfigEntry):
         windows = [_window_of_layer(ours, layer) for layer in range(ours.decoder.layers)]
         size = next((w.size for w in windows if isinstance(w, SlidingWindow)), None)
         keys: dict[str, Any] = {} if self.switch is None else {self.switch: size is not None}
-        if self.default_types:
+        if self.default_kinds is not None:
             kinds = [SLIDING if isinstance(w, SlidingWindow) else FULL for w in windows]
             keys["layer_types"] = kinds
         return {"sliding_window": size} | keys
 
     def _layer_types(self, theirs: Theirs, *, layers: int) -> Sequence[str]:
-        if not self.default_types:
+        if self.default_kinds is None:
             return [SLIDING] * layers
-        given = theirs.get("layer_types")
-        most = theirs.get("max_window_layers")
-        if given is None and self.switch and theirs.get(self.switch) and most:
-            return [SLIDING if layer >= most else FULL for layer in range(layers)]
-        return given or [*self.default_types * layers][:layers]
+        return theirs.get("layer_types") or self.default_kinds(theirs, layers)
 
 
 _MIXER_OF_KIND = {FULL: DEFAULT_MIXER, SLIDING: "sliding"}

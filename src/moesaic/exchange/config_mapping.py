@@ -19,6 +19,23 @@ _REQUIRED: Any = object()
 _ABSENT: Any = object()
 
 
+class _KeysRead(Mapping[str, Any]):
+    """A config that notes which of its keys an entry read."""
+
+    def __init__(self, values: Theirs) -> None:
+        self.values_by_key, self.read = values, dict[str, Any]()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read[key] = self.values_by_key.get(key)
+        return self.values_by_key[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_key)
+
+    def __len__(self) -> int:
+        return len(self.values_by_key)
+
+
 class ConfigEntry(ABC):
     """Family of the ways in which fields of two configs correspond."""
 
@@ -140,11 +157,15 @@ class ConfigMapping:
         """Return our config. Raises ConfigError with every entry that could not be read."""
         tree, problems = self.template.to_dict(), []
         for entry in self.entries:
+            keys = _KeysRead(theirs)
             try:
-                for path, value in entry.read(theirs).items():
+                for path, value in entry.read(keys).items():
                     _set_field(tree, path, value)
             except ConfigError as error:
                 problems += error.problems
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+                found = ", ".join(f"{key}={show_value(v)}" for key, v in keys.read.items() if key)
+                problems.append(f"found {found}, of which one is not of the kind that is expected")
         if problems:
             raise ConfigError(problems)
         return ModelConfig.from_dict(tree)

@@ -1,12 +1,13 @@
 """Decoder families: Llama and its relatives, dense and with experts, as data."""
 
 from moesaic.exchange.config_entries import (
-    FULL,
     BalanceLoss,
     RotaryPositions,
     SharedWidth,
     SparseLayers,
     Windows,
+    alternating_windows_below,
+    windows_above,
 )
 from moesaic.exchange.config_mapping import ConfigEntry, ConfigMapping, FixedKey, Key
 from moesaic.exchange.family import DENSE, FUSED, PER_EXPERT, PUBLISHED, Family
@@ -217,7 +218,7 @@ QWEN2_MOE = llama_like(
             SharedWidth(),
             epsilon(),
             RotaryPositions(),
-            Windows("use_sliding_window", (FULL,)),
+            Windows("use_sliding_window", alternating_windows_below),
             SparseLayers(),
             BalanceLoss(),
         ),
@@ -319,7 +320,7 @@ QWEN2 = llama_like(
     "Qwen2ForCausalLM",
     ConfigMapping(
         LLAMA_MODEL.replace(attention=AttentionConfig(heads=1, bias=_QKV)),
-        (*_DENSE_SIZES, Windows("use_sliding_window", (FULL,))),
+        (*_DENSE_SIZES, Windows("use_sliding_window", windows_above)),
         frozenset({"max_window_layers"}),
     ),
     {DENSE: LLAMA_TENSORS | QKV_BIAS},
@@ -335,7 +336,7 @@ QWEN3 = llama_like(
             Key("head_dim", "attention.head_dim", default=128),
             epsilon("attention.qk_norm.norm.eps"),
             RotaryPositions(),
-            Windows("use_sliding_window", (FULL,)),
+            Windows("use_sliding_window", windows_above),
             NO_BIAS,
         ),
         frozenset({"max_window_layers"}),

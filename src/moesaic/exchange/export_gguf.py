@@ -212,5 +212,6 @@ def _write(gguf: Any, writer: Any, tensors: list[GGUFTensor]) -> None:
                     f"{tensor.name}: found values that {tensor.dtype} cannot hold"
                 )
             stream.write(tensor_bytes(values))
+            del chunk, values  # before the next ones are made
         writer.write_padding(stream, stream.tell())
     writer.close()

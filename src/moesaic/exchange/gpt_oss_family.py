@@ -1,11 +1,10 @@
 """GPT-OSS: alternating windows, attention sinks, biases, and experts with a clamped SwiGLU."""
 
 from moesaic.exchange.config_entries import (
-    FULL,
-    SLIDING,
     BalanceLoss,
     RotaryPositions,
     Windows,
+    alternating_windows,
 )
 from moesaic.exchange.config_mapping import ConfigMapping, FixedKey, Key
 from moesaic.exchange.decoder_families import (
@@ -50,7 +49,7 @@ GPT_OSS = llama_like(
             CHOSEN,
             epsilon(default=1e-5),
             RotaryPositions(theta=150000.0),
-            Windows(default_types=(SLIDING, FULL)),
+            Windows(default_kinds=alternating_windows),
             BalanceLoss(),
             Key("swiglu_alpha", "feed_forward.activation.alpha", default=1.702),
             Key("swiglu_limit", "feed_forward.activation.limit", default=7.0),

@@ -159,8 +159,10 @@ def import_adapter(directory: Path, *, base: Path, out: Path) -> int:
     }
     run = run.replace(name=out.name, initial_weights=source, trainable=choice)
     with new_directory(out) as part:
-        made = RunDir(part)
-        copy_files([p for p in (RunDir(base).tokenizer,) if p.is_file()], to=part)
+        made, of = RunDir(part), RunDir(base)
+        copy_files([of.tokenizer], to=part)
+        if of.imported.is_dir():
+            copy_files(of.imported.iterdir(), to=made.imported)
         atomic_write(made.config, run.to_yaml())
         metadata = weights_metadata(made, model=run.model.to_dict())
         write_tensors(made.adapter, tensors=adapter, metadata=metadata)

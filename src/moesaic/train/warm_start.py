@@ -15,7 +15,7 @@ from moesaic.checkpoint.stored_weights import StoredWeights, open_weights
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
-from moesaic.core.files import sha256
+from moesaic.core.files import copy_files, sha256
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.vocabulary_file import copy_tokenizer
@@ -27,6 +27,8 @@ from moesaic.nn.adapter import is_of_adapter
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.weight_start import draw_shards, weight_shards
 from moesaic.train.new_rows import MeanOfRows, NewRows, fill_grown_table, grown_tables
+
+_IMPORTED_CONFIGS = ("config.json", "generation_config.json")
 
 
 class InitialWeights(Choice):
@@ -114,6 +116,11 @@ class WeightsOfRun(InitialWeights):
             if self.added_languages:
                 codes = [resolve_language(text).code for text in self.added_languages]
                 Tokenizer.load(run_dir.tokenizer).with_languages(codes).save(run_dir.tokenizer)
+        if source.imported.is_dir():  # an export writes it again, but for a tokenizer that grew
+            kept = _IMPORTED_CONFIGS if self.added_languages else ("*",)
+            copy_files(
+                (f for name in kept for f in source.imported.glob(name)), to=run_dir.imported
+            )
         run_dir.directions.unlink(missing_ok=True)
         if earlier is not None:
             earlier.write(run_dir.directions)
