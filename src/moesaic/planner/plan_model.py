@@ -33,6 +33,7 @@ from moesaic.planner.plan_space import (
     Option,
     PlanSpace,
     expert_numbers,
+    plan_of,
 )
 from moesaic.planner.state_bytes import PlanKey, ShardBytes, ShardedState
 from moesaic.planner.step_cost import StepCost
@@ -247,7 +248,7 @@ class PlanModel:
 
     def _group(self, axis: str, axes: tuple[int, ...]) -> GroupShape:
         node = int(self.settings.machine.devices_per_node.value)
-        return group_shape(_plan_of(axes), axis, devices_per_node=node)
+        return group_shape(plan_of(axes), axis, devices_per_node=node)
 
     def _exchanges(
         self, context: int, tensor: int, expert: int, expert_tensor: int
@@ -351,19 +352,6 @@ class PlanModel:
         )
         inputs = row * self._layers * self._tokens(degrees)
         return block, round(min(inputs, whole) * flying)
-
-
-@lru_cache(maxsize=_RECENT)
-def _plan_of(axes: tuple[int, ...]) -> ParallelPlan:
-    pipe, data, context, tensor, expert, expert_tensor = axes
-    return ParallelPlan(
-        pipe=pipe,
-        data=data,
-        context=context,
-        tensor=tensor,
-        expert=expert,
-        expert_tensor=expert_tensor,
-    )
 
 
 def dtype_name(precision: Precision) -> str:

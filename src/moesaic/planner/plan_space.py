@@ -7,6 +7,7 @@ memory tiers and activation checkpointing. A plan is one of each.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -56,6 +57,21 @@ class Degrees(NamedTuple):
     micro_batches: int
 
 
+@lru_cache(maxsize=64)  # a search asks for one plan for many options
+def plan_of(axes: tuple[int, ...], *, zero: Literal[0, 1, 2, 3] = 0) -> ParallelPlan:
+    """Return the plan of the first six ``Degrees``."""
+    pipe, data, context, tensor, expert, expert_tensor = axes
+    return ParallelPlan(
+        pipe=pipe,
+        data=data,
+        context=context,
+        tensor=tensor,
+        expert=expert,
+        expert_tensor=expert_tensor,
+        zero=zero,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """What a plan adds to its degrees."""
@@ -80,16 +96,7 @@ class CompletePlan:
     @property
     def plan(self) -> ParallelPlan:
         """The degrees of parallelism, with ZeRO's stage."""
-        pipe, data, context, tensor, expert, expert_tensor, _, _ = self.degrees
-        return ParallelPlan(
-            pipe=pipe,
-            data=data,
-            context=context,
-            tensor=tensor,
-            expert=expert,
-            expert_tensor=expert_tensor,
-            zero=self.option.zero,
-        )
+        return plan_of(self.degrees[:6], zero=self.option.zero)
 
     def parallel_config(self, base: ParallelConfig) -> ParallelConfig:
         """Return the config of a run with this plan, its methods those of ``base``."""
