@@ -7,6 +7,7 @@ import pytest
 import torch
 from encoder_decoder_models import DROPS, MODELS
 from torch import Tensor
+from transformers_models import assert_exported_alike
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
@@ -15,7 +16,6 @@ from moesaic.data.batch import Batch, InputRows
 from moesaic.exchange import compare_with_transformers, stored_prompts
 from moesaic.exchange.export_model import export_model, read_model_config
 from moesaic.exchange.import_model import import_model
-from moesaic.exchange.same_model import resolved
 from moesaic.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
@@ -124,20 +124,7 @@ def test_gradients_of_an_imported_model_are_those_in_transformers(name, tmp_path
 def test_an_exported_model_is_loaded_without_a_missing_or_unexpected_key(name, tmp_path):
     theirs, _ = brought(name, tmp_path)
     export_model(tmp_path / "ours", out=tmp_path / "exported", shard_bytes=20_000)
-    again, info = type(theirs).from_pretrained(
-        tmp_path / "exported", output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    for key, tensor in theirs.state_dict().items():
-        assert again.state_dict()[key].equal(tensor), key
-    import_model(tmp_path / "exported", out=tmp_path / "once more")
-    before, after = (
-        read_tensors(tmp_path / p / "model.safetensors") for p in ("ours", "once more")
-    )
-    assert before.keys() == after.keys()
-    assert all(before[key].equal(after[key]) for key in before)
-    one, two = (read_model_config(RunDir(tmp_path / p)) for p in ("ours", "once more"))
-    assert resolved(one) == resolved(two)
+    assert_exported_alike(theirs, type(theirs), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nllb-moe", "switch"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers_models import LAYOUTS, MODELS, ONE_LAYOUT, layout_of
+from transformers_models import LAYOUTS, MODELS, ONE_LAYOUT, assert_exported_alike, layout_of
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import write_run_record
@@ -16,7 +16,6 @@ from moesaic.data.batch import Batch, InputRows
 from moesaic.exchange.export_model import export_model, read_model_config
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model, imported_run
-from moesaic.exchange.same_model import resolved
 from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
@@ -113,21 +112,7 @@ def test_an_exported_model_is_loaded_without_a_missing_or_unexpected_key(name, l
     import_model(tmp_path / "theirs", out=tmp_path / "ours")
     layout = layout_of(theirs, layout)
     export_model(tmp_path / "ours", out=tmp_path / "exported", layout=layout, shard_bytes=20_000)
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "exported", output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(again) is type(theirs)
-    for key, tensor in theirs.state_dict().items():
-        assert again.state_dict()[key].equal(tensor), key
-    import_model(tmp_path / "exported", out=tmp_path / "once more")
-    before, after = (
-        read_tensors(tmp_path / p / "model.safetensors") for p in ("ours", "once more")
-    )
-    assert before.keys() == after.keys()
-    assert all(before[key].equal(after[key]) for key in before)
-    one, two = (read_model_config(RunDir(tmp_path / p)) for p in ("ours", "once more"))
-    assert resolved(one) == resolved(two)
+    assert_exported_alike(theirs, transformers.AutoModelForCausalLM, tmp_path)
 
 
 def test_a_model_that_rotates_neighbouring_channels_is_exported_with_halves(tmp_path):

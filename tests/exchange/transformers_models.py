@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.exchange.export_model import read_model_config
 from moesaic.exchange.families import FAMILIES
+from moesaic.exchange.import_model import import_model
+from moesaic.exchange.same_model import resolved
 
 SIZES = {
     "vocab_size": 96,
@@ -164,3 +169,20 @@ def layout_of(model: Any, saved: str) -> str:
 
 
 LAYOUTS: dict[str, Save] = {"per-expert": save_per_expert, "fused": save_fused}
+
+
+def assert_exported_alike(theirs: Any, loader: Any, path: Path) -> None:
+    """Their weights come back from ``exported``, and ``ours`` from importing that again."""
+    again, info = loader.from_pretrained(
+        path / "exported", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(again) is type(theirs)
+    for key, tensor in theirs.state_dict().items():
+        assert again.state_dict()[key].equal(tensor), key
+    import_model(path / "exported", out=path / "once more")
+    before, after = (read_tensors(path / p / "model.safetensors") for p in ("ours", "once more"))
+    assert before.keys() == after.keys()
+    assert all(before[key].equal(after[key]) for key in before)
+    one, two = (read_model_config(RunDir(path / p)) for p in ("ours", "once more"))
+    assert resolved(one) == resolved(two)

@@ -24,9 +24,9 @@ from moesaic.exchange.config_mapping import field_of
 from moesaic.exchange.export_model import (
     ExportedModel,
     export_model,
-    find_family,
-    read_model_config,
+    open_for_export,
 )
+from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import CONFIG, carried_files, read_hf_config
 from moesaic.exchange.same_model import resolved
 from moesaic.model.config import ModelConfig
@@ -76,9 +76,9 @@ def export_ctranslate2(
         UserError: A package is not installed.
     """
     library = require_ctranslate2()
-    directory = RunDir.open(run)
-    model = read_model_config(directory)
-    _require_dense(model)
+    source = open_for_export(run)
+    directory, model = source.run, source.model
+    _require_dense(model, source.family)
     with new_directory(out) as part, TemporaryDirectory() as above:
         through = Path(above) / "model"
         exported = export_model(run, out=through)
@@ -103,8 +103,7 @@ def export_ctranslate2(
     return replace(exported, layout="ctranslate2"), agreement
 
 
-def _require_dense(model: ModelConfig) -> None:
-    family = find_family(model)
+def _require_dense(model: ModelConfig, family: Family) -> None:
     moe = resolved(model).moe
     if isinstance(moe, MoE):
         file = "" if model.encoder.layers else ", --to gguf for llama.cpp"

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.run_record import require_unchanged
 from moesaic.checkpoint.safetensors_io import tensor_bytes
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.files import new_directory
@@ -23,12 +21,10 @@ from moesaic.exchange.config_mapping import field_of
 from moesaic.exchange.export_model import (
     DEFAULT_LENGTH,
     ExportedModel,
-    find_family,
-    read_model_config,
+    open_for_export,
 )
 from moesaic.exchange.gguf_families import LAYOUT, gguf_architecture
 from moesaic.exchange.gguf_tokenizer import GGUFTokens, gguf_tokens
-from moesaic.exchange.hf_directory import read_hf_config
 from moesaic.exchange.same_model import resolved
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.model.config import ModelConfig
@@ -72,14 +68,10 @@ def export_gguf(run: Path, *, out: Path, dtype: torch.dtype | None = None) -> Ex
         UserError: The package ``gguf`` is not installed.
     """
     gguf = _gguf()
-    directory = RunDir.open(run)
-    directory.require_weights()
-    require_unchanged(directory)
-    model = read_model_config(directory)
-    before = read_hf_config(directory.imported) if directory.imported.is_dir() else {}
-    of = find_family(model, first=before.get("model_type"))
+    source = open_for_export(run)
+    directory, of, before = source.run, source.family, source.before
     architecture = gguf_architecture(of)
-    model = resolved(model)
+    model = resolved(source.model)
     architecture.require_computable(model)
     pieces = architecture.family(of).pieces(model, layout=LAYOUT)
     put_together = PutTogether([p.reversed() for p in pieces], TensorFiles([directory.model]))

@@ -70,12 +70,8 @@ def export_model(
             the nearest family are named.
         FileError: ``out`` exists.
     """
-    directory = RunDir.open(run)
-    directory.require_weights()
-    require_unchanged(directory)
-    model = read_model_config(directory)
-    before = read_hf_config(directory.imported) if directory.imported.is_dir() else {}
-    family = find_family(model, first=before.get("model_type"))
+    source = open_for_export(run)
+    directory, model, family, before = source.run, source.model, source.family, source.before
     if layout is not None and layout not in family.layouts:
         known = ", ".join(family.layouts)
         raise CheckpointError(f"{family.model_type} has no layout {layout!r}, expected {known}")
@@ -91,6 +87,30 @@ def export_model(
         _write_shards(part, put_together, shard_bytes=shard_bytes)
     targets = put_together.targets
     return ExportedModel(family.model_type, layout, len(targets), _bytes(targets))
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSource:
+    """A run with weights, its model, the family that can hold it, and the config it came with.
+
+    ``before`` is the ``config.json`` of an imported model, empty for others.
+    """
+
+    run: RunDir
+    model: ModelConfig
+    family: Family
+    before: Mapping[str, Any]
+
+
+def open_for_export(run: Path) -> ExportSource:
+    """Open what is exported. Raises CheckpointError if no family can hold it."""
+    directory = RunDir.open(run)
+    directory.require_weights()
+    require_unchanged(directory)
+    model = read_model_config(directory)
+    before = read_hf_config(directory.imported) if directory.imported.is_dir() else {}
+    family = find_family(model, first=before.get("model_type"))
+    return ExportSource(directory, model, family, before)
 
 
 def read_model_config(run: RunDir) -> ModelConfig:

@@ -114,6 +114,17 @@ class ExpertVectors(TensorRule):
             yield TensorPiece(Region(ours.name, (expert, 0), (1, width)), _whole(theirs, (width,)))
 
 
+def _matrices_of_maps(ours: OurTensor, names: tuple[str, ...]) -> Iterator[tuple[int, str, Region]]:
+    """Yield the columns of each map of each expert in a bank [E, D, F], with the map's name."""
+    experts, rows, columns = ours.shape
+    widths = ours.widths if len(names) > 1 else (columns,)
+    for expert in range(experts):
+        start = 0
+        for name, width in zip(names, widths, strict=True):
+            yield expert, name, Region(ours.name, (expert, 0, start), (1, rows, width))
+            start += width
+
+
 class ExpertMatrices(TensorRule):
     """A matrix [F, D] for each expert and map, ``{expert}`` in the name: ours is [E, D, F]."""
 
@@ -121,15 +132,10 @@ class ExpertMatrices(TensorRule):
         self.names = names
 
     def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
-        experts, rows, columns = ours.shape
-        widths = ours.widths if len(self.names) > 1 else (columns,)
-        for expert in range(experts):
-            start = 0
-            for name, width in zip(self.names, widths, strict=True):
-                inside = Region(ours.name, (expert, 0, start), (1, rows, width))
-                theirs = _in_layer(name, layer).replace("{expert}", str(expert))
-                yield TensorPiece(inside, _whole(theirs, (width, rows)), transposed=True)
-                start += width
+        for expert, name, inside in _matrices_of_maps(ours, self.names):
+            theirs = _in_layer(name, layer).replace("{expert}", str(expert))
+            _, rows, width = inside.shape
+            yield TensorPiece(inside, _whole(theirs, (width, rows)), transposed=True)
 
 
 class FusedExperts(TensorRule):
@@ -142,15 +148,10 @@ class FusedExperts(TensorRule):
         self.names = names
 
     def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
-        experts, rows, columns = ours.shape
-        widths = ours.widths if len(self.names) > 1 else (columns,)
-        for expert in range(experts):
-            start = 0
-            for name, width in zip(self.names, widths, strict=True):
-                inside = Region(ours.name, (expert, 0, start), (1, rows, width))
-                theirs = Region(_in_layer(name, layer), (expert, 0, 0), (1, width, rows))
-                yield TensorPiece(inside, theirs, transposed=True)
-                start += width
+        for expert, name, inside in _matrices_of_maps(ours, self.names):
+            _, rows, width = inside.shape
+            theirs = Region(_in_layer(name, layer), (expert, 0, 0), (1, width, rows))
+            yield TensorPiece(inside, theirs, transposed=True)
 
 
 class InterleavedExperts(TensorRule):
