@@ -29,6 +29,7 @@ from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.precision import BFloat16
+from moesaic.parallel.trainable_parameters import AllParameters
 from moesaic.recipes.lookup import warm_start
 from moesaic.serve.translator import Translator
 from moesaic.testing.tiny_models import (
@@ -111,7 +112,8 @@ def test_what_an_import_carried_goes_along_but_for_a_tokenizer_that_grew(init, t
     for name in files:
         (source.imported / name).write_text("{}")
     model = Run.from_yaml(source.config.read_text()).model
-    WeightsOfRun(path=str(source.path), added_languages=added).prepare(out, model=model)
+    start = WeightsOfRun(path=str(source.path), added_languages=added)
+    start.prepare(out, model=model, trainable=AllParameters())
     kept = {"config.json", "generation_config.json"} if added else files
     assert {path.name for path in out.imported.iterdir()} == kept
 
