@@ -119,8 +119,8 @@ class SparseSelectionHook(Hook):
             adapter, name = self._sites[site]
             count = adapter.get_parameter(f"{name}_delta").shape[-1]
             candidates = self._world.all_reduce(flat).abs().topk(count).indices
-            zeros = [flat.new_zeros(candidates.shape, dtype=torch.float32) for _ in range(3)]
-            self._windows[site] = _Window(candidates, *zeros)
+            sums, squares, step_sum = flat.new_zeros(3, *candidates.shape, dtype=torch.float32)
+            self._windows[site] = _Window(candidates, sums, squares, step_sum)
         window = self._windows[site]
         window.step_sum += flat.gather(-1, window.candidates)
 
