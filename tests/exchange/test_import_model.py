@@ -19,6 +19,7 @@ from moesaic.checkpoint.checkpoint_directory import Disk
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.corpus.text_rules import read_text_rules
 from moesaic.exchange import tensor_files
 from moesaic.exchange.export_model import export_model, read_model_config
 from moesaic.exchange.families import FAMILIES
@@ -82,6 +83,13 @@ def test_an_imported_model_is_a_model_directory_like_any_other(mixtral, tmp_path
     check_run(run)
     assert run.model == read_model_config(RunDir(tmp_path / "ours"))
     _load_model(run.model, tmp_path / "ours/model.safetensors", device="cpu")
+
+
+def test_an_imported_model_reads_markup_and_lines_as_they_are_written(mixtral, tmp_path):
+    import_model(mixtral, out=tmp_path / "ours")
+    rules = read_text_rules(RunDir(tmp_path / "ours").text_rules)
+    text = "Is <b>x</b> &amp; y?\n  def f():"
+    assert rules.normalise(text) == rules.normalise_beginning(text) == text
 
 
 def test_every_tensor_is_accounted_for_or_nothing_is_written(mixtral, tmp_path):
