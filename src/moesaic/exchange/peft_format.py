@@ -18,11 +18,15 @@ import torch
 from pydantic import Field
 
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.run_record import weights_metadata, write_run_record
+from moesaic.checkpoint.run_record import (
+    copy_beside_weights,
+    weights_metadata,
+    write_run_record,
+)
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.core.errors import CheckpointError, printable
 from moesaic.core.file_reader import MIB, FileKind, FileShape, read_json_mapping
-from moesaic.core.files import atomic_write, copy_files, new_directory, write_json
+from moesaic.core.files import atomic_write, new_directory, write_json
 from moesaic.core.shapes import Float, Tensor
 from moesaic.exchange.export_model import find_family
 from moesaic.exchange.family import FUSED
@@ -159,14 +163,12 @@ def import_adapter(directory: Path, *, base: Path, out: Path) -> int:
     }
     run = run.replace(name=out.name, initial_weights=source, trainable=choice)
     with new_directory(out) as part:
-        made, of = RunDir(part), RunDir(base)
-        copy_files([of.tokenizer], to=part)
-        if of.imported.is_dir():
-            copy_files(of.imported.iterdir(), to=made.imported)
+        made = RunDir(part)
+        plugins = copy_beside_weights(RunDir(base), to=made)
         atomic_write(made.config, run.to_yaml())
         metadata = weights_metadata(made, model=run.model.to_dict())
         write_tensors(made.adapter, tensors=adapter, metadata=metadata)
-        write_run_record(made, config=run.to_dict(), plugins=())
+        write_run_record(made, config=run.to_dict(), plugins=plugins)
     return len(matrices)
 
 
