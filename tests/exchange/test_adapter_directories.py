@@ -7,11 +7,12 @@ from hf_directories import DIM, mixtral_shapes, random_tensors, write_directory
 from moesaic.checkpoint.plugins import Plugin
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import read_run_record, write_run_record
-from moesaic.checkpoint.safetensors_io import write_tensors
+from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
+from moesaic.core.errors import CheckpointError
 from moesaic.core.files import sha256, write_json
 from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.exchange.import_model import import_model
-from moesaic.exchange.peft_format import import_adapter
+from moesaic.exchange.peft_format import export_adapter, import_adapter
 from moesaic.serve.load_model import load
 from moesaic.train.merge_adapter import merge_adapter
 
@@ -67,3 +68,32 @@ def test_a_saved_model_has_no_adapter_that_its_weights_may_differ_from(
     assert saved.plugins == read_run_record(base).plugins
     assert saved.files.keys() == read_run_record(base).files.keys()
     assert not RunDir(tmp_path / "saved").adapter.exists()
+
+
+def test_an_adapter_of_an_earlier_version_comes_back_the_same(base, peft_adapter, tmp_path):
+    import_adapter(peft_adapter, base=base.path, out=tmp_path / "tuned")
+    for run in (base, RunDir(tmp_path / "tuned")):
+        text = run.config.read_text()
+        run.config.write_text(text.replace("  block_layout:", "  block:"))
+        assert run.config.read_text() != text
+    import_adapter(peft_adapter, base=base.path, out=tmp_path / "again")
+    for name in ("tuned", "again"):
+        assert export_adapter(tmp_path / name, out=tmp_path / f"{name}-peft") == 6  # k, v: zeros
+        found = read_tensors(tmp_path / f"{name}-peft/adapter_model.safetensors")
+        wanted = read_tensors(peft_adapter / "adapter_model.safetensors")
+        assert all(found[key].equal(wanted[key]) for key in wanted)
+
+
+def test_no_adapter_is_taken_from_or_put_beside_a_run_whose_files_were_changed(
+    base, peft_adapter, tmp_path
+):
+    import_adapter(peft_adapter, base=base.path, out=tmp_path / "tuned")
+    for run, weights in ((base, base.model), (RunDir(tmp_path / "tuned"), "adapter.safetensors")):
+        with (run.path / weights).open("ab") as file:
+            file.write(b"x")
+    with pytest.raises(CheckpointError, match="model.safetensors .*Restore the files"):
+        import_adapter(peft_adapter, base=base.path, out=tmp_path / "again")
+    with pytest.raises(CheckpointError, match="adapter.safetensors .*Restore the files"):
+        export_adapter(tmp_path / "tuned", out=tmp_path / "out")
+    assert not (tmp_path / "again").exists()
+    assert not (tmp_path / "out").exists()

@@ -21,14 +21,14 @@ from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.corpus.text_rules import read_text_rules
 from moesaic.exchange import tensor_files
-from moesaic.exchange.export_model import export_model, read_model_config
+from moesaic.exchange.export_model import export_model
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.tensor_files import TensorFiles
 from moesaic.nn.attention_parts import SlidingWindow
 from moesaic.nn.rotary_scaling import YaRN
 from moesaic.recipes.lookup import find_recipe
-from moesaic.serve.open_run import _load_model
+from moesaic.serve.open_run import _load_model, read_model_config
 from moesaic.train.run_checks import check_run
 
 LAYOUTS = ("per-expert", "fused")

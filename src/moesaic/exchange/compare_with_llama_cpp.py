@@ -27,7 +27,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch, InputRows
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.exchange.export_gguf import MODEL_FILE
-from moesaic.exchange.export_model import read_model_config
+from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.stored_prompts import SENTENCES, stored_prompts
 from moesaic.model.transformer import Transformer
 
