@@ -7,7 +7,7 @@ from transformers_models import LAYOUTS, TheirModel
 from moesaic.core.errors import CheckpointError
 from moesaic.data.collators import EncoderDecoderCollator
 from moesaic.data.language_tag import FirstTargetToken
-from moesaic.exchange import export_ctranslate2
+from moesaic.exchange import export_ctranslate2, export_model
 from moesaic.exchange.import_model import import_model
 from moesaic.model.config import Stack
 from moesaic.moe.config import NoMoE
@@ -34,7 +34,7 @@ def test_ctranslate2_computes_the_log_probabilities_and_answers_of_ours(name, tm
 
 
 @pytest.mark.parametrize("tag", [FirstTargetToken(), None])
-def test_a_dense_model_trained_here_answers_the_same_with_its_tokens(tag, tmp_path):
+def test_a_dense_model_trained_here_answers_the_same_with_its_tokens(tag, tmp_path, monkeypatch):
     shaped, base = nllb_shaped(), synthetic_run(steps=20)
     collator = EncoderDecoderCollator() if tag is None else EncoderDecoderCollator(tag=tag)
     data = base.data.replace(loader=text_of(base).loader.replace(collator=collator))
@@ -42,9 +42,14 @@ def test_a_dense_model_trained_here_answers_the_same_with_its_tokens(tag, tmp_pa
     model = shaped.model.replace(vocab_size=400, dim=32, moe=NoMoE(), encoder=dense, decoder=dense)
     run = base.replace(model=model, data=data, optimizer=shaped.optimizer)
     train(run, tmp_path / "ours")
+    opened, check = [], export_model.require_unchanged
+    monkeypatch.setattr(
+        export_model, "require_unchanged", lambda path: (opened.append(path), check(path))
+    )
     exported, found = export_ctranslate2.export_ctranslate2(
         tmp_path / "ours", out=tmp_path / "out", verify=True
     )
+    assert len(opened) == 1  # weights are hashed once
     assert exported.family == "m2m_100"
     assert found.inputs == found.greedy == found.beam == 50
     assert (tmp_path / "out" / "tokenizer.json").is_file()

@@ -64,6 +64,7 @@ def test_the_languages_of_a_tokenizer_are_found_and_start_the_answer(tmp_path):
     assert found.model.moe.select.scale == 0.8  # of a token dropout of 0.2
     translator = Translator.open(tmp_path / "ours")
     assert translator.languages == ("eng_Latn", "fra_Latn")
+    assert translator.normalise("Is <b>x</b> &amp;\n y?") == "Is <b>x</b> &amp; y?"
     batch = translator.batch(["abc"], targets=["de"], source="eng_Latn", target="fra_Latn")
     assert batch.source.values.tolist() == [[12, 4, 5, 6, 2]]
     assert batch.target.values.tolist() == [[2, 13, 7, 8]]

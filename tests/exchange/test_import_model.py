@@ -19,15 +19,16 @@ from moesaic.checkpoint.checkpoint_directory import Disk
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.corpus.text_rules import read_text_rules
 from moesaic.exchange import tensor_files
-from moesaic.exchange.export_model import export_model, read_model_config
+from moesaic.exchange.export_model import export_model
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.tensor_files import TensorFiles
 from moesaic.nn.attention_parts import SlidingWindow
 from moesaic.nn.rotary_scaling import YaRN
 from moesaic.recipes.lookup import find_recipe
-from moesaic.serve.open_run import _load_model
+from moesaic.serve.open_run import _load_model, read_model_config
 from moesaic.train.run_checks import check_run
 
 LAYOUTS = ("per-expert", "fused")
@@ -82,6 +83,13 @@ def test_an_imported_model_is_a_model_directory_like_any_other(mixtral, tmp_path
     check_run(run)
     assert run.model == read_model_config(RunDir(tmp_path / "ours"))
     _load_model(run.model, tmp_path / "ours/model.safetensors", device="cpu")
+
+
+def test_an_imported_model_reads_markup_and_lines_as_they_are_written(mixtral, tmp_path):
+    import_model(mixtral, out=tmp_path / "ours")
+    rules = read_text_rules(RunDir(tmp_path / "ours").text_rules)
+    text = "Is <b>x</b> &amp; y?\n  def f():"
+    assert rules.normalise(text) == rules.normalise_beginning(text) == text
 
 
 def test_every_tensor_is_accounted_for_or_nothing_is_written(mixtral, tmp_path):

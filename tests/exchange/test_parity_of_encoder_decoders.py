@@ -14,7 +14,8 @@ from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.data.batch import Batch, InputRows
 from moesaic.exchange import compare_with_transformers, stored_prompts
-from moesaic.exchange.export_model import export_model, read_model_config
+from moesaic.exchange.export_model import export_model
+from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.import_model import import_model
 from moesaic.model.transformer import Transformer
 

@@ -13,7 +13,8 @@ from moesaic.checkpoint.run_record import write_run_record
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.data.batch import Batch, InputRows
-from moesaic.exchange.export_model import export_model, read_model_config
+from moesaic.exchange.export_model import export_model
+from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model, imported_run
 from moesaic.model.config import Stack

@@ -9,7 +9,7 @@ import torch
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
-from moesaic.exchange.export_model import read_model_config
+from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.same_model import resolved

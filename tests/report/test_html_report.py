@@ -13,8 +13,10 @@ from moesaic.evaluate.harness import EvaluationSettings, evaluate
 from moesaic.evaluate.testset import TestSet
 from moesaic.monitor.health_record import RecordedFinding, write_findings
 from moesaic.monitor.health_rules import HealthFinding, HealthState
+from moesaic.report.forgetting_section import forgetting_section
 from moesaic.report.html_report import write_report
 from moesaic.report.palette import PALETTE
+from moesaic.report.report_inputs import ReportInputs
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='x'"
 
@@ -142,6 +144,22 @@ def test_counts_of_an_older_run_are_found_under_their_old_name(run, tmp_path):
     (copy / "usage.json").rename(copy / "routes.json")
     page = write_report(copy).read_text(encoding="utf-8")
     assert "Use of the experts of encoder.3 by language" in page
+
+
+def test_directions_that_lost_beyond_their_interval_are_counted(tmp_path):
+    def direction(low, high):
+        scores = {name: {"chrf": {"score": 30.0}} for name in ("before", "model")}
+        change = {"difference": (low + high) / 2, "low": low, "high": high}
+        return {"name": "x", "count": 4, **scores, "differences": {"before": {"chrf": change}}}
+
+    mean = direction(-2.0, -1.0)
+    found = {
+        "languages": {"a": direction(-3.0, -1.0), "b": direction(-1.0, 1.0)},
+        "mean": {name: mean[name] for name in ("before", "model")},
+        "mean_differences": mean["differences"],
+    }
+    inputs = ReportInputs(name="run", forgetting=found)
+    assert "1 of 2 directions lost chrF++" in str(forgetting_section(inputs))
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):

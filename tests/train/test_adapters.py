@@ -217,6 +217,23 @@ def test_spiel_moves_its_values_to_the_largest_gradients_and_seeds_their_moments
         torch.testing.assert_close(moment, flat.gather(-1, index.long()), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_skipped_attempt_leaves_nothing_in_the_window_of_spiel(after):
+    trainer = tiny_trainer(tiny_run(trainable=SPIEL))
+    hook = selection_hooks(trainer)[0]
+    training_loop(trainer, hooks=[hook], until=after)
+    hook.before_run(trainer)
+    before = {name: tensor.clone() for name, tensor in hook.tensors(trainer.world).items()}
+    attempt = trainer.retry_queue.next_attempt(trainer.data.state())
+    trainer.objective.forward_backward(trainer.parallel_model, batches=(next(TinyStream()),))
+    assert hook.tensors(trainer.world).keys() > before.keys() or after
+    trainer._skip_update(attempt, reason="a spike")
+    found = hook.tensors(trainer.world)
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    assert not any(window.step_sum.any() for window in hook._windows.values())
+
+
 def test_the_values_that_are_trained_and_saved_are_the_budget():
     model, counted = Transformer(tiny_model_config()), 0
     SPARSE.attach(model)
@@ -252,6 +269,9 @@ def test_adapters_of_other_weights_are_refused(init, tmp_path):
     write_tensors(
         RunDir(other).model, tensors=read_tensors(RunDir(init).model) | {"x": torch.ones(1)}
     )
+    pinned = Run.from_yaml(RunDir(out).config.read_text()).initial_weights
+    with pytest.raises(CheckpointError, match=r"trained beside other weights"):
+        pinned.replace(path=str(other)).pinned()  # its record is still that of the former file
     adopt_files(RunDir(other))
     moved = tuned(init).replace(initial_weights=WeightsOfRun(path=str(other)))
     with pytest.raises(CheckpointError, match=r"adapters are for weights with the hash"):

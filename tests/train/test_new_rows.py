@@ -5,7 +5,9 @@ import torch
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
-from moesaic.core.errors import CheckpointError, DataError
+from moesaic.checkpoint.stored_weights import open_weights
+from moesaic.checkpoint.tensor_reader import TensorReader
+from moesaic.core.errors import CheckpointError, ConfigError, DataError
 from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
 from moesaic.data.tokenizer import Tokenizer
@@ -17,6 +19,7 @@ from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.trainable_parameters import AllParameters
 from moesaic.recipes.lookup import warm_start
 from moesaic.testing.tiny_models import (
     change_text,
@@ -25,7 +28,9 @@ from moesaic.testing.tiny_models import (
     text_of,
     tiny_model_config,
 )
+from moesaic.train import new_rows
 from moesaic.train.corpus_source import BuiltCorpus
+from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.new_rows import CopyOfLanguage, DrawnRows, MeanOfRows
 from moesaic.train.run_training import train
 from moesaic.train.training_hooks import no_progress
@@ -116,4 +121,37 @@ def test_a_run_adds_a_language_with_a_tag_of_its_own(init, tmp_path):
         tokenizer.with_languages(["qad_Latn"])
     smaller = run.replace(model=run.model.replace(vocab_size=size - 2))
     with pytest.raises(CheckpointError, match=r"embedding\.weight has shape"):
-        smaller.initial_weights.prepare(out, model=smaller.model)
+        smaller.initial_weights.prepare(out, model=smaller.model, trainable=AllParameters())
+
+
+def test_new_rows_beside_an_adapter_are_refused_before_any_work(init, tmp_path):
+    run = warm_start(str(init.path), changes=["steps=1", "schedule.warmup=0"])
+    larger = run.replace(
+        trainable=LoRA(rank=2), model=run.model.replace(vocab_size=run.model.vocab_size + GROWN)
+    )
+    with pytest.raises(ConfigError, match=r"new rows are neither trained nor saved .*=LoRA"):
+        train(larger, tmp_path / "out", progress=no_progress)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_value_of_new_rows_is_read_without_the_other_rows(init, monkeypatch):
+    table = read_tensors(init.model)["embedding.weight"]
+    monkeypatch.setattr(new_rows, "ROWS_AT_ONCE", 100)  # the last block is shorter
+    read, read_slice = [], TensorReader.read_slice
+
+    def counted(self, stored, **where):
+        read.append(where["shape"][0])
+        return read_slice(self, stored, **where)
+
+    monkeypatch.setattr(TensorReader, "read_slice", counted)
+    for choice, most in (
+        (DrawnRows(), 0),
+        (CopyOfLanguage(language="qaa"), 1),
+        (MeanOfRows(), 100),
+    ):
+        read.clear()
+        with open_weights(init.model) as stored:
+            row = choice.row(stored, "embedding.weight", tokenizer=init.tokenizer)
+        assert max(read, default=0) == most
+    torch.testing.assert_close(row, table.mean(0))
+    assert sum(read) == len(table) > 100

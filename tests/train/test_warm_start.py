@@ -18,13 +18,18 @@ from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
-from moesaic.moe.auxiliary_losses import SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.expert_selection import Hash
+from moesaic.moe.expert_selection_dynamic import DenseAll
+from moesaic.moe.router_noise import StochasticWarmup
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.precision import BFloat16
+from moesaic.parallel.trainable_parameters import AllParameters
 from moesaic.recipes.lookup import warm_start
 from moesaic.serve.translator import Translator
 from moesaic.testing.tiny_models import (
@@ -107,7 +112,8 @@ def test_what_an_import_carried_goes_along_but_for_a_tokenizer_that_grew(init, t
     for name in files:
         (source.imported / name).write_text("{}")
     model = Run.from_yaml(source.config.read_text()).model
-    WeightsOfRun(path=str(source.path), added_languages=added).prepare(out, model=model)
+    start = WeightsOfRun(path=str(source.path), added_languages=added)
+    start.prepare(out, model=model, trainable=AllParameters())
     kept = {"config.json", "generation_config.json"} if added else files
     assert {path.name for path in out.imported.iterdir()} == kept
 
@@ -230,9 +236,19 @@ def test_the_directions_of_the_first_run_are_recorded_with_share_0_also_when_res
 
 
 def test_routed_layers_that_nothing_balances_get_a_balance_term(tmp_path):
-    (tmp_path / "config.yaml").write_text(
-        tiny_run(model=tiny_model_config(moe=MoE(experts=4, balance=()))).to_yaml()
-    )
-    assert warm_start(str(tmp_path)).model.moe.balance == (SwitchBalance(),)
+    def started_model(**changes):
+        model = tiny_model_config(moe=MoE(experts=4, **changes))
+        model = model.replace(encoder=model.encoder.replace(moe=model.moe))
+        (tmp_path / "config.yaml").write_text(tiny_run(model=model).to_yaml())
+        return warm_start(str(tmp_path)).model
+
+    z, bias, added = RouterZLoss(), BiasUpdate(), SwitchBalance()
+    for terms, wanted in (((z,), (z, added)), ((z, bias), (z, bias)), ((), (added,))):
+        model = started_model(balance=terms)
+        assert model.moe.balance == model.encoder.moe.balance == wanted
+    for select in (Hash(), DenseAll()):
+        assert started_model(select=select, balance=()).moe.balance == ()
+    assert started_model(noise=StochasticWarmup(), balance=()).moe.balance == (added,)
+    started_model(balance=())
     chosen = warm_start(str(tmp_path), changes=["model.moe.balance=[]"])
     assert chosen.model.moe.balance == ()

@@ -24,7 +24,7 @@ from moesaic.checkpoint.safetensors_io import read_header
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, UserError, printable
 from moesaic.core.file_reader import MIB, FileEntryShape, FileKind, FileShape, Sha256, parse_json
-from moesaic.core.files import sha256, write_json
+from moesaic.core.files import copy_files, sha256, write_json
 from moesaic.core.yaml_reader import read_yaml_file
 
 RUN_RECORD_FORMAT = 1
@@ -101,6 +101,20 @@ def write_run_record(
     record = RunRecord(dict(config), files, plugins)
     write_json(run.record, {"format": RUN_RECORD_FORMAT, **asdict(record)})
     return record
+
+
+def copy_beside_weights(run: RunDir, *, to: RunDir) -> tuple[Plugin, ...]:
+    """Copy what a model needs beside weights and config to another directory; return its plug-ins.
+
+    That is the tokenizer, the text rules, the trained directions, plug-ins, and ``imported/``.
+    """
+    weights = (run.model.name, run.adapter.name)
+    copy_files((run.path / name for name in RECORDED_FILES if name not in weights), to=to.path)
+    for folder in (run.imported, run.plugins):
+        if folder.is_dir():
+            copy_files(folder.iterdir(), to=to.path / folder.name)
+    record = read_run_record(run)
+    return record.plugins if record else ()
 
 
 def weights_metadata(run: RunDir, *, model: Mapping[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.shapes import Float, Tensor
 from moesaic.exchange.compare_with_transformers import ANSWER, BEAMS
-from moesaic.exchange.export_model import read_model_config
+from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.stored_prompts import StoredInput, our_answer, our_logits, stored_inputs
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.transformer import Transformer

@@ -26,8 +26,8 @@ from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch, InputRows
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.exchange.export_gguf import MODEL_FILE
-from moesaic.exchange.export_model import read_model_config
+from moesaic.exchange.export_gguf import MODEL_FILE, stays_float32
+from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.stored_prompts import SENTENCES, stored_prompts
 from moesaic.model.transformer import Transformer
 
@@ -102,7 +102,7 @@ def compare_with_llama_cpp(
     model = load_transformer(read_model_config(run), run.model).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if dtype is not None and parameter.ndim > 1 and ".router." not in name:
+            if dtype is not None and not stays_float32(name, dimensions=parameter.ndim):
                 parameter.copy_(parameter.to(dtype))
     size = model.config.vocab_size
     prompts, _ = stored_prompts(run, rows=size, their_end=None)

@@ -10,7 +10,7 @@ import torch
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import UserError
-from moesaic.exchange.export_model import read_model_config
+from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.hf_directory import read_hf_config
 from moesaic.exchange.stored_prompts import ids_before_end, our_answer, our_logits, stored_inputs
 from moesaic.exchange.transformers_repairs import repair_forward

@@ -23,8 +23,8 @@ from moesaic.exchange.compare_with_ctranslate2 import (
 from moesaic.exchange.config_mapping import field_of
 from moesaic.exchange.export_model import (
     ExportedModel,
-    export_model,
     open_for_export,
+    write_export,
 )
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import CONFIG, carried_files, read_hf_config
@@ -81,7 +81,7 @@ def export_ctranslate2(
     _require_dense(model, source.family)
     with new_directory(out) as part, TemporaryDirectory() as above:
         through = Path(above) / "model"
-        exported = export_model(run, out=through)
+        exported = write_export(source, out=through)
         theirs = read_hf_config(through)
         tokens = _tokens(directory, theirs, rows=model.vocab_size)
         _convert(library, model, through, to=part, tokens=tokens)

@@ -7,6 +7,7 @@ Needs the package ``gguf`` (``pip install "moesaic[gguf]"``).
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from moesaic.checkpoint.safetensors_io import tensor_bytes
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.files import new_directory
-from moesaic.core.shapes import Float, Tensor
+from moesaic.core.shapes import Tensor
 from moesaic.exchange.config_entries import LENGTH
 from moesaic.exchange.config_mapping import field_of
 from moesaic.exchange.export_model import (
@@ -53,14 +54,19 @@ class GGUFTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def stays_float32(name: str, *, dimensions: int) -> bool:
+    """Whether a parameter of ours is float32 in a file of any dtype: norms, biases and routers."""
+    return dimensions == 1 or ".router." in name or name.endswith("shared_experts.gate.weight")
+
+
 def export_gguf(run: Path, *, out: Path, dtype: torch.dtype | None = None) -> ExportedModel:
     """Write the directory ``out`` with ``model.gguf``: weights, config and tokenizer.
 
     Args:
         run: The directory of a finished run or of an imported model.
         out: Must not exist yet.
-        dtype: Of matrices (float32, float16, bfloat16); None: that of the weights. Norms, biases
-            and routers are float32.
+        dtype: Of matrices (float32, float16, bfloat16); None: that of the weights; see
+            ``stays_float32``.
 
     Raises:
         CheckpointError: llama.cpp computes no such model; the first part is named.
@@ -75,7 +81,21 @@ def export_gguf(run: Path, *, out: Path, dtype: torch.dtype | None = None) -> Ex
     architecture.require_computable(model)
     pieces = architecture.family(of).pieces(model, layout=LAYOUT)
     put_together = PutTogether([p.reversed() for p in pieces], TensorFiles([directory.model]))
-    tensors = _tensors(put_together, model, dtype=dtype)
+    exact = {
+        piece.source.name
+        for piece in pieces
+        if stays_float32(piece.target.name, dimensions=len(piece.target.shape))
+    }
+    tensors = [
+        GGUFTensor(
+            name,
+            tuple(target.shape),
+            torch.float32 if name in exact else dtype or target.dtype,
+            partial(put_together, name),
+        )
+        for name, target in put_together.targets.items()
+    ]
+    tensors += _rotary_factors(model)
     tokens = gguf_tokens(directory, rows=model.vocab_size)
     with new_directory(out) as part:
         writer = gguf.GGUFWriter(part / MODEL_FILE, architecture.name)
@@ -94,34 +114,18 @@ def _gguf() -> Any:
         raise UserError('an export to GGUF needs: pip install "moesaic[gguf]"') from error
 
 
-def _tensors(
-    put_together: PutTogether, model: ModelConfig, *, dtype: torch.dtype | None
-) -> list[GGUFTensor]:
-    found = []
-    for name, target in put_together.targets.items():
-        small = target.ndim == 1 or "ffn_gate_inp" in name
-        kind = torch.float32 if small else dtype or target.dtype
-        found.append(GGUFTensor(name, tuple(target.shape), kind, _reader(put_together, name)))
+def _rotary_factors(model: ModelConfig) -> list[GGUFTensor]:
+    """Return by what llama.cpp divides the angle of each pair of channels, if by anything."""
     position = model.position
-    if isinstance(position, Rotary) and isinstance(position.scaling, Llama3Scaling):
-        factors = _rotary_factors(position, model.head_dim)
-        shape = (len(factors),)
-        found.append(GGUFTensor(_ROTARY_FACTORS, shape, torch.float32, lambda: iter([factors])))
-    return found
-
-
-def _reader(put_together: PutTogether, name: str) -> Callable[[], Iterator[Tensor]]:
-    return lambda: put_together(name)
-
-
-def _rotary_factors(position: Rotary, head_dim: int) -> Float[Tensor, "C"]:
-    """Return by what llama.cpp divides the angle of each pair of channels."""
-    pairs = position.rotated_channels(head_dim) // 2
+    if not isinstance(position, Rotary) or not isinstance(position.scaling, Llama3Scaling):
+        return []
+    pairs = position.rotated_channels(model.head_dim) // 2
     plain, scaled = (
         scaling.frequencies(pairs, theta=position.theta, length=None, device=torch.device("cpu"))
         for scaling in (NoRotaryScaling(), position.scaling)
     )
-    return (plain / scaled)[0]
+    factors = (plain / scaled)[0]
+    return [GGUFTensor(_ROTARY_FACTORS, (pairs,), torch.float32, lambda: iter([factors]))]
 
 
 def _add_config(gguf: Any, writer: Any, model: ModelConfig, *, length: int) -> None:

@@ -14,11 +14,9 @@ from moesaic.checkpoint.checkpoint_directory import Disk
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_unchanged
 from moesaic.checkpoint.safetensors_io import serialize_chunks
-from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.core.files import copy_files, new_directory, write_json
 from moesaic.core.shapes import Tensor
-from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.data.collators import EncoderDecoderCollator
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.exchange.config_entries import LENGTH
@@ -35,7 +33,7 @@ from moesaic.exchange.hf_directory import (
 from moesaic.exchange.same_model import canonical, resolved
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.model.config import ModelConfig
-from moesaic.serve.open_run import read_collator
+from moesaic.serve.open_run import read_collator, read_model_config
 
 SHARD_BYTES = 5 * 10**9
 DEFAULT_LENGTH = 4096  # that their config names for a model without a longest row
@@ -54,6 +52,19 @@ class ExportedModel:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ExportSource:
+    """A run with weights, its model, the family that can hold it, and the config it came with.
+
+    ``before`` is the ``config.json`` of an imported model, empty for others.
+    """
+
+    run: RunDir
+    model: ModelConfig
+    family: Family
+    before: Mapping[str, Any]
+
+
 def export_model(
     run: Path, *, out: Path, layout: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> ExportedModel:
@@ -70,7 +81,13 @@ def export_model(
             the nearest family are named.
         FileError: ``out`` exists.
     """
-    source = open_for_export(run)
+    return write_export(open_for_export(run), out=out, layout=layout, shard_bytes=shard_bytes)
+
+
+def write_export(
+    source: ExportSource, *, out: Path, layout: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> ExportedModel:
+    """Write the directory ``out`` with a model that is open; otherwise as ``export_model``."""
     directory, model, family, before = source.run, source.model, source.family, source.before
     if layout is not None and layout not in family.layouts:
         known = ", ".join(family.layouts)
@@ -89,36 +106,19 @@ def export_model(
     return ExportedModel(family.model_type, layout, len(targets), _bytes(targets))
 
 
-@dataclass(frozen=True, slots=True)
-class ExportSource:
-    """A run with weights, its model, the family that can hold it, and the config it came with.
-
-    ``before`` is the ``config.json`` of an imported model, empty for others.
-    """
-
-    run: RunDir
-    model: ModelConfig
-    family: Family
-    before: Mapping[str, Any]
-
-
 def open_for_export(run: Path) -> ExportSource:
     """Open what is exported. Raises CheckpointError if no family can hold it."""
     directory = RunDir.open(run)
     directory.require_weights()
-    require_unchanged(directory)
-    model = read_model_config(directory)
-    before = read_hf_config(directory.imported) if directory.imported.is_dir() else {}
-    family = find_family(model, first=before.get("model_type"))
-    return ExportSource(directory, model, family, before)
+    return open_without_weights(directory)
 
 
-def read_model_config(run: RunDir) -> ModelConfig:
-    """Return the config of a run's model. Raises CheckpointError."""
-    config, _ = upgrade_config(read_yaml_file(run.config))
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-    return ModelConfig.from_dict(config["model"])
+def open_without_weights(run: RunDir) -> ExportSource:
+    """Open a run that may have an adapter alone. Raises CheckpointError as ``open_for_export``."""
+    require_unchanged(run)
+    model = read_model_config(run)
+    before = read_hf_config(run.imported) if run.imported.is_dir() else {}
+    return ExportSource(run, model, find_family(model, first=before.get("model_type")), before)
 
 
 def find_family(model: ModelConfig, *, first: object = None) -> Family:

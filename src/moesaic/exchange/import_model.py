@@ -20,6 +20,7 @@ from moesaic.core.errors import CheckpointError, ConfigError, DataError
 from moesaic.core.files import atomic_write, copy_files, new_directory
 from moesaic.core.units import show_bytes
 from moesaic.corpus.languages import find_language
+from moesaic.corpus.text_rules import DocumentText, GeneralText, write_text_rules
 from moesaic.data.collators import Collator, DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.document_packing import Concatenated
 from moesaic.data.imported_tokenizer import FromFile
@@ -113,6 +114,9 @@ def import_model(
         else:
             notes.append("no tokenizer was found: the model scores ids, and no text")
         copy_files(carried_files(directory), to=part.imported)
+        # their tokenizers are given a text as it is; those of encoder-decoders read one line
+        rules = GeneralText() if model.encoder.layers else DocumentText()
+        write_text_rules(part.text_rules, rules)
         start = find_text_start(directory, theirs)
         run = imported_run(out, model, theirs=theirs, languages=languages, text_start=start)
         size = _write_model(part, run, PutTogether(pieces, files))

@@ -18,17 +18,22 @@ import torch
 from pydantic import Field
 
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.run_record import weights_metadata, write_run_record
+from moesaic.checkpoint.run_record import (
+    copy_beside_weights,
+    require_plugins,
+    weights_metadata,
+    write_run_record,
+)
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.core.errors import CheckpointError, printable
 from moesaic.core.file_reader import MIB, FileKind, FileShape, read_json_mapping
-from moesaic.core.files import atomic_write, copy_files, new_directory, write_json
+from moesaic.core.files import atomic_write, new_directory, write_json
 from moesaic.core.shapes import Float, Tensor
-from moesaic.exchange.export_model import find_family
+from moesaic.exchange.export_model import ExportSource, open_for_export, open_without_weights
 from moesaic.exchange.family import FUSED
 from moesaic.exchange.tensor_table import TensorPiece
-from moesaic.model.config import ModelConfig
 from moesaic.nn.adapter import adapter_name
+from moesaic.serve.open_run import read_run_config
 from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.run import Run
 from moesaic.train.warm_start import WeightsOfRun
@@ -98,15 +103,16 @@ def export_adapter(run: Path, *, out: Path) -> int:
     or PEFT cannot express a part (each named).
     """
     directory = RunDir.open(run)
-    config = Run.from_yaml(directory.config.read_text())
+    config = _read_run(directory)
     if not isinstance(config.trainable, LoRA) or not directory.adapter.is_file():
         kind = type(config.trainable).__name__
         raise CheckpointError(
             f"{run}: trainable is {kind}, and PEFT's format holds low-rank adapters; expected a "
             "finished run of trainable=LoRA(...)"
         )
+    pieces_of = _pieces_by_name(open_without_weights(directory))
     adapter, written = read_tensors(directory.adapter), _PeftTensors()
-    for name, pieces in _pieces_by_name(config.model).items():
+    for name, pieces in pieces_of.items():
         first, second = (adapter.get(adapter_name(name, part)) for part in "ab")
         if first is not None and second is not None:
             _write_matrix(written, pieces, first, second)
@@ -133,12 +139,12 @@ def import_adapter(directory: Path, *, base: Path, out: Path) -> int:
     not plain LoRA, or tensors that are not of this model.
     """
     settings = read_adapter_config(directory)
-    source = WeightsOfRun(path=str(RunDir.open(base).path)).pinned()
-    run, theirs = Run.from_yaml(RunDir(base).config.read_text()), read_tensors(directory / WEIGHTS)
+    source = open_for_export(base)
+    run, theirs = _read_run(source.run), read_tensors(directory / WEIGHTS)
     rank, scale = settings.r, settings.scale
     matrices = {}
     try:
-        for name, pieces in _pieces_by_name(run.model).items():
+        for name, pieces in _pieces_by_name(source).items():
             if found := list(_read_pieces(theirs, pieces, rank=rank)):
                 matrices[name] = _joined(pieces, found)
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
@@ -157,16 +163,15 @@ def import_adapter(directory: Path, *, base: Path, out: Path) -> int:
             "ab", (first, second), (2, 1) if first.dim() == 3 else (0, 1), strict=True
         )
     }
-    run = run.replace(name=out.name, initial_weights=source, trainable=choice)
+    start = WeightsOfRun(path=str(source.run.path)).pinned()
+    run = run.replace(name=out.name, initial_weights=start, trainable=choice)
     with new_directory(out) as part:
-        made, of = RunDir(part), RunDir(base)
-        copy_files([of.tokenizer], to=part)
-        if of.imported.is_dir():
-            copy_files(of.imported.iterdir(), to=made.imported)
+        made = RunDir(part)
+        plugins = copy_beside_weights(source.run, to=made)
         atomic_write(made.config, run.to_yaml())
         metadata = weights_metadata(made, model=run.model.to_dict())
         write_tensors(made.adapter, tensors=adapter, metadata=metadata)
-        write_run_record(made, config=run.to_dict(), plugins=())
+        write_run_record(made, config=run.to_dict(), plugins=plugins)
     return len(matrices)
 
 
@@ -183,12 +188,17 @@ def read_adapter_config(directory: Path) -> AdapterSettings:
     return AdapterSettings.read(path)
 
 
-def _pieces_by_name(model: ModelConfig) -> dict[str, list[TensorPiece]]:
+def _read_run(run: RunDir) -> Run:
+    require_plugins(run)
+    return Run.from_dict(read_run_config(run))
+
+
+def _pieces_by_name(source: ExportSource) -> dict[str, list[TensorPiece]]:
     """Return the pieces of each tensor of ours, by the names that transformers has in memory."""
-    family = find_family(model)
+    family = source.family
     layout = FUSED if FUSED in family.layouts else next(iter(family.layouts))
     by_name: dict[str, list[TensorPiece]] = {}
-    for piece in family.pieces(model, layout=layout):
+    for piece in family.pieces(source.model, layout=layout):
         by_name.setdefault(piece.target.name, []).append(piece)
     return by_name
 

@@ -78,12 +78,14 @@ class Select(Choice, StatefulRule):
 
     ``causal`` is false if the result for a token depends on later tokens; a decoder refuses such a
     rule. ``needs_whole_rows`` is true if the rule compares the tokens of a row; context parallelism
-    refuses it. ``variable_k`` is true if the number of experts per token varies.
+    refuses it. ``variable_k`` is true if the number of experts per token varies, ``balances_load``
+    if the load of the experts does not depend on what the router learns.
     """
 
     causal: ClassVar[bool] = True
     needs_whole_rows: ClassVar[bool] = False
     variable_k: ClassVar[bool] = False
+    balances_load: ClassVar[bool] = False
 
     def __call__(self, router: RouterContext) -> Routing:
         """Return the edges; weights are float32 and in the autograd graph."""
@@ -287,6 +289,8 @@ class Hash(Select):
     counted, but its logits are not used. The paper's balanced assignment by id frequency is not
     implemented.
     """
+
+    balances_load: ClassVar[bool] = True
 
     def __call__(self, router: RouterContext) -> Routing:
         tokens, experts = router.logits.shape

@@ -89,6 +89,7 @@ class ExpertChoice(Select):
     causal: ClassVar[bool] = False
     needs_whole_rows: ClassVar[bool] = True
     variable_k: ClassVar[bool] = True
+    balances_load: ClassVar[bool] = True
     capacity_factor: float = Field(default=2.0, gt=0)
 
     def __call__(self, router: RouterContext) -> Routing:
@@ -156,6 +157,7 @@ class DenseAll(Select):
     """
 
     variable_k: ClassVar[bool] = True
+    balances_load: ClassVar[bool] = True
     inference: InferenceSelect = TopKAtInference()
 
     def __call__(self, router: RouterContext) -> Routing:

@@ -10,9 +10,9 @@ from moesaic.core.registry import Registry
 from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.model.config import ModelConfig
 from moesaic.model.presets import PRESETS
-from moesaic.moe.auxiliary_losses import SwitchBalance
-from moesaic.moe.config import MoE
-from moesaic.moe.expert_selection_dynamic import ExpertChoice
+from moesaic.moe.auxiliary_losses import LoadBalancingLoss, SwitchBalance, TargetLoadBalance
+from moesaic.moe.config import MoE, SparseLayer
+from moesaic.moe.expert_bias import BiasUpdate
 from moesaic.recipes.demo_recipe import demo
 from moesaic.recipes.dit_moe_recipe import dit_moe, dit_moe_dense
 from moesaic.recipes.dmoerm_recipe import dmoerm, dmoerm_single
@@ -63,7 +63,6 @@ def warm_start(init: str, *, which: str | None = None, changes: Sequence[str] = 
         corpus = any(path.startswith("data.corpus") for path in given)
         if corpus and isinstance(run.data, TextData) and "data.languages" not in given:
             run = run.replace(data=run.data.replace(languages=()))
-    if which is None:
         run = run.replace(model=_balanced(run.model))
     run = run.replace(initial_weights=WeightsOfRun(path=init_run))
     return run.override(list(changes)) if changes else run
@@ -71,12 +70,21 @@ def warm_start(init: str, *, which: str | None = None, changes: Sequence[str] = 
 
 def _balanced(model: ModelConfig) -> ModelConfig:
     """Return a model whose routed layers have a balance term, unless a rule balances otherwise."""
-    moe = model.moe
-    if not isinstance(moe, MoE) or moe.balance or isinstance(moe.select, ExpertChoice):
-        return model
-    if any(rule.initial_state(moe.experts) for _, rule in moe.stateful_rules()):
-        return model
-    return model.replace(moe=moe.replace(balance=(SwitchBalance(),)))
+    encoder, decoder = (
+        stack if stack.moe is None else stack.replace(moe=_balanced_layer(stack.moe))
+        for stack in (model.encoder, model.decoder)
+    )
+    return model.replace(moe=_balanced_layer(model.moe), encoder=encoder, decoder=decoder)
+
+
+def _balanced_layer(moe: SparseLayer) -> SparseLayer:
+    if not isinstance(moe, MoE) or moe.experts == 1 or moe.select.balances_load:
+        return moe
+    if any(
+        isinstance(term, LoadBalancingLoss | TargetLoadBalance | BiasUpdate) for term in moe.balance
+    ):
+        return moe
+    return moe.replace(balance=(*moe.balance, SwitchBalance()))
 
 
 def _read_run(which: str) -> Run:

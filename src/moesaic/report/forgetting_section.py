@@ -12,8 +12,10 @@ def forgetting_section(inputs: ReportInputs) -> Html:
     """Return a table of chrF++ before and after tuning, with the change and its interval."""
     rows = list(_rows(inputs))
     head = ("not tuned", "sentences", "chrF++ before", "chrF++ after", "change", "95 % interval")
-    worse = sum(row[-1].startswith("-") and "to -" in row[-1] for row in rows[:-1])
-    words = f"{worse} of {len(rows) - 1} directions lost chrF++ beyond their interval."
+    scored = inputs.forgetting["languages"].values()
+    changes = [lookup(result, "differences", "before", "chrf") for result in scored]
+    worse = sum(change["high"] < 0 for change in changes)
+    words = f"{worse} of {len(changes)} directions lost chrF++ beyond their interval."
     return html_table(head, rows=rows, caption=words)
 
 

@@ -13,8 +13,7 @@ import torch
 from moesaic.checkpoint.manifest import MANIFEST_FILE
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import (
-    RECORDED_FILES,
-    read_run_record,
+    copy_beside_weights,
     weights_metadata,
     write_run_record,
 )
@@ -125,17 +124,14 @@ class LoadedModel:
         Raises FileError if it exists.
         """
         with new_directory(Path(out)) as path:
-            new, record = RunDir(path), read_run_record(self.run)
-            files = [self.run.path / name for name in (*RECORDED_FILES, "config.yaml", "README.md")]
-            copy_files([file for file in files if file != self.run.model], to=path)
-            for folder in (self.run.imported, self.run.plugins):
-                if folder.is_dir():
-                    copy_files(folder.iterdir(), to=path / folder.name)
+            new = RunDir(path)
+            plugins = copy_beside_weights(self.run, to=new)
+            copy_files([self.run.config, self.run.card], to=path)
             metadata = weights_metadata(new, model=self.model.config.to_dict())
             write_tensors(new.model, tensors=export_weights(self.model), metadata=metadata)
             config = read_yaml_file(new.config)
             assert isinstance(config, dict)
-            write_run_record(new, config=config, plugins=record.plugins if record else ())
+            write_run_record(new, config=config, plugins=plugins)
 
     def _score_documents(self, texts: Sequence[str]) -> list[float]:
         generator = TextGenerator.of(self._text())

@@ -46,7 +46,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     _require_language_model(run)
     if weights is None:
         run.require_text_model()
-    model, config = open_weights_alone(run, weights=weights, device=device), _read_config(run)
+    model, config = open_weights_alone(run, weights=weights, device=device), read_run_config(run)
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -72,16 +72,12 @@ def open_weights_alone(run: RunDir, *, weights: Path | None, device: str) -> Tra
         run.require_weights()
     require_plugins(run)
     require_unchanged(run)
-    config = _read_config(run)
-    if not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-    model = ModelConfig.from_dict(config["model"])
-    return _load_model(model, weights or run.model, device=device).eval()
+    return _load_model(read_model_config(run), weights or run.model, device=device).eval()
 
 
 def _require_language_model(run: RunDir) -> None:
     """Raise CheckpointError for a run whose head predicts no text."""
-    model = _read_config(run).get("model")
+    model = read_run_config(run).get("model")
     head = model.get("head", {}) if isinstance(model, dict) else {}
     kind = head.get("kind") if isinstance(head, dict) else None
     if kind not in (None, LanguageModelHead.__name__):
@@ -91,13 +87,22 @@ def _require_language_model(run: RunDir) -> None:
         )
 
 
-def _read_config(run: RunDir) -> dict[str, Any]:
+def read_run_config(run: RunDir) -> dict[str, Any]:
+    """Return the config of a run, upgraded to this version. Raises CheckpointError."""
     config = read_yaml_file(run.config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{run.config}: expected a mapping, found {type(config).__name__}")
     upgraded, _ = upgrade_config(config)
     assert isinstance(upgraded, dict)
     return upgraded
+
+
+def read_model_config(run: RunDir) -> ModelConfig:
+    """Return the config of a run's model. Raises CheckpointError."""
+    config = read_run_config(run)
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
+    return ModelConfig.from_dict(config["model"])
 
 
 def _loader_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def _loader_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def read_collator(run: RunDir) -> Collator | None:
     """Return how rows were made in training; None for a run that does not say."""
-    found = _loader_config(_read_config(run)).get("collator")
+    found = _loader_config(read_run_config(run)).get("collator")
     return None if found is None else Collator.from_dict(found)
 
 

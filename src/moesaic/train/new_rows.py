@@ -18,16 +18,20 @@ from moesaic.corpus.languages import resolve_language
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.nn.initializer import Distribution, draw_block, parameter_key
 
+ROWS_AT_ONCE = 8192
 TABLES = ("embedding.weight", "embedding.output")
 
 
 class NewRows(Choice):
     """Family: the values of the rows that a larger vocabulary adds to a table."""
 
-    def row(self, table: Float[Tensor, "V D"], *, tokenizer: Path) -> Float[Tensor, "D"] | None:
-        """Return the value of every new row, given the rows and the tokenizer of the first run.
+    def row(
+        self, stored: StoredWeights, name: str, *, tokenizer: Path
+    ) -> Float[Tensor, "D"] | None:
+        """Return the value of every new row of a table, given what the first run has stored.
 
-        None: they are drawn, as the run would have drawn them without a first run.
+        None: they are drawn, as the run would have drawn them without a first run. No more than
+        ``ROWS_AT_ONCE`` rows of the table are in memory.
         """
         raise NotImplementedError
 
@@ -35,16 +39,21 @@ class NewRows(Choice):
 class DrawnRows(NewRows):
     """Drawn at random from the distribution of the table (``model.init``)."""
 
-    def row(self, table: Float[Tensor, "V D"], *, tokenizer: Path) -> None:
-        del table, tokenizer
+    def row(self, stored: StoredWeights, name: str, *, tokenizer: Path) -> None:
+        del stored, name, tokenizer
 
 
 class MeanOfRows(NewRows):
     """The mean of the rows that there are."""
 
-    def row(self, table: Float[Tensor, "V D"], *, tokenizer: Path) -> Float[Tensor, "D"]:
+    def row(self, stored: StoredWeights, name: str, *, tokenizer: Path) -> Float[Tensor, "D"]:
         del tokenizer
-        return table.float().mean(0)
+        rows, dim = stored.shapes[name]
+        total = torch.zeros(dim, dtype=torch.float64)  # the sum of as many rows as there are
+        for first in range(0, rows, ROWS_AT_ONCE):
+            count = min(ROWS_AT_ONCE, rows - first)
+            total += _stored_rows(stored, name, first=first, count=count).sum(0, dtype=total.dtype)
+        return (total / rows).float()
 
 
 class CopyOfLanguage(NewRows):
@@ -52,9 +61,21 @@ class CopyOfLanguage(NewRows):
 
     language: str
 
-    def row(self, table: Float[Tensor, "V D"], *, tokenizer: Path) -> Float[Tensor, "D"]:
+    def row(self, stored: StoredWeights, name: str, *, tokenizer: Path) -> Float[Tensor, "D"]:
         code = resolve_language(self.language).code
-        return table[Tokenizer.load(tokenizer).vocabulary.tag(code)].float()
+        tag = Tokenizer.load(tokenizer).vocabulary.tag(code)
+        return _stored_rows(stored, name, first=tag, count=1)[0]
+
+
+def _stored_rows(
+    stored: StoredWeights, name: str, *, first: int, count: int
+) -> Float[Tensor, "V D"]:
+    """Return some rows of a stored table, in float32, and read no others."""
+    shape = stored.shapes[name]
+    rows = torch.empty(count, *shape[1:])
+    block = ShardBlock((first, *(0 for _ in shape[1:])), rows)
+    stored.read_into({name: Shard(shape, rows.dtype, (block,))})
+    return rows
 
 
 def grown_tables(

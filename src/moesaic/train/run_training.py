@@ -86,12 +86,11 @@ def train(
     """
     check_run(run)
     last = _last_step(run, until=until)
-    if run.trainable.keeps_base:
-        run = _with_base(run)
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with (
         init_distributed(timeout_s=run.collective_timeout_s) as world,
-        _locked(run_dir, world, config={**run.to_dict(), "until": until}) as lock_notes,
+        nullcontext(_common_run(run, until=until, world=world)) as run,
+        _locked(run_dir, world) as lock_notes,
     ):
         display = (progress if world.rank == 0 else no_progress)(_run_status(run))
         _note_all(display, [*lock_notes, *filter(None, [waiting_advice()])])
@@ -131,11 +130,24 @@ def train(
         )
 
 
-def _with_base(run: Run) -> Run:
-    """Return a run of adapters with what it takes from the run that it starts from."""
-    start = run.initial_weights.pinned()
-    base = RunDir(Path(start.path)) if isinstance(start, WeightsOfRun) else None
-    return run.replace(initial_weights=start, trainable=run.trainable.resolved(base))
+def _common_run(run: Run, *, until: int | None, world: World) -> Run:
+    """Return the run of all ranks; one of adapters has what it takes from what it starts from.
+
+    Ranks whose runs differ must not make the directory. Rank 0 alone reads the other run.
+    """
+    mark_phase("comparing the ranks")
+    facts = {**version_facts(), **run.to_dict(), "until": until}
+    require_same_on_all_ranks(facts, world=world, what="versions and config")
+    if not run.trainable.keeps_base:
+        return run
+
+    def resolved() -> dict[str, Any]:
+        start = run.initial_weights.pinned()
+        base = RunDir(Path(start.path)) if isinstance(start, WeightsOfRun) else None
+        return run.replace(initial_weights=start, trainable=run.trainable.resolved(base)).to_dict()
+
+    mark_phase("reading what adapters are trained beside")
+    return Run.from_dict(run_on_rank0(world, resolved))
 
 
 def _prepare_data(
@@ -158,12 +170,8 @@ def _last_step(run: Run, *, until: int | None) -> int:
 
 
 @contextmanager
-def _locked(run_dir: RunDir, world: World, *, config: dict[str, Any]) -> Iterator[list[str]]:
-    """Hold the lock of a run directory on rank 0; yield a note if a stale one was replaced.
-
-    Before, the ranks compare ``config``: ranks that differ must not make the directory.
-    """
-    _compare_ranks(config, world=world)
+def _locked(run_dir: RunDir, world: World) -> Iterator[list[str]]:
+    """Hold the lock of a run directory on rank 0; yield a note if a stale one was replaced."""
     held: list[RunLock] = []
 
     def acquire() -> list[str]:
@@ -183,12 +191,6 @@ def _locked(run_dir: RunDir, world: World, *, config: dict[str, Any]) -> Iterato
 def _run_status(run: Run) -> RunStatus:
     losses = tuple(f"train/loss/{name}" for name in run.data.task_names())
     return RunStatus(steps=run.steps, losses=losses)
-
-
-def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
-    mark_phase("comparing the ranks")
-    facts = {**version_facts(), **config}
-    require_same_on_all_ranks(facts, world=world, what="versions and config")
 
 
 def _start_trainer(
@@ -274,7 +276,7 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, found: LatestCheckpoint) -> dict
         earlier = read_trained_directions(RunDir(path.parent.parent).directions)
         if earlier is not None and not run_dir.directions.is_file():
             earlier.write(run_dir.directions)
-    elif note := run.initial_weights.prepare(run_dir, model=run.model):
+    elif note := run.initial_weights.prepare(run_dir, model=run.model, trainable=run.trainable):
         notes.append(note)
     atomic_write(run_dir.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}

@@ -25,13 +25,14 @@ from moesaic.train.training_hooks import Hook
 class _Window:
     """The candidates of one matrix, and the sums of their gradients [*E, K] over some steps.
 
-    ``step_sum`` is of the present step on this rank.
+    ``step_sum`` is of the present attempt at a step on this rank; ``begun``: a step is in the sums.
     """
 
     candidates: Int[Tensor, "*E K"]
     sums: Float[Tensor, "*E K"]
     squares: Float[Tensor, "*E K"]
     step_sum: Float[Tensor, "*E K"]
+    begun: bool = False
 
 
 def selection_hooks(trainer: Trainer) -> list[Hook]:
@@ -53,6 +54,7 @@ class SparseSelectionHook(Hook):
         }
         self._windows: dict[str, _Window] = {}
         trainer.stateful_components["selection"] = self
+        trainer.when_skipped.append(self._discard_attempt)
 
     def before_run(self, trainer: Trainer) -> None:
         self._observe(trainer)
@@ -65,6 +67,7 @@ class SparseSelectionHook(Hook):
                 window.sums += gradient
                 window.squares += gradient.square()
                 window.step_sum.zero_()
+                window.begun = True
         if age == self._choice.select_steps:
             for site, window in self._windows.items():
                 self._move(trainer, site, window, share=self._share(trainer))
@@ -93,7 +96,15 @@ class SparseSelectionHook(Hook):
                 device = adapter.get_parameter(f"{name}_delta").device
                 parts = ("candidates", "sums", "squares")
                 candidates, sums, squares = (tensors[f"{p}/{site}"].to(device) for p in parts)
-                self._windows[site] = _Window(candidates, sums, squares, torch.zeros_like(sums))
+                self._windows[site] = _Window(
+                    candidates, sums, squares, torch.zeros_like(sums), begun=True
+                )
+
+    def _discard_attempt(self) -> None:
+        """Discard the gradients of a skipped attempt, and the windows that began in it."""
+        self._windows = {site: window for site, window in self._windows.items() if window.begun}
+        for window in self._windows.values():
+            window.step_sum.zero_()
 
     def _observe(self, trainer: Trainer) -> None:
         """Observe the gradients of the coming step if it is in a window."""
@@ -108,8 +119,8 @@ class SparseSelectionHook(Hook):
             adapter, name = self._sites[site]
             count = adapter.get_parameter(f"{name}_delta").shape[-1]
             candidates = self._world.all_reduce(flat).abs().topk(count).indices
-            zeros = [flat.new_zeros(candidates.shape, dtype=torch.float32) for _ in range(3)]
-            self._windows[site] = _Window(candidates, *zeros)
+            sums, squares, step_sum = flat.new_zeros(3, *candidates.shape, dtype=torch.float32)
+            self._windows[site] = _Window(candidates, sums, squares, step_sum)
         window = self._windows[site]
         window.step_sum += flat.gather(-1, window.candidates)
 
@@ -121,7 +132,8 @@ class SparseSelectionHook(Hook):
 
     @torch.no_grad()
     def _move(self, trainer: Trainer, site: str, window: _Window, *, share: float) -> None:
-        if not bool(window.sums.isfinite().all()):  # of a step that was skipped
+        # of places that are not trained, so no norm has looked at them
+        if not bool(window.squares.isfinite().all()):
             return
         adapter, name = self._sites[site]
         delta, index = adapter.get_parameter(f"{name}_delta"), adapter.get_buffer(f"{name}_index")

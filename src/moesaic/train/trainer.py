@@ -121,6 +121,7 @@ class Trainer:
         self.stateful_components: dict[str, StatefulComponent] = {"metrics": self.metrics}
         self.retry_queue = RetryQueue()
         self.loss_history = LossHistory()
+        self.when_skipped: list[Callable[[], None]] = []  # called after each skipped attempt
         self.step = 0
         self.event_log = EventLog()
 
@@ -237,6 +238,8 @@ class Trainer:
         reset_routing_stats(self.model)
         self.retry_queue.mark_failed(attempt)
         self.metrics.skipped += 1
+        for discard in self.when_skipped:
+            discard()
         outcome = "given up after its second try" if attempt.is_retry else "queued for one retry"
         self.event_log.add_note(f"step {self.step + 1} skipped: {reason}; its batch is {outcome}")
 

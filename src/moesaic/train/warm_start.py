@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.run_record import read_run_record
 from moesaic.checkpoint.stored_weights import StoredWeights, open_weights
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
-from moesaic.core.errors import CheckpointError
+from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.core.files import copy_files, sha256
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.tokenizer import Tokenizer
@@ -25,6 +24,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.model.weights import require_fitting_weights
 from moesaic.nn.adapter import is_of_adapter
 from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.trainable_parameters import TrainableParameters
 from moesaic.parallel.weight_start import draw_shards, weight_shards
 from moesaic.train.new_rows import MeanOfRows, NewRows, fill_grown_table, grown_tables
 
@@ -39,11 +39,13 @@ class InitialWeights(Choice):
 
     way_out: ClassVar[str] = "remove it to train another"
 
-    def prepare(self, run_dir: RunDir, *, model: ModelConfig) -> str | None:
+    def prepare(
+        self, run_dir: RunDir, *, model: ModelConfig, trainable: TrainableParameters
+    ) -> str | None:
         """Check that the weights fit, before any work, and take what belongs to them.
 
         That is the tokenizer, and the record of the directions that were trained. Returns a note.
-        On rank 0. Raises CheckpointError.
+        On rank 0. Raises CheckpointError; ConfigError for new rows that would never be saved.
         """
         raise NotImplementedError
 
@@ -52,9 +54,9 @@ class InitialWeights(Choice):
         raise NotImplementedError
 
     def pinned(self) -> Self:
-        """Return these weights with their hash, for what is trained beside them.
+        """Return these weights with the hash of their file, for what is trained beside them.
 
-        Raises CheckpointError if they have another hash already.
+        Reads the whole file. Raises CheckpointError if they have another hash already.
         """
         return self
 
@@ -62,8 +64,10 @@ class InitialWeights(Choice):
 class RandomWeights(InitialWeights):
     """Weights drawn at random (``model.init``)."""
 
-    def prepare(self, run_dir: RunDir, *, model: ModelConfig) -> str | None:
-        del model
+    def prepare(
+        self, run_dir: RunDir, *, model: ModelConfig, trainable: TrainableParameters
+    ) -> None:
+        del model, trainable
         run_dir.directions.unlink(missing_ok=True)  # of an earlier start
 
     def fill(self, parallel_model: ParallelModel, *, seed: int) -> None:
@@ -90,9 +94,7 @@ class WeightsOfRun(InitialWeights):
 
     def pinned(self) -> Self:
         source = self.open()
-        record = read_run_record(source)
-        entry = None if record is None else record.files.get(source.model.name)
-        found = sha256(source.model) if entry is None else entry.sha256
+        found = sha256(source.model)  # the file may have been replaced since its record
         if self.sha256 not in (None, found):
             raise CheckpointError(
                 f"{source.model}: it has the hash {found[:12]}, expected {str(self.sha256)[:12]}: "
@@ -100,7 +102,9 @@ class WeightsOfRun(InitialWeights):
             )
         return self.replace(sha256=found)
 
-    def prepare(self, run_dir: RunDir, *, model: ModelConfig) -> str:
+    def prepare(
+        self, run_dir: RunDir, *, model: ModelConfig, trainable: TrainableParameters
+    ) -> str:
         source = self.open()
         if isinstance(model.input, TokenIds):
             source.require_text_model()
@@ -110,6 +114,16 @@ class WeightsOfRun(InitialWeights):
             grown = grown_tables(expected, stored.shapes)
             shapes = stored.shapes | {name: expected[name] for name in grown}
             require_fitting_weights(made, shapes)
+            if grown and trainable.keeps_base:
+                kind = type(trainable).__name__
+                raise ConfigError(
+                    [
+                        f"model.vocab_size={model.vocab_size}: {source.path} has "
+                        f"{stored.shapes[grown[0]][0]} rows in {grown[0]}, and new rows are "
+                        f"neither trained nor saved beside an adapter (trainable={kind}): train "
+                        "all parameters first, or keep the vocab_size of that run"
+                    ]
+                )
         earlier = read_trained_directions(source.directions)
         if source.tokenizer.is_file():
             copy_tokenizer(source.tokenizer, to=run_dir.tokenizer)
@@ -127,7 +141,8 @@ class WeightsOfRun(InitialWeights):
         return f"starting from the weights and the tokenizer of {self.path}"
 
     def fill(self, parallel_model: ParallelModel, *, seed: int) -> None:
-        with self._open_weights(self.open()) as stored:
+        source = self.open()
+        with self._open_weights(source) as stored:
             shards = {
                 name: shard
                 for name, shard in weight_shards(parallel_model).items()
@@ -139,7 +154,7 @@ class WeightsOfRun(InitialWeights):
                     shards.pop(name),
                     name,
                     stored=stored,
-                    row=self.new_rows.row(stored.whole(name), tokenizer=self.open().tokenizer),
+                    row=self.new_rows.row(stored, name, tokenizer=source.tokenizer),
                     distribution=parallel_model.model.distributions[name],
                     seed=seed,
                 )
