@@ -102,7 +102,9 @@ def _random_model(directory: Path, *, tokenizer: Path) -> None:
     layers |= {f"{side}_sparse_step": 2 for side in ("encoder", "decoder")}
     layers |= {f"{side}_ffn_dim": 128 for side in ("encoder", "decoder")}
     layers |= {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
-    ids = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    ids = {
+        f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("pad", "bos", "eos")
+    }
     ids["decoder_start_token_id"] = tokens.eos_token_id
     config = transformers.NllbMoeConfig(
         vocab_size=len(tokens), d_model=64, num_experts=4, **layers, **ids
@@ -140,7 +142,9 @@ def _compare(ours: Path, theirs: Path, *, rows: int) -> dict[str, Any]:
                 _in_transformers(model, tokenizer, text, translator, (source, target), beams=beams)
                 for text in texts
             ]
-            row[name] = sum(one.split() == two.split() for one, two in zip(mine, wanted, strict=True))
+            row[name] = sum(
+                one.split() == two.split() for one, two in zip(mine, wanted, strict=True)
+            )
             row[f"different {name} answers"] = len(set(mine))
         result["directions"][f"{source}-{target}"] = row
     return result
