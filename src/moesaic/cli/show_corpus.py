@@ -9,6 +9,7 @@ from moesaic.cli.shared_options import print_table
 from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
+    from moesaic.core.errors import listed
     from moesaic.core.units import show_count
     from moesaic.corpus.corpus import Corpus
     from moesaic.corpus.corpus_manifest import DirectionEntry, TextEntry
@@ -16,7 +17,6 @@ with deferred():
 
 _MAX_DIRECTIONS = 20
 _MAX_SOURCES = 12
-_MAX_NAMES = 8
 _SHOWN_CHARACTERS = 160
 _SIZE_THRESHOLDS = (1_000, 10_000, 100_000)
 
@@ -216,7 +216,7 @@ def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count
 def _show_too_small(found: CorpusStats, console: Console) -> None:
     if found.too_small:
         names = sorted(found.too_small, key=lambda name: -found.too_small[name])
-        console.print(f"under min_pairs, so left out: {_abbreviate_names(names)}", style="yellow")
+        console.print(f"under min_pairs, so left out: {listed(names)}", style="yellow")
 
 
 def _show_missing(found: CorpusStats, console: Console) -> None:
@@ -230,14 +230,9 @@ def _show_missing(found: CorpusStats, console: Console) -> None:
                     "[yellow]{count} packages or files {why}[/]: {names}",
                     count=len(what),
                     why=why,
-                    names=_abbreviate_names(list(what)),
+                    names=listed(what),
                 )
             )
-
-
-def _abbreviate_names(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _short_count(count: int) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from moesaic.core.config import Choice, Config
-from moesaic.core.errors import ConfigError, DataError, did_you_mean
+from moesaic.core.errors import ConfigError, DataError, did_you_mean, listed
 from moesaic.data.numpy_counter_rng import GOLDEN_RATIO_64, random_bits, random_permutation
 from moesaic.data.ragged import IntArray
 from moesaic.data.tasks import Task, TaskStream, Translation
@@ -120,7 +120,7 @@ class Mixture:
             found = weighted.task.streams(shards, languages=languages, split="train")
             found = [stream for stream in found if stream.size]
             if not found:
-                known = ", ".join(f"{s}-{t}" for s, t in shards.directions[:8])
+                known = listed(f"{s}-{t}" for s, t in shards.directions)
                 raise DataError(
                     f"task {self.task_names[t]} has no training rows in the languages "
                     f"{', '.join(languages)}; the shards have the directions {known}"

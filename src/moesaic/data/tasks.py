@@ -11,7 +11,7 @@ from typing import Annotated, Protocol
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError, did_you_mean, listed
 from moesaic.corpus.languages import ENGLISH
 from moesaic.data.document_packing import DocumentPacking, DocumentPieces, WholeTexts
 from moesaic.data.numpy_counter_rng import UInt64Array, random_bits
@@ -85,8 +85,7 @@ class ListedDirections(Directions):
         for text in self.pairs:
             if text not in known:
                 raise DataError(
-                    f'"{text}" is not a direction of this corpus: it has '
-                    f"{', '.join(list(known)[:8])}{', ...' if len(known) > 8 else ''}"
+                    f'"{text}" is not a direction of this corpus: it has {listed(known)}'
                     f"{did_you_mean(text, known)}"
                 )
         return [known[text] for text in self.pairs]

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import zstandard
 
-from moesaic.core.errors import DataError
+from moesaic.core.errors import DataError, listed
 from moesaic.corpus.data_home import packages_dir
 from moesaic.corpus.sources.package_archives import ArchiveMember
 from moesaic.corpus.sources.text_source import Progress, SourceFile
@@ -22,7 +22,6 @@ from moesaic.corpus.sources.text_source import Progress, SourceFile
 _TIMEOUT_S = 3600
 _BATCH = 50
 _AR_HEADER = 60
-_MAX_NAMES_SHOWN = 5
 _MAX_LICENCES_SHOWN = 4
 _COPYRIGHT = re.compile(r"^\./usr/share/doc/[^/]+/copyright$")
 _LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)$", re.MULTILINE)
@@ -66,10 +65,7 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Source
     names_found = {source_file.name for source_file in found}
     left = {name: why for name, why in sorted(gone.items()) if name not in names_found}
     if left:
-        some = ", ".join(list(left)[:_MAX_NAMES_SHOWN]) + (
-            " ..." if len(left) > _MAX_NAMES_SHOWN else ""
-        )
-        progress(f"left out, not downloadable: {len(left)} Debian packages ({some})")
+        progress(f"left out, not downloadable: {len(left)} Debian packages ({listed(left)})")
     return found + tuple(SourceFile(n, folder / n, missing_reason=why) for n, why in left.items())
 
 
