@@ -211,7 +211,8 @@ class EvaluatedRun:
             )
         return (
             f"{self.path} was not trained to translate {choice}: it was trained on "
-            f"{listed(map('-'.join, trained))}. Give both --from and --to to score another direction of the corpus"
+            f"{listed(map('-'.join, trained))}. Give both --from and --to to score another "
+            "direction of the corpus"
         )
 
 
@@ -224,7 +225,11 @@ def _included(
 
 
 def _untrained_note(direction: LanguageDirection, trained: tuple[LanguageDirection, ...]) -> str:
-    known = f"trained: {listed(map('-'.join, trained))}" if trained else "it was trained on no translation"
+    known = (
+        f"trained: {listed(map('-'.join, trained))}"
+        if trained
+        else "it was trained on no translation"
+    )
     return f"{'-'.join(direction)} is not a direction that the run was trained on ({known})"
 
 
