@@ -6,7 +6,7 @@ subclass of ``Task`` is a new ``kind`` of the config. Letters: B rows.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Protocol
 
 from pydantic import Field
 
@@ -78,7 +78,7 @@ class BothDirections(Directions):
 class ListedDirections(Directions):
     """The directions listed, e.g. ``["eng_Latn-deu_Latn", "fra_Latn-eng_Latn"]``."""
 
-    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
+    pairs: tuple[str, ...] = Field(min_length=1)
 
     def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         known = {f"{s}-{t}": (s, t) for s, t in _both_directions(shards.directions)}
@@ -98,7 +98,8 @@ class PivotDirections(Directions):
     """
 
     pivot: str = ENGLISH
-    languages: Annotated[tuple[str, ...], Field(description="only between these; empty: all")] = ()
+    languages: tuple[str, ...] = ()
+    """Only between these; empty: all."""
 
     def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         ends = sorted(t for s, t in _both_directions(shards.directions) if s == self.pivot)
@@ -207,7 +208,8 @@ class Denoising(Task):
     """
 
     noise: tuple[TextNoise, ...] = (InfillSpans(), DeleteTokens(), MaskTokens(), ShuffleTokens())
-    languages: Annotated[tuple[str, ...], Field(description="only these; empty: all")] = ()
+    languages: tuple[str, ...] = ()
+    """Only these; empty: all."""
 
     @property
     def name(self) -> str:
@@ -232,7 +234,8 @@ class CausalLM(Task):
     """Predict a text from its language token alone; ``packing`` makes rows of documents."""
 
     packing: DocumentPacking = WholeTexts()
-    languages: Annotated[tuple[str, ...], Field(description="only these; empty: all")] = ()
+    languages: tuple[str, ...] = ()
+    """Only these; empty: all."""
 
     @property
     def name(self) -> str:
