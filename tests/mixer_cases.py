@@ -69,7 +69,7 @@ MIXERS: dict[str, SequenceMixer] = {
         qk_norm=L2QKNorm(),
         clip=2.0,
         softcap=3.0,
-        temperature=LogPositionTemperature(weight=0.7, interval=2),
+        temperature=LogPositionTemperature(weight=0.3, interval=2),
     ),
     "latent": LatentAttention(
         kv_rank=6, query_rank=5, nope_dim=4, rope_dim=2, value_dim=3, position=MSCALED
