@@ -1,13 +1,16 @@
 import math
+from collections import Counter
 
 import pytest
 from plan_cases import small_model
 
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.parallel.communication_volume import gradient_communication
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Float32
+from moesaic.parallel.trainable_parameters import AllParameters, MatchingParameters
 from moesaic.planner.state_bytes import PlanKey, ShardedState
 
 INVENTORY = ParameterInventory(small_model())
@@ -30,3 +33,24 @@ def test_counted_classes_hold_the_values_of_every_parameter(plan: ParallelPlan, 
     assert found.values == values
     assert found.weights == found.gradients == 4 * values
     assert state.values == sum(math.prod(p.placement.shape) for p in INVENTORY.parameters)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.acronym()}-{p.zero}-{p.tensor}")
+@pytest.mark.parametrize("pattern", ["", "experts", "attention"])
+def test_counted_classes_sync_in_the_messages_of_every_parameter(plan: ParallelPlan, pattern: str):
+    choice = MatchingParameters(patterns=(pattern,)) if pattern else AllParameters()
+    inventory = ParameterInventory(small_model(), trainable=choice)
+    rank = inventory.on_rank(ParallelConfig(plan=plan), world=8)
+    state = ShardedState(inventory, optimizer=AdamW(), each=Float32())
+    found = state.of_plan(PlanKey(*[getattr(plan, name) for name in PlanKey._fields]))
+    assert found.trained == len(rank.trained)
+    messages, sizes = Counter[str](), Counter[str]()
+    for lines, times in ((found.synced_once, 1), (found.synced_often, 3)):
+        for line in lines:
+            messages[line.kind] += times * line.messages
+            sizes[line.kind] += times * line.bytes
+    for line in gradient_communication(rank, precision=Float32(), micro_batches=3):
+        messages[line.kind] -= line.messages
+        sizes[line.kind] -= line.bytes
+    assert not any(messages.values())
+    assert max(map(abs, sizes.values()), default=0) <= len(rank.shards)  # rounded by parameter

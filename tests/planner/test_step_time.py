@@ -9,7 +9,7 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
 from moesaic.planner.machine import Machine, SharedCores, SizedRate, SlowDown, find_machine
 from moesaic.planner.step_cost import StepCost
-from moesaic.planner.step_time import group_shape, sent_seconds, step_time, together
+from moesaic.planner.step_time import group_shape, sent_seconds, step_sums, step_time, together
 
 H100 = find_machine("h100")
 PLAN = ParallelPlan(data=4, tensor=2, expert=4).resolve(8)
@@ -81,11 +81,13 @@ def test_where_ranks_share_cores_each_call_takes_what_it_was_measured_to_take():
 def test_operands_from_memory_are_slower_beside_busy_ranks_that_share_cores():
     slow = H100.memory.replace(points=tuple((s, r / 3) for s, r in H100.memory.points))
     machine = _shared_cores(memory=slow)
+    pairs = machine.contended.replace(all_devices=SlowDown(value=1.2, source="made up"))
+    machine = machine.replace(contended=pairs)
     plans = (ParallelPlan().resolve(1), ParallelPlan(data=2).resolve(2))
     one, two = (step_time(_step(), machine=machine, plan=plan).compute for plan in plans)
-    factor = machine.contended.all_devices.value
-    assert two["memory-bound"] == pytest.approx(3 * factor * one["memory-bound"])
-    assert two["dense product"] == pytest.approx(factor * one["dense product"])
+    # the curve has what neighbours cost: the factor, of the same wait, is of products alone
+    assert two["memory-bound"] == pytest.approx(3 * one["memory-bound"])
+    assert two["dense product"] == pytest.approx(1.2 * one["dense product"])
 
 
 def test_what_a_step_takes_over_its_parts_is_a_factor_of_compute_alone():
@@ -125,3 +127,19 @@ def test_a_group_across_nodes_sends_over_the_slow_link():
     rate = H100.between_nodes.bytes_per_s.value
     assert slow == pytest.approx(1e9 * (4 - across.local) / 3 / rate, rel=0.01)
     assert fast < slow
+
+
+def test_sums_of_numbers_add_to_other_sums_over_the_same_ranks():
+    machine, plan = _shared_cores(), ParallelPlan(data=2).resolve(2)
+    alone = step_time(_step(), machine=machine, plan=plan).total
+    lines = (CommunicationVolume("all-reduce", "data", 1000, 3),)
+    found = step_time(_step(exchanged=lines), machine=machine, plan=plan)
+    assert found.communication["all-reduce data"] == pytest.approx(4e-3)
+    assert found.total - alone == pytest.approx(3e-3)
+
+
+def test_all_ranks_sum_the_norm_where_one_lacks_parameters():
+    plans = (ParallelPlan(data=2), ParallelPlan(data=1, tensor=2), ParallelPlan(data=2, zero=1))
+    found = [[line.axis for line in step_sums(plan)] for plan in plans]
+    every = "pipe+data+context+tensor"
+    assert found == [["data"], [every], ["data", every]]

@@ -69,6 +69,11 @@ def expert_tensor_bytes(tokens: DispatchedTokens, *, expert_tensor: int) -> floa
     return 2 * tokens.total_bytes * (expert_tensor - 1)
 
 
+def routing_statistics_bytes(moe: MoE, *, ranks: int) -> int:
+    """Return what a rank sends to sum the statistics of a layer's routing over n ranks."""
+    return 2 * (4 * moe.num_router_outputs + 1) * FLOAT64_BYTES * (ranks - 1) // ranks
+
+
 def communication_volume(
     rank_parameters: RankParameters,
     *,
@@ -164,8 +169,7 @@ class _ActivationVolume:
             yield "all-gather", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=slices)
             yield "all-to-all", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=slices)
         ranks, axis = plan.stage_size, "stage"
-        statistics = (4 * moe.num_router_outputs + 1) * FLOAT64_BYTES
-        yield "all-reduce", axis, 2 * statistics * (ranks - 1) // ranks
+        yield "all-reduce", axis, routing_statistics_bytes(moe, ranks=ranks)
         # of an even load: a full expert adds sums of 256 counts for each digit of a key
         scope, integers = (
             parameters.parallel.capacity_scope,

@@ -1,5 +1,6 @@
 """Entries of a step's cost: operations, bytes held and bytes moved, each of one kind."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -49,6 +50,25 @@ class OperationCost:
     bytes_read: int
     bytes_written: int
     count: int
+
+
+def gradient_operations(
+    *, gradients: int, trained: int, buckets: Mapping[int, int]
+) -> tuple[OperationCost, ...]:
+    """Return what a rank does once a step with its gradients, after the backward passes.
+
+    These are the copies into ``buckets`` (number by bytes) and back, and the norms of ``trained``
+    parameters' ``gradients`` in bytes.
+    """
+    memory = OperationKind.MEMORY
+    found = [
+        OperationCost(Phase.BACKWARD, memory, "float32", 0, size, size, 2 * number)
+        for size, number in buckets.items()
+    ]
+    if trained:
+        read = gradients // trained
+        found.append(OperationCost(Phase.BACKWARD, memory, "float32", 0, read, 0, trained))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

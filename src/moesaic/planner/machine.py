@@ -21,6 +21,7 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, UserError, did_you_mean
 from moesaic.core.file_reader import KIB, FileKind, read_text
 from moesaic.core.yaml_reader import read_yaml
+from moesaic.planner.operation_recorder import OperationKind
 
 MACHINE_FILE = FileKind(name="machine file", max_bytes=256 * KIB, error=ConfigError)
 CALIBRATE = "`moesaic calibrate --out machine.yaml` measures it on the machine itself"
@@ -198,10 +199,14 @@ class Machine(Config):
         shared = self.shared_cores
         return self.replace(memory=shared.memory) if shared else self
 
-    def compute_factor(self, *, neighbours: bool) -> float:
-        """Return what a step's compute takes over the sum of its operations' times."""
+    def compute_factor(self, kind: OperationKind, *, neighbours: bool) -> float:
+        """Return what a step's operations of a kind take over the sum of their times.
+
+        Neighbours slow each operation once: memory-bound ones by the curve of ``shared_cores``.
+        """
         over = self.step_over_parts.value if self.step_over_parts else 1.0
-        return over * (self.contended.all_devices.value if neighbours else 1.0)
+        has_curve = self.shared_cores is not None and kind is OperationKind.MEMORY
+        return over * self.contended.all_devices.value if neighbours and not has_curve else over
 
 
 def read_machine(path: Path) -> Machine:

@@ -17,14 +17,13 @@ from functools import lru_cache
 
 from moesaic.core.errors import UserError
 from moesaic.distributed.parallel_plan import ParallelPlan
-from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.memory.memory_plan import MemoryPlan
-from moesaic.parallel.communication_volume import CommunicationVolume
+from moesaic.parallel.communication_volume import CommunicationVolume, routing_statistics_bytes
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
-from moesaic.planner.cost_entries import DEVICE, Phase, Purpose
+from moesaic.planner.cost_entries import DEVICE, Phase, Purpose, gradient_operations
 from moesaic.planner.machine import Machine
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_space import (
@@ -42,11 +41,13 @@ from moesaic.planner.step_time import (
     GroupShape,
     StepTime,
     SyncSeconds,
+    compute_seconds,
     group_shape,
     operation_rate,
     operation_seconds,
     overlapped,
     sent_seconds,
+    step_sums,
     sync_seconds,
     transfer_link,
 )
@@ -114,14 +115,25 @@ class PlanModel:
         self.settings, self.space = settings, space
         self._config = settings.inventory.config
         self._moe_layers = len(settings.inventory.expert_modules)
-        stacks = self._config.encoder.layers, self._config.decoder.layers
-        self._layers, self._blocks = max(stacks), sum(stacks)
+        stacks = self._config.encoder, self._config.decoder
+        self._layers = max(stack.layers for stack in stacks)
+        layers = [(stack, layer) for stack in stacks for layer in range(stack.layers)]
+        routed = (self._config.routed_moe_of_layer(stack, layer=layer) for stack, layer in layers)
+        self._routed = [moe for moe in routed if moe is not None]
         self._lines = [op for op in settings.reference.operations if op.phase != Phase.UPDATE]
+        update = [op for op in settings.reference.operations if op.phase == Phase.UPDATE]
+        calls = sum(op.count for op in update if op.kind is OperationKind.MEMORY)
+        self._update_calls = max(1, calls)
         self._saved = settings.reference.held_bytes(purpose=Purpose.ACTIVATIONS)
-        self._dims = max(1, self._config.dim)
+        itemsize = settings.precision.compute_dtype.itemsize  # a row of hidden states is so large:
+        self._row_bytes = (space.source + space.target) * self._config.dim * itemsize
         self._num_experts = max(expert_numbers(self._config), default=1)
         machine, self.evaluations = settings.machine, 0
         self._has_neighbours = min(space.ranks, machine.devices_per_node.value) > 1
+        self._factors = {
+            kind: machine.compute_factor(kind, neighbours=self._has_neighbours)
+            for kind in OperationKind
+        }
         self._busy = machine.beside_busy_ranks() if self._has_neighbours else machine
         self._compute = lru_cache(maxsize=_RECENT)(self._compute_seconds)
         self._exchange_seconds = lru_cache(maxsize=_RECENT)(self._sum_exchanges)
@@ -171,15 +183,17 @@ class PlanModel:
         self.evaluations += 1
         degrees, option = choice.degrees, choice.option
         state = self._state(degrees, option)
+        compute, memory = dict(self._compute(degrees, option.recomputes)), OperationKind.MEMORY
+        compute[memory] = compute.get(memory, 0.0) + self._gradient_seconds(degrees, state)
         time = StepTime(
-            self._compute(degrees, option.recomputes),
-            self._exchange_seconds(degrees),
+            compute,
+            self._waited_for(choice),
             self._transfers(degrees, option, state),
             update=self._update(degrees, option, state),
         )
         whole = overlapped(
             time,
-            sync=self._sync_seconds(degrees, state, zero=option.zero),
+            sync=self._sync_seconds(degrees, state),
             machine=self.settings.machine,
             bubble=_bubble(degrees),
         )
@@ -197,14 +211,13 @@ class PlanModel:
 
     def _compute_seconds(self, degrees: Degrees, recomputes: bool) -> Mapping[str, float]:  # noqa: FBT001
         often = degrees.micro_batches * self._share(degrees)
-        often *= self.settings.machine.compute_factor(neighbours=self._has_neighbours)
         tokens, experts = self._tokens(degrees), degrees.expert
         found: dict[str, float] = {}
         for kind in OperationKind:
             forward, backward = self._kind_seconds(kind, tokens, experts)
             passes = forward * (1 + recomputes) + backward
             if passes:
-                found[kind.value] = often * passes
+                found[kind.value] = often * self._factors[kind] * passes
         return found
 
     def _compute_kind(
@@ -220,6 +233,26 @@ class PlanModel:
                 found[op.phase] += op.count * seconds
         return found[Phase.FORWARD], found[Phase.BACKWARD]
 
+    def _gradient_seconds(self, degrees: Degrees, state: ShardBytes) -> float:
+        """Return the seconds of what a rank does with its gradients once a step."""
+        buckets = {state.summed // state.buckets: state.buckets} if state.buckets else {}
+        found = gradient_operations(
+            gradients=state.gradients, trained=state.trained, buckets=buckets
+        )
+        seconds = sum(compute_seconds(found, machine=self._busy).values())
+        return self._share(degrees) * self._factors[OperationKind.MEMORY] * seconds
+
+    def _waited_for(self, choice: CompletePlan) -> Mapping[str, float]:
+        """Return the seconds of the exchanges between layers, and of a step's sums of numbers."""
+        found = dict(self._exchange_seconds(choice.degrees))
+        for line in step_sums(choice.plan):
+            name, seconds = (
+                f"{line.kind} {line.axis}",
+                self._seconds_of(line, line.bytes, choice.degrees),
+            )
+            found[name] = found.get(name, 0.0) + seconds
+        return found
+
     def _sum_exchanges(self, degrees: Degrees) -> Mapping[str, float]:
         often = degrees.micro_batches * self._share(degrees)
         found: dict[str, float] = {}
@@ -228,14 +261,14 @@ class PlanModel:
             whole = replace(line, messages=round(often * line.messages))
             name, size = f"{line.kind} {line.axis}", often * tokens * line.bytes
             found[name] = self._seconds_of(whole, size, degrees)
+        stage = math.prod(degrees[1:4])
+        if self._routed and stage > 1:
+            size = sum(routing_statistics_bytes(moe, ranks=stage) for moe in self._routed)
+            messages = math.ceil(often * len(self._routed))
+            line = CommunicationVolume("all-reduce", "stage", size, messages)
+            found["all-reduce stage"] = self._seconds_of(line, often * size, degrees)
         if degrees.pipe > 1:
-            row = (
-                (self.space.source + self.space.target)
-                * self._dims
-                * self.settings.precision.compute_dtype.itemsize
-            )
-            rows = degrees.rows / (degrees.context * degrees.tensor)
-            size = 2 * degrees.micro_batches * rows * row
+            size = 2 * degrees.micro_batches * tokens * self._row_bytes
             line = CommunicationVolume("send", "pipe", round(size), 2 * degrees.micro_batches)
             found["send pipe"] = self._seconds_of(line, size, degrees)
         return found
@@ -285,24 +318,21 @@ class PlanModel:
             return False
         return True
 
-    def _sync_seconds(self, degrees: Degrees, state: ShardBytes, *, zero: int) -> SyncSeconds:
+    def _sync_seconds(self, degrees: Degrees, state: ShardBytes) -> SyncSeconds:
         share, total = self._share(degrees), SyncSeconds()
-        for kind, axis, once, often in state.synced:
-            size = round(share * (once + often * degrees.micro_batches))
-            messages = -(-size // BUCKET_BYTES)
-            if kind != "all-reduce":  # a unit of ZeRO each
-                units = self._moe_layers if axis == "expert_data" else self._blocks + 1
-                passes = (1 + (kind == "all-gather" and zero == 3)) * units
-                messages = round(share * passes * (degrees.micro_batches if often else 1))
-            line = CommunicationVolume(kind, axis, size, messages)
-            shape = self._shape(axis, degrees[:6])
-            total = total.plus(sync_seconds(line, shape=shape, machine=self.settings.machine))
+        for lines, often in ((state.synced_once, 1), (state.synced_often, degrees.micro_batches)):
+            for each in lines:
+                size = round(share * often * each.bytes)
+                line = replace(each, bytes=size, messages=math.ceil(share * often * each.messages))
+                shape = self._shape(each.axis, degrees[:6])
+                total = total.plus(sync_seconds(line, shape=shape, machine=self.settings.machine))
         return total
 
     def _update(self, degrees: Degrees, option: Option, state: ShardBytes) -> float:
         size = self._share(degrees) * state.read_and_written
         if tier_names(option.memory)["optimizer_states"] == DEVICE:
-            return self.settings.machine.memory.seconds(size)
+            calls = self._share(degrees) * self._update_calls
+            return calls * self._busy.memory.seconds(size / calls)
         return size / self.settings.machine.update.value
 
     def _transfers(self, degrees: Degrees, option: Option, state: ShardBytes) -> dict[str, float]:
@@ -344,13 +374,7 @@ class PlanModel:
         block = round(whole / self._layers)
         if not option.recomputes:
             return 0, round(whole * flying)
-        sizes = self.space.micro_batch(1)
-        row = (
-            (sizes.source + sizes.target)
-            * self._dims
-            * self.settings.precision.compute_dtype.itemsize
-        )
-        inputs = row * self._layers * self._tokens(degrees)
+        inputs = self._row_bytes * self._layers * self._tokens(degrees)
         return block, round(min(inputs, whole) * flying)
 
 

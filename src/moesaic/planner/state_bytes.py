@@ -5,7 +5,7 @@ so a plan takes microseconds. The numbers are those of ``parallel/parameter_inve
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,10 +15,14 @@ import torch
 from torch import nn
 
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
+from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.optim.optimizer import Optimizer
+from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
 from moesaic.parallel.sharding_plan import Placement, local_spans, zero_dim
+
+UnitShape = tuple[tuple[tuple[Placement, bool], int], ...]  # ((placement, trained), number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +60,9 @@ class ShardBytes:
     """Bytes of rank 0: its shards, and what ZeRO gathers beside them at the peak.
 
     ``experts`` are those of the weights of experts; ``updated`` and ``updated_experts`` are of the
-    weights that are trained, ``summed`` of gradients that ranks sum;
-    ``synced`` are the bytes that it sends in a step by (kind, axis): (once, per micro-batch).
+    weights that are trained, ``summed`` of gradients that ranks sum, in so many ``buckets``.
+    ``trained`` parameters have gradients. ``synced_once`` is sent in a step, ``synced_often`` in
+    each of its micro-batches.
     """
 
     values: int
@@ -69,7 +74,10 @@ class ShardBytes:
     updated: int
     updated_experts: int
     summed: int
-    synced: tuple[tuple[str, str, float, float], ...]
+    buckets: int
+    trained: int
+    synced_once: tuple[CommunicationVolume, ...]
+    synced_often: tuple[CommunicationVolume, ...]
 
     @property
     def read_and_written(self) -> int:
@@ -112,6 +120,7 @@ class ShardedState:
         plan = key.plan
         sums = Counter[str]()
         synced: Counter[tuple[str, str, bool]] = Counter()
+        messages = self._unit_messages(key)
         for each in self.classes:
             shard = _shard(each.placement, key)
             values, is_expert = each.copies * shard.values, each.placement.num_experts is not None
@@ -120,6 +129,7 @@ class ShardedState:
             sums["experts"] += values * is_expert
             sums["trained"] += trained
             sums["trained experts"] += trained * is_expert
+            sums["parameters"] += each.copies * each.trained
             sums["summed"] += trained * (shard.sum_ranks > 1)
             sums["states"] += round(values * each.state_per_value)
             for kind, axis, size, often in _sync(shard, plan=plan, in_block=each.in_block):
@@ -131,6 +141,17 @@ class ShardedState:
                     else self._each.reduce_dtype.itemsize
                 )
                 synced[kind, axis, often] += each.copies * round(size * itemsize)
+                if kind == "all-reduce":  # a parameter above a bucket's size has one of its own
+                    held = shard.values * self._each.parameter_dtype.itemsize
+                    messages[kind, axis, often] += each.copies * min(1, held / BUCKET_BYTES)
+        once, often = (
+            tuple(
+                CommunicationVolume(kind, axis, size, math.ceil(messages[kind, axis, each]))
+                for (kind, axis, each), size in synced.items()
+                if each == in_each
+            )
+            for in_each in (False, True)
+        )
         return ShardBytes(
             values=sums["values"],
             weights=sums["values"] * self._each.parameter_dtype.itemsize,
@@ -141,18 +162,32 @@ class ShardedState:
             updated=sums["trained"] * self._each.parameter_dtype.itemsize,
             updated_experts=sums["trained experts"] * self._each.parameter_dtype.itemsize,
             summed=sums["summed"] * self._each.reduce_dtype.itemsize,
-            synced=tuple(
-                (kind, axis, 0.0 if often else size, size if often else 0.0)
-                for (kind, axis, often), size in synced.items()
-            ),
+            buckets=sum(line.messages for line in once if line.kind == "all-reduce"),
+            trained=sums["parameters"],
+            synced_once=once,
+            synced_often=often,
         )
+
+    def _unit_messages(self, key: PlanKey) -> dict[tuple[str, str, bool], float]:
+        """Return the gathers and sums of units of ZeRO by (kind, axis, in each micro-batch)."""
+        found: defaultdict[tuple[str, str, bool], float] = defaultdict(float)
+        for shape, number in self._units.items():
+            cut = [(_shard(p, key), trained) for (p, trained), _ in shape]
+            cut = [(shard, trained) for shard, trained in cut if shard.zero_ranks > 1]
+            for kind, wanted in (("all-gather", cut), ("reduce-scatter", [c for c in cut if c[1]])):
+                if wanted:
+                    is_block, is_gather = shape != self._root, kind == "all-gather"
+                    passes = 2 if is_gather and is_block and key.zero == 3 else 1
+                    axis = "+".join(wanted[0][0].zero_axes)
+                    found[kind, axis, is_gather or key.zero != 1] += passes * number
+        return found
 
     def _gathered(self, plan: PlanKey) -> int:
         """Unsharded weights and gradients beside the shards: of all, or two units, and the root."""
         if not plan.zero:
             return 0
         sizes = {
-            shape: sum(n * _shard(p, plan).gathered_beside for p, n in shape)
+            shape: sum(n * _shard(p, plan).gathered_beside for (p, _), n in shape)
             for shape in self._units
         }
         every = sum(n * sizes[shape] for shape, n in self._units.items())
@@ -167,7 +202,7 @@ class ShardedState:
         )
 
     @property
-    def _root(self) -> tuple[tuple[Placement, int], ...]:
+    def _root(self) -> UnitShape:
         return next(iter(self._units))
 
 
@@ -214,7 +249,8 @@ def _sync(
         yield "reduce-scatter", axis, sent, plan.zero != 1
     if shard.sum_ranks > 1:
         sent = 2 * shard.values * (shard.sum_ranks - 1) / shard.sum_ranks
-        yield "all-reduce", "+".join(shard.sum_axes), sent, False
+        whole = shard.sum_ranks == plan.stage_size  # dense layers and experts share buckets
+        yield "all-reduce", "stage" if whole else "+".join(shard.sum_axes), sent, False
 
 
 def _state(placement: Placement, kind: str, optimizer: Optimizer) -> float:
@@ -225,14 +261,12 @@ def _state(placement: Placement, kind: str, optimizer: Optimizer) -> float:
     return state / max(1, parameter.numel())
 
 
-def _unit_shapes(
-    inventory: ParameterInventory,
-) -> dict[tuple[tuple[Placement, int], ...], int]:
-    """Return the distinct units of gathering, each as (placement, number), with their number.
+def _unit_shapes(inventory: ParameterInventory) -> dict[UnitShape, int]:
+    """Return the distinct units of gathering with their number.
 
     The first is the root: parameters outside of blocks.
     """
-    units: dict[str, Counter[Placement]] = {"": Counter()}
-    for parameter in inventory.parameters:
-        units.setdefault(parameter.fsdp_unit, Counter())[parameter.placement] += 1
+    units: dict[str, Counter[tuple[Placement, bool]]] = {"": Counter()}
+    for each in inventory.parameters:
+        units.setdefault(each.fsdp_unit, Counter())[each.placement, each.trained] += 1
     return dict(Counter(tuple(found.items()) for found in units.values()))

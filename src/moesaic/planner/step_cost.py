@@ -33,6 +33,7 @@ from moesaic.planner.cost_entries import (
     OperationCost,
     Phase,
     Purpose,
+    gradient_operations,
 )
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import volumes
@@ -65,8 +66,10 @@ from moesaic.planner.tier_bytes import moved_bytes, resident_weights, tier_name
 class StepCost:
     """The cost of one training step (all micro-batches) for one rank.
 
-    ``peak`` is the most bytes in each tier at once. ``synced`` is sent for gradients and ZeRO's
-    weights, ``exchanged`` between layers and for the update. ``bubble`` is the share of a
+    ``peak`` is the most bytes in each tier at once. ``operations`` are those of all micro-batches
+    and of the update, ``gradient_operations`` between them (``cost_entries.gradient_operations``).
+    ``synced`` is sent for gradients and ZeRO's weights, ``exchanged`` between layers and for the
+    update. ``bubble`` is the share of a
     pipeline's time in which the rank waits for others (0 without one).
     """
 
@@ -77,6 +80,7 @@ class StepCost:
     synced: tuple[CommunicationVolume, ...]
     moved: tuple[MovedBytes, ...]
     bubble: float = 0.0
+    gradient_operations: tuple[OperationCost, ...] = field(default=(), repr=False)
 
     @property
     def sent(self) -> tuple[CommunicationVolume, ...]:
@@ -229,6 +233,11 @@ class _Composition:
                 )
             ),
             bubble=self._pipeline.bubble(),
+            gradient_operations=gradient_operations(
+                gradients=self._state.gradients,
+                trained=len(self.parameters.trained),
+                buckets=Counter(bucket.bytes for bucket in self._buckets),
+            ),
         )
 
     @cached_property
@@ -326,21 +335,12 @@ class _Composition:
             for span in chain.from_iterable(self._spans(self.plain, micro_batch=number)):
                 for operation, times in span.operations.items():
                     found[span.phase, operation] += times * count
-        for operation, times in self._gradient_operations():
-            found[Phase.BACKWARD, operation] += times
         for operation, times in self._update_operations():
             found[Phase.UPDATE, operation] += times
         return tuple(
             OperationCost(phase, o.kind, o.dtype, o.flops, o.bytes_read, o.bytes_written, count)
             for (phase, o), count in sorted(found.items())
         )
-
-    def _gradient_operations(self) -> Iterator[tuple[Operation, int]]:
-        """Yield the copies of gradients into buckets and back, and the norm of each gradient."""
-        for bucket in self._buckets:
-            yield Operation(OperationKind.MEMORY, "float32", 0, bucket.bytes, bucket.bytes), 2
-        shards, read = len(self.parameters.shards), self._state.gradients
-        yield Operation(OperationKind.MEMORY, "float32", 0, read // shards, 0), shards
 
     def _update_operations(self) -> Iterator[tuple[Operation, int]]:
         """Yield the passes over the states, and the products of the rank's share of matrices.

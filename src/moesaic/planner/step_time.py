@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from moesaic.distributed.parallel_plan import DENSE_AXES, ParallelPlan
-from moesaic.parallel.communication_volume import CommunicationVolume
+from moesaic.parallel.communication_volume import CommunicationVolume, summed_volumes
 from moesaic.planner.cost_entries import (
     DEVICE,
     DISK,
@@ -27,7 +27,7 @@ from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.step_cost import StepCost
 
 PRODUCTS_PER_EXPERT = {Phase.FORWARD: 2, Phase.BACKWARD: 4}
-COUNT_BYTES = 8  # each step sums the number of predictions, and of sharded gradients the norm
+COUNT_BYTES = 8  # of a number that ranks sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +69,20 @@ def step_time(
     local = max(1.0, num_experts / plan.expert)
     has_neighbours = min(plan.world_size, int(machine.devices_per_node.value)) > 1
     busy = machine.beside_busy_ranks() if has_neighbours else machine
-    compute = compute_seconds(cost.operations, machine=busy, local_experts=local)
+    compute = compute_seconds(
+        (*cost.operations, *cost.gradient_operations), machine=busy, local_experts=local
+    )
     update = compute.pop("update", 0.0)
-    factor = machine.compute_factor(neighbours=has_neighbours)
-    compute = {kind: factor * seconds for kind, seconds in compute.items()}
+    compute = {
+        kind: machine.compute_factor(OperationKind(kind), neighbours=has_neighbours) * seconds
+        for kind, seconds in compute.items()
+    }
     states = [held for held in cost.held if held.purpose is Purpose.STATES and held.bytes]
     if any(held.tier != DEVICE for held in states):
         update = _host_update_seconds(cost.operations, machine=machine)
     exposed = {
         f"{line.kind} {line.axis}": collective_seconds(line, machine=machine, plan=plan)
-        for line in (*cost.exchanged, *_counts(plan))
+        for line in summed_volumes((*cost.exchanged, *step_sums(plan)))
     }
     sync = SyncSeconds()
     for line in cost.synced:
@@ -117,11 +121,16 @@ def sync_seconds(
     return SyncSeconds(seconds - last, last)
 
 
-def _counts(plan: ParallelPlan) -> tuple[CommunicationVolume, ...]:
-    """What all ranks sum in a step beside gradients: counts, and the norm of their shards."""
-    sums = 1 + (plan.zero > 0 or plan.expert > 1)
-    size = COUNT_BYTES * sums
-    return (CommunicationVolume("all-reduce", "data", size, sums),) if (plan.data or 1) > 1 else ()
+def step_sums(plan: ParallelPlan) -> tuple[CommunicationVolume, ...]:
+    """What ranks sum in a step beside gradients.
+
+    Data ranks sum the numbers of predictions, and all ranks the norm where a rank lacks parameters.
+    """
+    count = CommunicationVolume("all-reduce", "data", COUNT_BYTES, 1)
+    norm = CommunicationVolume("all-reduce", "+".join(DENSE_AXES), COUNT_BYTES, 1)
+    cuts = plan.pipe * plan.tensor * plan.expert * plan.expert_tensor
+    is_cut = cuts > 1 or (plan.zero > 0 and plan.world_size > 1)
+    return (count,) * ((plan.data or 1) > 1) + (norm,) * is_cut
 
 
 def overlapped(serial: StepTime, *, sync: SyncSeconds, machine: Machine, bubble: float) -> StepTime:

@@ -108,4 +108,6 @@ def ratio(found: Sequence[Measurement]) -> float:
 
 
 def _passes(settings: CostSettings) -> list[OperationCost]:
-    return [each for each in step_cost(settings).operations if each.phase is not Phase.UPDATE]
+    cost = step_cost(settings)
+    passes = [each for each in cost.operations if each.phase is not Phase.UPDATE]
+    return [*passes, *cost.gradient_operations]

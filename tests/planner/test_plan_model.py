@@ -1,0 +1,83 @@
+"""The plan model beside the cost of whole steps: two forecasts of the same plans."""
+
+from dataclasses import replace
+
+import pytest
+from plan_cases import TOKENS, small_model, small_plan_model, small_space
+
+from moesaic.model.parameter_flop_count import BatchDims
+from moesaic.parallel.config import ParallelConfig
+from moesaic.planner.cost_entries import gradient_operations
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.machine import find_machine
+from moesaic.planner.plan_model import PlanModel
+from moesaic.planner.plan_space import RESIDENT, CompletePlan, Degrees, Option
+from moesaic.planner.step_cost import StepCost, step_cost
+from moesaic.planner.step_time import compute_seconds, step_time
+
+MACHINE = find_machine("cpu-2-cores")
+SPACE = small_space(2)
+
+
+def _plan(*, rows: int, micro_batches: int, zero: int = 0) -> CompletePlan:
+    """Return a plan of two data ranks."""
+    option = Option(zero, RESIDENT, SPACE.checkpointing[0])  # pyright: ignore[reportArgumentType]
+    return CompletePlan(Degrees(1, 2, 1, 1, 1, 1, rows, micro_batches), option)
+
+
+def _cost(choice: CompletePlan) -> StepCost:
+    settings = CostSettings(
+        model=small_model(),
+        parallel=choice.parallel_config(ParallelConfig()),
+        sizes=SPACE.micro_batch(choice.degrees.rows),
+        micro_batches=choice.degrees.micro_batches,
+        world=2,
+        device="cpu",
+    )
+    return step_cost(settings)
+
+
+@pytest.fixture(scope="module")
+def measured() -> PlanModel:
+    """The plan model of one measured step of one row."""
+    sizes = BatchDims(rows=1, source=0, target=TOKENS)
+    reference = step_cost(CostSettings(model=small_model(), sizes=sizes, device="cpu"))
+    settings = small_plan_model(SPACE, machine=MACHINE).settings
+    return PlanModel(replace(settings, reference=reference), SPACE)
+
+
+@pytest.mark.parametrize(("rows", "micro_batches"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_a_plan_takes_what_its_whole_step_takes(
+    measured: PlanModel, zero: int, rows: int, micro_batches: int
+):
+    """What is sent and the update to 1 %; compute, of measured operations scaled, to 7 %."""
+    choice = _plan(rows=rows, micro_batches=micro_batches, zero=zero)
+    found = measured.forecast(choice).time
+    whole = step_time(_cost(choice), machine=MACHINE, plan=choice.plan, num_experts=4)
+    for mine, theirs, bound in (
+        (sum(found.communication.values()), sum(whole.communication.values()), 0.01),
+        (found.update, whole.update, 0.01),
+        (sum(found.compute.values()), sum(whole.compute.values()), 0.07),
+    ):
+        assert mine == pytest.approx(theirs, rel=bound)
+
+
+def test_gradients_are_summed_into_their_norm_once_a_step_in_any_number_of_micro_batches(
+    measured: PlanModel,
+):
+    one, two = (
+        measured.forecast(_plan(rows=4, micro_batches=m)).time.compute["memory-bound"]
+        for m in (1, 2)
+    )
+    once = _cost(_plan(rows=4, micro_batches=1)).gradient_operations
+    machine, over = MACHINE.beside_busy_ranks(), MACHINE.step_over_parts
+    assert over is not None
+    seconds = over.value * sum(compute_seconds(once, machine=machine).values())
+    assert 2 * one - two == pytest.approx(seconds, rel=0.01)
+
+
+def test_no_norm_is_taken_of_frozen_parameters():
+    assert not gradient_operations(gradients=0, trained=0, buckets={})
+    norms = gradient_operations(gradients=4 * 30, trained=3, buckets={120: 1})[-1]
+    assert (norms.count, norms.bytes_read) == (3, 40)
