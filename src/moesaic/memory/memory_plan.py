@@ -11,6 +11,7 @@ from moesaic.memory.tier import MAX_IN_FLIGHT_BYTES, DeviceMemory, Tier
 class MemoryPlan(Config):
     """The memory tier of each purpose, all on the device by default (ZeRO-Offload, 2101.06840).
 
+    ``parameters`` are those of blocks, but for what ZeRO shards; others stay on the device.
     ``in_flight_bytes`` bounds, for each purpose, the copies that are under way or in use at once.
     ``late_steps``: experts whose gradient is zero are updated when they are next used, to the same
     bits, at most so many steps late; until then their gradients and states on a tier do not move.

@@ -196,7 +196,7 @@ class _Composition:
         resident = resident_weights(state, memory)
         yield HeldBytes(DEVICE, Purpose.WEIGHTS, resident)
         if not memory.parameters.is_device:
-            streamed = sum(state.experts.values())
+            streamed = sum(state.streamed.values())
             yield HeldBytes(tier_name(memory.parameters), Purpose.WEIGHTS, streamed)
         yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
         yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.stored)

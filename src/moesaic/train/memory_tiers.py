@@ -48,15 +48,17 @@ def use_memory_plan(
     optimizer.gradients = model.gradients
     if plan.optimizer_states.is_device:
         return RunAhead(optimizer, memory=torch.empty(0, dtype=torch.uint8))
+    stream = model.parameter_stream
     optimizer.tier = TieredStates(
-        opened(plan.optimizer_states, "optimizer-states"), plan.in_flight_bytes
+        opened(plan.optimizer_states, "optimizer-states"),
+        plan.in_flight_bytes,
+        at_rest=frozenset(stream.names if stream else ()),
     )
     late: dict[ExpertModule, list[ExpertBank]] = {}
     for group in optimizer.param_groups:
         for name in group["param_names"]:
             if name in banks and _can_be_late(name, group, optimizer=optimizer, model=model):
                 module, parameter = banks[name]
-                stream = model.parameter_stream
                 resting = None if stream is None else stream.resting(name)
                 bank = ExpertBank(name, parameter, group["name"], resting)
                 late.setdefault(module, []).append(bank)
