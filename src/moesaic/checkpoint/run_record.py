@@ -103,6 +103,12 @@ def write_run_record(
     return record
 
 
+def rewrite_run_record(run: RunDir, *, config: Mapping[str, Any]) -> RunRecord:
+    """Record the files of a run as they are now; its plug-ins stay those of its record."""
+    before = read_run_record(run)
+    return write_run_record(run, config=config, plugins=before.plugins if before else ())
+
+
 def copy_beside_weights(run: RunDir, *, to: RunDir) -> tuple[Plugin, ...]:
     """Copy what a model needs beside weights and config to another directory; return its plug-ins.
 
