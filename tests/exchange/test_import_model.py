@@ -28,7 +28,8 @@ from moesaic.exchange.tensor_files import TensorFiles
 from moesaic.nn.attention_parts import SlidingWindow
 from moesaic.nn.rotary_scaling import YaRN
 from moesaic.recipes.lookup import find_recipe
-from moesaic.serve.open_run import _load_model, read_model_config
+from moesaic.serve.load_model import load
+from moesaic.serve.open_run import read_model_config
 from moesaic.train.run_checks import check_run
 
 LAYOUTS = ("per-expert", "fused")
@@ -82,7 +83,7 @@ def test_an_imported_model_is_a_model_directory_like_any_other(mixtral, tmp_path
     run = find_recipe(str(tmp_path / "ours"))
     check_run(run)
     assert run.model == read_model_config(RunDir(tmp_path / "ours"))
-    _load_model(run.model, tmp_path / "ours/model.safetensors", device="cpu")
+    load(tmp_path / "ours")
 
 
 def test_an_imported_model_reads_markup_and_lines_as_they_are_written(mixtral, tmp_path):
