@@ -99,7 +99,7 @@ def import_(
 
 def _import_adapter(directory: Path, *, base: Path, out: Path, as_json: bool) -> None:
     value = {"run": str(out), "matrices": import_adapter(directory, base=base, out=out)}
-    text = f"{out}: an adapter of {value['matrices']} matrices; next: moesaic ckpt merge {out}"
+    text = f"{out}: an adapter of {value['matrices']} matrices; beside {base}"
     print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 

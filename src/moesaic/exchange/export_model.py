@@ -112,7 +112,7 @@ def write_export(
 def open_for_export(run: Path) -> ExportSource:
     """Open what is exported. Raises CheckpointError if no family can hold it."""
     directory = RunDir.open(run)
-    directory.require_weights()
+    directory.require_whole_weights()
     return open_without_weights(directory)
 
 
