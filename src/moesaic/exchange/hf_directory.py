@@ -56,6 +56,11 @@ class _TokenizerConfigShape(FileShape):
 def read_hf_config(directory: Path) -> dict[str, Any]:
     """Return the config of a directory. Raises CheckpointError."""
     path = directory / CONFIG
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such folder, expected that of a model with its {CONFIG}; a model of "
+            "the Hub is downloaded first: hf download OWNER/NAME --local-dir DIR"
+        )
     if not path.is_file():
         found = [kind for pattern, kind in FOREIGN_FILES.items() if any(directory.glob(pattern))]
         what = f": this is {found[0]} pickled objects, which can run code" if found else ""

@@ -93,7 +93,7 @@ def import_model(
         DataError: The tokenizer cannot be read.
     """
     theirs = read_hf_config(directory)
-    family = family_of(theirs.get("model_type"))
+    family = family_of(theirs.get("model_type"), where=str(directory / CONFIG))
     model = _read_config(family, theirs, where=directory / CONFIG)
     files = TensorFiles(weight_files(directory))
     layout, pieces = find_pieces(family, model, files, layout=layout)
