@@ -44,10 +44,10 @@ def test_adapters_are_fused_as_their_matrices_are(choice, part):
     choice.attach(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     own = {adapter_name(name, part): widths for name, widths in matrices.items()}
-    beside = {name: widths for name, widths in own.items() if name in shapes}
-    assert fused_outputs(model) == matrices | beside
-    assert len(beside) >= 2 or not part
-    for name, widths in beside.items():
+    of_adapters = {name: widths for name, widths in own.items() if name in shapes}
+    assert fused_outputs(model) == matrices | of_adapters
+    assert len(of_adapters) >= 2 or not part
+    for name, widths in of_adapters.items():
         assert sum(widths) == shapes[name][0 if len(shapes[name]) == 2 else -1]
 
 
