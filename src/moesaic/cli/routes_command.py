@@ -50,15 +50,7 @@ def show(
         "about": file.about,
         "batches": len(file),
         "bytes": path.stat().st_size,
-        "layers": [
-            {
-                "layer": h.layer,
-                "experts": h.experts,
-                "null_experts": h.null_experts,
-                "per_token": h.per_token,
-            }
-            for h in file.layers
-        ],
+        "layers": [head.model_dump() for head in file.layers],
         "sides": _row_experts(file, batch=batch, row=row, tokenizer=tokenizer),
     }
     print_result(value, as_json=as_json, show=lambda console: _show(value, console))
@@ -132,15 +124,8 @@ def _row_experts(
 
 
 def _load_numbers(layer: LayerUsage) -> dict[str, float]:
-    return {
-        "edges": layer.edges,
-        "load_entropy": layer.load_entropy,
-        "max_vio": layer.max_vio,
-        "min_load": layer.min_load,
-        "dead_experts": layer.dead_experts,
-        "drop_frac": layer.drop_frac,
-        "null_expert_frac": layer.null_expert_frac,
-    }
+    names = ("edges", "load_entropy", "max_vio", "min_load", "dead_experts", "drop_frac")
+    return {name: getattr(layer, name) for name in (*names, "null_expert_frac")}
 
 
 def _show(value: dict[str, Any], console: Console) -> None:
