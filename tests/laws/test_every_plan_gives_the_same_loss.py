@@ -56,7 +56,7 @@ def language_model() -> Run:
 
 
 def multiplied() -> Run:
-    """A decoder: router bias, clamped experts, weighted inputs, multipliers, listed sparse layers."""
+    """A decoder: router bias, clamped experts, weighted inputs, multipliers, sparse layers."""
     moe = SHARED.replace(
         cross_layer=IndependentRouters(bias=True),
         select=TopK(scores="probabilities"),

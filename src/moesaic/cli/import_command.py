@@ -13,11 +13,12 @@ from moesaic.cli.shared_options import Result, command_app, show_progress
 from moesaic.cli.styled_text import cyan
 
 with deferred():
+    from moesaic.checkpoint.model_card import add_to_card
     from moesaic.core.errors import UserError
     from moesaic.core.units import show_bytes, show_count
     from moesaic.data.tokenizer_source import TokenizerSource
     from moesaic.exchange.compare_with_transformers import compare_with_transformers
-    from moesaic.exchange.import_model import add_to_card, import_model
+    from moesaic.exchange.import_model import import_model
     from moesaic.exchange.peft_format import import_adapter
     from moesaic.model.parameter_flop_count import count_parameters
 
