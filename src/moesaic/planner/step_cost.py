@@ -201,9 +201,8 @@ class _Composition:
         yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
         yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.stored)
         yield HeldBytes(DEVICE, Purpose.STATES, state.counters)
-        if self.parameters.stages is None and not memory.optimizer_states.is_device:
-            kept = min(memory.run_ahead_bytes, state.overwritten)
-            yield HeldBytes(HOST, Purpose.OVERWRITTEN, kept)
+        kept = min(memory.run_ahead_bytes, state.overwritten)
+        yield HeldBytes(HOST, Purpose.OVERWRITTEN, kept)
 
     @property
     def _memory(self) -> MemoryPlan:

@@ -71,7 +71,6 @@ def use_memory_plan(
 
 def _run_ahead(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: ParallelModel) -> RunAhead:
     size = min(plan.run_ahead_bytes, all_overwritten_bytes(optimizer))
-    size *= model.pipeline is None  # whose gradients are complete at the end of a step
     kept = HostMemory().open(device=model.mesh.device, label=f"rank{model.mesh.rank}-overwritten")
     kept.allocate("values", (size,), torch.uint8)
     ahead = RunAhead(optimizer, memory=kept.live("values"))
