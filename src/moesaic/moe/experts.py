@@ -77,9 +77,9 @@ class ExpertModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._users: list[Callable[[Int[Tensor, "E"]], None]] = []
+        self._users: list[Callable[[Tensor], None]] = []
 
-    def call_before_use(self, user: Callable[[Int[Tensor, "E"]], None]) -> None:
+    def call_before_use(self, user: Callable[[Tensor], None]) -> None:
         """Have ``user`` get the rows of each expert before each use of expert weights."""
         self._users.append(user)
 
