@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from support import write_result
 
+from moesaic.core.freed_memory import keep_freed_memory
 from moesaic.data.batch import Batch
 from moesaic.distributed.forked_ranks import RankError, run_cases_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
@@ -187,11 +189,13 @@ def measure_all(group: Sequence[Case], *, steps: int) -> Iterator[dict[str, Any]
             "median": statistics.median(seconds),
             "seconds": seconds,
             "other_processes": max(0.0, others / (sum(seconds) * cores)),
+            "page_faults": max(rank["page_faults"] for rank in found),
         }
 
 
 def _steps(case: Case, *, steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as ``train`` does
     settings = case.settings
     config = with_round_robin_routing(settings.model, busiest_share=settings.busiest_share)
     run = tiny_run(
@@ -206,6 +210,7 @@ def _steps(case: Case, *, steps: int) -> dict[str, Any]:
     for _ in range(WARM_STEPS):
         trainer.train_step()
     busy, cpu, found = busy_seconds(), time.process_time(), list[float]()
+    faults = page_faults()
     for _ in range(steps):
         started = time.perf_counter()
         trainer.train_step()
@@ -214,7 +219,13 @@ def _steps(case: Case, *, steps: int) -> dict[str, Any]:
         "seconds": found,
         "cpu": time.process_time() - cpu,
         "busy": busy_seconds() - busy,
+        "page_faults": (page_faults() - faults) / steps,
     }
+
+
+def page_faults() -> int:
+    """Return the page faults of this process so far: memory that it had given back before."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def busy_seconds() -> float:

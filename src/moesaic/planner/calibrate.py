@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moesaic.bench.machine_info import git_commit, machine_info
+from moesaic.core.freed_memory import keep_freed_memory
 from moesaic.planner.machine import (
     ContendedPairs,
     LinkSpeed,
@@ -85,6 +86,8 @@ def calibrate(
     """
     started = time.perf_counter()
     cuda = torch.cuda.device_count() > 0
+    if not cuda:
+        keep_freed_memory()  # as training does
     sizes = torch.cuda.device_count() if cuda else 2
     run = _Run(QUICK_POINT_S if quick else FULL_POINT_S, cuda=cuda, notify=notify)
     # first: ranks are forked, which must be before this process starts threads or CUDA

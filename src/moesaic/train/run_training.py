@@ -24,6 +24,7 @@ from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, ConfigError, printable
 from moesaic.core.files import atomic_write
+from moesaic.core.freed_memory import keep_freed_memory
 from moesaic.core.thread_waiting import waiting_advice
 from moesaic.data.batch_stream import DataReplica
 from moesaic.data.vocabulary_file import copy_tokenizer
@@ -33,6 +34,7 @@ from moesaic.distributed.initialize import init_distributed
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
 from moesaic.memory.disk_store import DiskFullError
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
@@ -92,6 +94,8 @@ def train(
         nullcontext(_common_run(run, until=until, world=world)) as run,
         _locked(run_dir, world) as lock_notes,
     ):
+        if world.device.type == "cpu" and run.parallel.memory == MemoryPlan():
+            keep_freed_memory()  # with memory tiers a run shall hold little instead
         display = (progress if world.rank == 0 else no_progress)(_run_status(run))
         _note_all(display, [*lock_notes, *filter(None, [waiting_advice()])])
         with nothing_left_on_failure(run_dir, world=world):
