@@ -94,8 +94,6 @@ def train(
         nullcontext(_common_run(run, until=until, world=world)) as run,
         _locked(run_dir, world) as lock_notes,
     ):
-        if world.device.type == "cpu" and run.parallel.memory == MemoryPlan():
-            keep_freed_memory()  # with memory tiers a run shall hold little instead
         display = (progress if world.rank == 0 else no_progress)(_run_status(run))
         _note_all(display, [*lock_notes, *filter(None, [waiting_advice()])])
         with nothing_left_on_failure(run_dir, world=world):
@@ -204,6 +202,8 @@ def _start_trainer(
     mark_phase("making the model")
     reads_all = checkpoint is not None and not run.trainable.keeps_base
     start = _loaded_later if reads_all else None
+    if world.device.type == "cpu" and run.parallel.memory == MemoryPlan():
+        keep_freed_memory()  # with memory tiers a run shall hold little instead
     trainer = make_trainer(run, prepared=prepared, world=world, start=start)
     standard = standard_hooks(trainer, run_dir=run_dir)  # they add what a checkpoint restores
     if checkpoint is not None:
