@@ -49,7 +49,11 @@ def routing_statistics_bytes(moe: MoE, *, ranks: int) -> int:
 def gradient_communication(
     rank_parameters: RankParameters, *, precision: Precision, micro_batches: int = 1
 ) -> tuple[CommunicationVolume, ...]:
-    """Return what a rank sends in a step for gradients and ZeRO's parameters, sorted."""
+    """Return what a rank sends in a step for gradients and ZeRO's parameters, sorted.
+
+    It is an upper bound for ZeRO 3 where nothing is trained before a block: its weights are then
+    not gathered for backward.
+    """
     sums: Counter[tuple[str, str]] = Counter()
     messages: Counter[tuple[str, str]] = Counter()
     parts = (
