@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocation_meter import AllocationMeter
 from support import write_result
 
 from moesaic.core.markdown import markdown_table
@@ -38,6 +39,7 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
+from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.pipeline import LossSettings
 from moesaic.parallel.pipeline_schedules import (
@@ -52,8 +54,6 @@ from moesaic.planner.cost_entries import DEVICE
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
 from moesaic.planner.step_cost import step_cost
-from moesaic.testing.allocation_meter import AllocationMeter
-from moesaic.train.low_rank_adaptation import LoRA
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "cost.md"

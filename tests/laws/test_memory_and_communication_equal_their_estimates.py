@@ -19,6 +19,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.cost_entries import DEVICE, Purpose
@@ -31,7 +32,6 @@ from moesaic.planner.dry_run import (
     with_round_robin_routing,
 )
 from moesaic.planner.step_cost import step_cost
-from moesaic.train.low_rank_adaptation import LoRA
 from parallel.communication_cases import BIASED, BOTH, DECODER, SIZES, parallel
 
 Lines = dict[tuple[str, str], int]

@@ -27,9 +27,9 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch, InputRows
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.exchange.export_gguf import MODEL_FILE, stays_float32
-from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.stored_prompts import SENTENCES, stored_prompts
 from moesaic.model.transformer import Transformer
+from moesaic.serve.open_run import read_model_config
 
 ANSWER = 5  # tokens that ours continues each prompt by: a distribution each
 BEST = 100  # of a distribution, as many tokens as there are at most
