@@ -231,8 +231,11 @@ def _shared_cores(run: _Run, ranks: RankTimings, *, call: Measurement) -> Shared
 def _device_calls(watch: Stopwatch, *, cuda: bool) -> dict[str, list[Callable[[], Measurement]]]:
     """Return what is timed on one device, by name."""
     shapes = ((64, 64), (256, 64), (256, 128), (512, 256), (512, 512))
+    # up to 512 rows of an expert, as in training, where rows fill the near caches before weights do
+    grouped = ((128, 64), (512, 64), (1024, 96), (4096, 128), (4096, 256))
     if cuda:
         shapes = ((256, 512), (1024, 1024), (4096, 2048), (8192, 4096), (8192, 8192))
+        grouped = tuple((2 * rows, dim) for rows, dim in shapes)
     calls: dict[str, list[Callable[[], Measurement]]] = {
         "calls": [partial(step_call, watch)],
         "memory": [partial(memory_bound, watch, size=n) for n in MEMORY_SIZES],
@@ -244,7 +247,7 @@ def _device_calls(watch: Stopwatch, *, cuda: bool) -> dict[str, list[Callable[[]
                 partial(dense_product, watch, rows=r, dim=d, dtype=dtype) for r, d in shapes
             ],
             f"grouped products in {dtype}": [
-                partial(grouped_product, watch, tokens=2 * r, dim=d, dtype=dtype) for r, d in shapes
+                partial(grouped_product, watch, tokens=n, dim=d, dtype=dtype) for n, d in grouped
             ],
             f"attention in {dtype}": [
                 partial(attention, watch, tokens=n, dtype=dtype) for n in (32, 128, 512)
