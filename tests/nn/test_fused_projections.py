@@ -9,9 +9,9 @@ from moesaic.nn.adapter import adapter_name
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.fused_projections import fused_outputs
+from moesaic.parallel.low_rank_adaptation import LoRA
+from moesaic.parallel.sparse_adaptation import ExpertsOfLanguage, RandomSparse
 from moesaic.testing.tiny_models import tiny_model_config
-from moesaic.train.low_rank_adaptation import LoRA
-from moesaic.train.sparse_adaptation import ExpertsOfLanguage, RandomSparse
 
 
 def test_every_fused_matrix_of_a_model_is_split_into_its_maps():
@@ -44,10 +44,10 @@ def test_adapters_are_fused_as_their_matrices_are(choice, part):
     choice.attach(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     own = {adapter_name(name, part): widths for name, widths in matrices.items()}
-    of_adapters = {name: widths for name, widths in own.items() if name in shapes}
-    assert fused_outputs(model) == matrices | of_adapters
-    assert len(of_adapters) >= 2 or not part
-    for name, widths in of_adapters.items():
+    found = {name: widths for name, widths in own.items() if name in shapes}
+    assert fused_outputs(model) == matrices | found
+    assert len(found) >= 2 or not part
+    for name, widths in found.items():
         assert sum(widths) == shapes[name][0 if len(shapes[name]) == 2 else -1]
 
 

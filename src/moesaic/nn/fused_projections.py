@@ -74,9 +74,9 @@ def fused_outputs(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if len(widths) > 1
     }
     named = dict(model.named_parameters())
-    of_adapters = ((adapter_name(name, part), name) for name in found for part in ("b", "delta"))
+    candidates = ((adapter_name(name, part), name) for name in found for part in ("b", "delta"))
     return found | {
         own: found[name]
-        for own, name in of_adapters
+        for own, name in candidates
         if own in named and named[own].dim() == named[name].dim()  # not a few values of it
     }

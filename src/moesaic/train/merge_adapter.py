@@ -11,7 +11,7 @@ from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.checkpoint.stored_weights import open_weights
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
-from moesaic.train.adapter_choice import AdapterChoice
+from moesaic.parallel.adapter_choice import AdapterChoice
 from moesaic.train.run import Run
 from moesaic.train.warm_start import WeightsOfRun
 

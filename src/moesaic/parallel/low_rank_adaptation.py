@@ -10,7 +10,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.low_rank_experts import LowRankExperts
 from moesaic.nn.adapter import LowRankLinear, adapter_name, add_adapter
-from moesaic.train.adapter_choice import MatrixAdapter
+from moesaic.parallel.adapter_choice import MatrixAdapter
 
 
 class LoRA(MatrixAdapter):

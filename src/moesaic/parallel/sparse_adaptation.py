@@ -16,8 +16,8 @@ from moesaic.moe.sparse_experts import ChosenExperts, SparseExperts
 from moesaic.monitor.expert_usage import LayerUsage, read_usage
 from moesaic.nn.adapter import adapter_name, add_adapter
 from moesaic.nn.sparse_adapter import SparseLinear, scatter_values
+from moesaic.parallel.adapter_choice import AdapterChoice, MatrixAdapter, declare_adapters
 from moesaic.parallel.config import ParallelConfig
-from moesaic.train.adapter_choice import AdapterChoice, MatrixAdapter, declare_adapters
 
 
 class PlacedAdapter(AdapterChoice):
