@@ -266,7 +266,7 @@ def _read_index(made: Made) -> None:
 
 
 def _read_plugin(made: Made) -> None:  # text that is stored, and never parsed
-    plugin = Plugin("gate.py", "0" * 64, ("Gate",), stored=True)
+    plugin = Plugin(name="gate.py", sha256="0" * 64, choices=("Gate",), stored=True)
     require_loaded((plugin,), run=made.folder, folder=made.folder / "plugins")
 
 

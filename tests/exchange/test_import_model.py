@@ -204,6 +204,23 @@ def test_a_config_is_read_with_the_keys_of_both_versions(tmp_path):
     assert "config.json: nothing here reads made_by" in found.notes
 
 
+LAYERS = {
+    **{"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"intermediate_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 4},
+    **{"num_experts_per_tok": 2, "n_shared_experts": 1, "kv_lora_rank": 4},
+    **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4},
+}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_an_export_promises_no_layers_of_multi_token_prediction(family):
+    mapping = FAMILIES[family].mapping
+    written = mapping.write(mapping.read(LAYERS | {"num_nextn_predict_layers": 1}))
+    assert (written["num_nextn_predict_layers"], written["num_mtp_layers"]) == (0, 0)
+    with pytest.raises(ConfigError, match="num_nextn_predict_layers: found 2"):
+        mapping.read(LAYERS | {"num_nextn_predict_layers": 2})
+
+
 def test_no_more_than_a_matrix_or_a_block_is_in_memory(mixtral, tmp_path, monkeypatch):
     read, sizes = TensorFiles.read, []
 

@@ -13,12 +13,11 @@ from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
-    JsonOption,
+    Result,
     RoutesOption,
     RunArgument,
     UseOption,
     command_app,
-    print_result,
     print_table,
     show_progress,
     stderr,
@@ -93,8 +92,7 @@ def translate(
     experts: ExpertsOption = False,
     routes: RoutesOption = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Translate lines to stdout, in the order of the input; empty lines stay empty.
 
     Example: [cyan]echo "Save changes" | moesaic translate runs/demo --to es[/]
@@ -129,10 +127,9 @@ def translate(
             for line, t in zip(lines, done, strict=True)
         ]
         rows = [row | {"experts": trace} for row, trace in zip(rows, traces, strict=True)]
-    print_result(
+    return Result(
         {"translations": rows, "notes": [*notes, *about_lines]},
-        as_json=as_json,
-        show=lambda console: _show(done, rows, console),
+        lambda console: _show(done, rows, console),
     )
 
 

@@ -11,7 +11,7 @@ from moesaic.core.errors import ConfigError, DataError, printable
 from moesaic.core.file_reader import (
     MIB,
     Count,
-    FileEntryShape,
+    FileEntry,
     FileKind,
     FileShape,
     parse_json,
@@ -39,14 +39,14 @@ class _Shape(FileShape):
     kind: ClassVar[FileKind] = CORPUS_MANIFEST_FILE
 
 
-class CorpusFileEntry(FileEntryShape):
+class CorpusFileEntry(FileEntry):
     """A file of the corpus: rows, size and hash."""
 
     rows: Count
 
 
 class SplitEntry(_Shape):
-    """Counts of one split of a direction."""
+    """Pairs of a split of a direction, and characters and words of each side."""
 
     pairs: Count
     source_characters: Count
@@ -64,6 +64,10 @@ class DirectionEntry(_Shape):
     dropped: dict[str, Count]
     splits: dict[str, SplitEntry]
 
+    @property
+    def kept(self) -> int:
+        return sum(part.pairs for part in self.splits.values())
+
 
 class TextEntry(_Shape):
     """Text in one language: rows read, dropped by reason, and kept by split.
@@ -75,6 +79,10 @@ class TextEntry(_Shape):
     dropped: dict[str, Count]
     splits: dict[str, Count]
     domains: dict[str, dict[str, Count]] = Field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        return sum(self.splits.values())
 
 
 class SourceEntry(_Shape):

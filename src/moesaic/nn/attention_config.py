@@ -5,7 +5,14 @@ from typing import Literal
 from pydantic import Field
 
 from moesaic.core.config import Config
-from moesaic.nn.attention_parts import NoSinks, NoWindow, Sinks, Window
+from moesaic.nn.attention_parts import (
+    AttentionTemperature,
+    FixedTemperature,
+    NoSinks,
+    NoWindow,
+    Sinks,
+    Window,
+)
 from moesaic.nn.positional_encoding import PositionalEncoding
 from moesaic.nn.qk_norm import HeadNumbers, NoQKNorm, QKNorm
 
@@ -19,7 +26,7 @@ class AttentionConfig(Config):
     them where ``model.bias`` is true, else none. Queries, keys and values are limited to
     ``-clip ... clip`` (DBRX, OLMo). Scores are ``scale * q . k``, by default ``head_dim ** -0.5``
     times the factor of the rotary scaling, and limited smoothly to ``softcap`` (Gemma 2,
-    2408.00118). Windows and sinks are for self-attention alone.
+    2408.00118). Windows, sinks and temperatures are for self-attention alone.
     """
 
     heads: int = Field(ge=1)
@@ -29,6 +36,7 @@ class AttentionConfig(Config):
     qk_norm: QKNorm = NoQKNorm()
     window: Window = NoWindow()
     sinks: Sinks = NoSinks()
+    temperature: AttentionTemperature = FixedTemperature()
     clip: float | None = Field(default=None, gt=0)
     scale: float | None = Field(default=None, gt=0)
     softcap: float | None = Field(default=None, gt=0)
@@ -60,20 +68,6 @@ class AttentionConfig(Config):
             return self.scale
         factor = position.score_factor()
         return None if factor == 1 else self.head_width(dim) ** -0.5 * factor
-
-    def exchanged_values(
-        self, dim: int, *, queries: int, keys: int, ranks: int, tensor: int = 1
-    ) -> float:
-        """Return the values that a context rank sends in a forward pass of Ulysses (2309.14509).
-
-        ``ranks`` context ranks have so many tokens each on every one of ``tensor`` tensor ranks:
-        an all-to-all of tokens for heads, and back. Backward sends as many.
-        """
-        heads, kv_heads = self.heads // tensor, self.num_kv_heads() // tensor
-        # where a key/value head is read on several ranks it is sent to each
-        sent = sum(-(-(r + 1) * kv_heads // ranks) - r * kv_heads // ranks for r in range(ranks))
-        rows = 2 * (heads * queries + sent * keys) * (ranks - 1) / ranks
-        return tensor * rows * self.head_width(dim)
 
     def problems(self, dim: int, *, position: PositionalEncoding) -> str | None:
         """Return what these numbers of heads expect in a model of ``dim`` channels, or None."""

@@ -1,5 +1,7 @@
 """Model export: final weights (``model.safetensors``) or adapter, and the model card of a run."""
 
+from pathlib import Path
+
 from moesaic.checkpoint.checkpoint_directory import CheckpointPaths
 from moesaic.checkpoint.model_card import ModelCard, card_parameters
 from moesaic.checkpoint.run_directory import RunDir
@@ -12,6 +14,7 @@ from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import TARGET_LANGUAGE
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.train.trainer import Trainer
+from moesaic.train.warm_start import WeightsOfRun
 
 
 def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
@@ -50,6 +53,8 @@ def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard
         "training tokens (both sides)": show_count(tokens),
         "tasks": ", ".join(run.data.task_names()),
     }
+    if isinstance(run.initial_weights, WeightsOfRun):
+        facts["started from"] = Path(run.initial_weights.path).name
     if best.step:
         facts["best validation loss"] = f"{best.loss:.3f} at step {best.step:,}"
     return ModelCard(
