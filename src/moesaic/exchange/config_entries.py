@@ -52,6 +52,8 @@ class RotaryPositions(ConfigEntry):
             raise ConfigError(["rope_parameters: found several, expected one for all layers"])
         theta = given.get("rope_theta") or theirs.get("rope_theta") or self.theta
         part = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor")
+        if not part and (channels := theirs.get("rotary_dim")):  # MiniMax-M2, as it was released
+            part = channels / theirs["head_dim"]
         part = part or self.fraction or 1.0
         if part != 1 and self.fraction is None:
             found = f"partial_rotary_factor: found {show_value(part)}"

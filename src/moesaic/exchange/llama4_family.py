@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from moesaic.core.config_errors import show_value
 from moesaic.core.errors import ConfigError
 from moesaic.exchange.config_entries import (
     FULL,
@@ -60,7 +61,8 @@ class RotaryLayers(ConfigEntry):
         size = theirs.get(_CHUNK, 8192)
         kinds = theirs.get("layer_types")
         if kinds and kinds != [_kind(has, size) for has in rotary]:
-            raise ConfigError([f"layer_types: expected chunks where {_NO_ROPE} is 1, and there"])
+            expected = f"{CHUNKED} where {_NO_ROPE} is 1, else {FULL}"
+            raise ConfigError([f"layer_types: found {show_value(kinds)}, expected {expected}"])
         window = NoWindow() if size is None else Chunks(size=size)
         if all(rotary):
             return {"attention.window": window}
