@@ -54,6 +54,11 @@ class _TokenizerConfigShape(FileShape):
 def read_hf_config(directory: Path) -> dict[str, Any]:
     """Return the config of a directory. Raises CheckpointError."""
     path = directory / CONFIG
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such folder, expected that of a model with its {CONFIG}; a model of "
+            "the Hub is downloaded first: hf download OWNER/NAME --local-dir DIR"
+        )
     if not path.is_file():
         if (directory / DCP_METADATA).is_file():
             raise CheckpointError(

@@ -94,7 +94,7 @@ def import_model(
         DataError: The tokenizer cannot be read.
     """
     theirs = read_hf_config(directory)
-    family = family_of(theirs.get("model_type"))
+    family = family_of(theirs.get("model_type"), where=str(directory / CONFIG))
     model = _read_config(family, theirs, where=directory / CONFIG)
     files = open_tensors(directory, theirs)
     layout, pieces = find_pieces(family, model, files, layout=layout)
