@@ -7,12 +7,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    Result,
-    command_app,
-    print_table,
-    show_progress,
-)
+from moesaic.cli.shared_options import Result, command_app, print_table, show_progress
 
 with deferred():
     from moesaic.core.files import atomic_write, write_json

@@ -56,10 +56,7 @@ def inspect(
 
 
 @app.command("diff")
-def diff(
-    path: CheckpointPath,
-    other: CheckpointPath,
-) -> Result:
+def diff(path: CheckpointPath, other: CheckpointPath) -> Result:
     """Compare two checkpoints tensor by tensor, of any form and parallel plan.
 
     Example: [cyan]moesaic ckpt diff runs/a runs/b[/]
@@ -98,9 +95,7 @@ def verify(
 
 
 @app.command()
-def adopt(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-) -> Result:
+def adopt(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> Result:
     """Accept the present files of a run: tokenizer, config and weights that you exchanged.
 
     Writes their hashes to run.json. A run whose files differ from that record is not opened.

@@ -45,12 +45,7 @@ def recipes(*, files: UseOption = None) -> Result:
 
 
 @app.command()
-def show(
-    which: RecipeArgument,
-    *,
-    changes: SetOption = None,
-    files: UseOption = None,
-) -> Result:
+def show(which: RecipeArgument, *, changes: SetOption = None, files: UseOption = None) -> Result:
     """Print a resolved config as YAML: save it, edit it, train it.
 
     Example: [cyan]moesaic config show demo > mine.yaml[/]
@@ -61,12 +56,7 @@ def show(
 
 
 @app.command()
-def diff(
-    first: RecipeArgument,
-    second: RecipeArgument,
-    *,
-    files: UseOption = None,
-) -> Result:
+def diff(first: RecipeArgument, second: RecipeArgument, *, files: UseOption = None) -> Result:
     """Print the keys that differ between two configs.
 
     Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]

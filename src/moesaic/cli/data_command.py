@@ -9,11 +9,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    Result,
-    command_app,
-    show_progress,
-)
+from moesaic.cli.shared_options import Result, command_app, show_progress
 from moesaic.cli.show_corpus import (
     show_built,
     show_dropped_rows,

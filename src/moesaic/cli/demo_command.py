@@ -12,13 +12,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    Result,
-    SetOption,
-    command_app,
-    show_progress,
-    stderr,
-)
+from moesaic.cli.shared_options import Result, SetOption, command_app, show_progress, stderr
 from moesaic.cli.styled_text import styled
 
 with deferred():

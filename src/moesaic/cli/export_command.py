@@ -10,12 +10,7 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.import_command import VerifyOption
-from moesaic.cli.shared_options import (
-    Result,
-    RunArgument,
-    command_app,
-    show_progress,
-)
+from moesaic.cli.shared_options import Result, RunArgument, command_app, show_progress
 from moesaic.cli.styled_text import cyan
 
 with deferred():

@@ -8,12 +8,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    Result,
-    UseOption,
-    command_app,
-    print_table,
-)
+from moesaic.cli.shared_options import Result, UseOption, command_app, print_table
 from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 

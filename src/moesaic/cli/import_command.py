@@ -37,7 +37,7 @@ BaseOption = Annotated[
 @app.command("import")
 def import_(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A directory of Hugging Face transformers.")
+        Path, typer.Argument(metavar="DIR", help="A directory of transformers, or of DCP.")
     ],
     *,
     out: Annotated[Path, typer.Option("--out", metavar="MODEL", help="The new directory.")],

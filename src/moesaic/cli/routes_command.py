@@ -136,12 +136,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
                 " ".join(f"{expert}\u00d7{weight:.2f}" for expert, weight in tokens[i]) or "-"
                 for tokens in side["layers"].values()
             )
-            rows.append(
-                (
-                    styled("[bold]{token}[/]", token=token),
-                    *map(cyan, cells),
-                )
-            )
+            rows.append((styled("[bold]{token}[/]", token=token), *map(cyan, cells)))
         columns = ("token", *side["layers"])
         print_table(console, columns, rows, title=f"\n{name}", align="l" * len(columns))
 

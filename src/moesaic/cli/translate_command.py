@@ -29,10 +29,7 @@ with deferred():
     from moesaic.checkpoint.routes_file import RoutesWriter
     from moesaic.core.errors import UserError
     from moesaic.model.beam_search import Beam, Greedy, Search
-    from moesaic.serve.translation_input import (
-        read_lines_to_translate,
-        read_stream_to_translate,
-    )
+    from moesaic.serve.translation_input import read_lines_to_translate, read_stream_to_translate
     from moesaic.serve.translation_result import TranslationResult, describe_results
     from moesaic.serve.translation_routing import translation_routes
     from moesaic.serve.translator import Translator
@@ -221,10 +218,5 @@ def _show_side(side: dict[str, Any], console: Console) -> None:
     ]
     for layer, routed in side["layers"].items():
         used = ("+".join(str(expert) for expert, _ in pairs) or "-" for pairs in routed)
-        rows.append(
-            (
-                styled("[dim]{layer}[/]", layer=layer),
-                *map(cyan, used),
-            )
-        )
+        rows.append((styled("[dim]{layer}[/]", layer=layer), *map(cyan, used)))
     print_table(console, ("",) * len(rows[0]), rows, align="l" * len(rows[0]))

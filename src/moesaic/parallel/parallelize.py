@@ -194,6 +194,9 @@ def apply_expert_parallel(model: Transformer, *, parallel: ParallelConfig, mesh:
         expert, expert_tensor = (
             mesh.group(axis, num_experts=number) for axis in ("expert", "expert_tensor")
         )
+        if isinstance(layer.experts, GroupedExperts) and layer.experts.adapter is not None:
+            rank = mesh.coordinates(number)["expert"]
+            layer.experts.adapter.first_expert = rank * len(layer.experts.up)
         if expert is not None or expert_tensor is not None:
             groups = DispatchGroups(expert, expert_tensor, mesh.timeout_s)
             layer.dispatcher = parallel.dispatch.build(groups)
