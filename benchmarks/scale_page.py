@@ -24,7 +24,8 @@ tensors, and the step is put together from them by arithmetic ([cost of a step](
 process group, without allocating memory for them.
 
 ```console
-$ moesaic scale tiny --world-size 8 --micro-batch 2x8+8 --set parallel.plan.zero=3 --set 'optimizer=AdamW()' --dry-run
+$ moesaic scale tiny --world-size 8 --micro-batch 2x8+8 --set parallel.plan.zero=3 \
+--set 'optimizer=AdamW()' --dry-run
 ```
 
 ```sh
