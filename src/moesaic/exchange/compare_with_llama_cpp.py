@@ -24,12 +24,11 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.shapes import Float, Tensor
-from moesaic.data.batch import Batch, InputRows
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.exchange.export_gguf import MODEL_FILE, stays_float32
-from moesaic.serve.open_run import read_model_config
-from moesaic.exchange.stored_prompts import SENTENCES, stored_prompts
+from moesaic.exchange.stored_prompts import SENTENCES, StoredInput, our_logits, stored_prompts
 from moesaic.model.transformer import Transformer
+from moesaic.serve.open_run import read_model_config
 
 ANSWER = 5  # tokens that ours continues each prompt by: a distribution each
 BEST = 100  # of a distribution, as many tokens as there are at most
@@ -135,9 +134,8 @@ def compare_with_llama_cpp(
 @torch.inference_mode()
 def _log_probabilities(model: Transformer, ids: Sequence[int]) -> Float[Tensor, "V"]:
     """Return those of the token after a row."""
-    rows = torch.tensor([ids])
-    batch = Batch(InputRows.empty(1), InputRows.full(rows), rows, {}, torch.zeros(1).long())
-    return model.predict(model(batch).hidden[-1:])[0].float().log_softmax(-1)
+    none = torch.zeros(1, 0, dtype=torch.long)
+    return our_logits(model, StoredInput(none, torch.tensor([ids]), none))[-1].log_softmax(-1)
 
 
 def _in_own_process(question: _Question) -> _Answers:
