@@ -91,9 +91,9 @@ def test_no_adapter_is_taken_from_or_put_beside_a_run_whose_files_were_changed(
     for run, weights in ((base, base.model), (RunDir(tmp_path / "tuned"), "adapter.safetensors")):
         with (run.path / weights).open("ab") as file:
             file.write(b"x")
-    with pytest.raises(CheckpointError, match="model.safetensors .*Restore the files"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors .*Restore the files"):
         import_adapter(peft_adapter, base=base.path, out=tmp_path / "again")
-    with pytest.raises(CheckpointError, match="adapter.safetensors .*Restore the files"):
+    with pytest.raises(CheckpointError, match=r"adapter.safetensors .*Restore the files"):
         export_adapter(tmp_path / "tuned", out=tmp_path / "out")
     assert not (tmp_path / "again").exists()
     assert not (tmp_path / "out").exists()

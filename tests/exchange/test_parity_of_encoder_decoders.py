@@ -15,9 +15,9 @@ from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.data.batch import Batch, InputRows
 from moesaic.exchange import compare_with_transformers, stored_prompts
 from moesaic.exchange.export_model import export_model
-from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.import_model import import_model
 from moesaic.model.transformer import Transformer
+from moesaic.serve.open_run import read_model_config
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
 each_model = pytest.mark.parametrize("name", MODELS)

@@ -14,7 +14,6 @@ from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.data.batch import Batch, InputRows
 from moesaic.exchange.export_model import export_model
-from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model, imported_run
 from moesaic.model.config import Stack
@@ -25,6 +24,7 @@ from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.qk_norm import PerHeadQKNorm
+from moesaic.serve.open_run import read_model_config
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
 each_model = pytest.mark.parametrize("name", MODELS)

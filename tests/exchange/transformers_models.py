@@ -9,10 +9,10 @@ import torch
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
-from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.same_model import resolved
+from moesaic.serve.open_run import read_model_config
 
 SIZES = {
     "vocab_size": 96,

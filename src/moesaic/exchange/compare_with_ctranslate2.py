@@ -13,10 +13,10 @@ from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.shapes import Float, Tensor
 from moesaic.exchange.compare_with_transformers import ANSWER, BEAMS
-from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.stored_prompts import StoredInput, our_answer, our_logits, stored_inputs
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.transformer import Transformer
+from moesaic.serve.open_run import read_model_config
 
 MOST = 1e-3  # of a difference of log-probabilities; both compute in float32
 

@@ -10,11 +10,11 @@ import torch
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import UserError
-from moesaic.serve.open_run import read_model_config
 from moesaic.exchange.hf_directory import read_hf_config
 from moesaic.exchange.stored_prompts import ids_before_end, our_answer, our_logits, stored_inputs
 from moesaic.exchange.transformers_repairs import repair_forward
 from moesaic.model.beam_search import Beam, Greedy
+from moesaic.serve.open_run import read_model_config
 
 BEAMS, ANSWER = 4, 12
 
