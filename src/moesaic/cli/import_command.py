@@ -14,9 +14,13 @@ from moesaic.cli.styled_text import cyan
 
 with deferred():
     from moesaic.core.errors import UserError
+    from moesaic.core.files import removed_on_error
     from moesaic.core.units import show_bytes, show_count
     from moesaic.data.tokenizer_source import TokenizerSource
-    from moesaic.exchange.compare_with_transformers import compare_with_transformers
+    from moesaic.exchange.compare_with_transformers import (
+        compare_with_transformers,
+        require_transformers,
+    )
     from moesaic.exchange.import_model import add_to_card, import_model
     from moesaic.exchange.peft_format import import_adapter
     from moesaic.model.parameter_flop_count import count_parameters
@@ -25,7 +29,7 @@ app = command_app()
 VerifyOption = Annotated[
     bool,
     typer.Option(
-        "--verify", help="Compute 50 prompts in both programs and compare (extra interop)."
+        "--verify", help="Compute 50 prompts in both programs; keep nothing if they differ."
     ),
 ]
 BaseOption = Annotated[
@@ -69,6 +73,8 @@ def import_(
             raise UserError("--base takes --out alone: the model has tokenizer and languages")
         _import_adapter(directory, base=base, out=out, as_json=as_json)
         return
+    if verify:
+        require_transformers()
     found = import_model(
         directory,
         out=out,
@@ -90,7 +96,8 @@ def import_(
         "notes": list(found.notes),
     }
     if verify:
-        agreement = compare_with_transformers(directory, ours=out)
+        with removed_on_error(out):
+            agreement = compare_with_transformers(directory, ours=out)
         add_to_card(out, "comparison", agreement.text())
         value["verify"] = asdict(agreement) | {"text": agreement.text()}
     print_result(value, as_json=as_json, show=partial(_show, value))
