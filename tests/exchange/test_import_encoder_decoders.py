@@ -6,7 +6,7 @@ import pytest
 from hf_directories import random_tensors, write_directory
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moesaic.core.errors import ConfigError, DataError
+from moesaic.core.errors import CheckpointError, ConfigError, DataError
 from moesaic.exchange.export_model import find_family, hf_config
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model
@@ -93,6 +93,14 @@ def test_a_sentencepiece_model_alone_is_refused_where_its_ids_are_no_rows(tmp_pa
 def test_what_an_encoder_decoder_here_does_not_compute_is_refused(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         FAMILIES["nllb-moe"].mapping.read(NLLB | changes)
+
+
+@pytest.mark.parametrize("key", ["encoder_layers", "decoder_layers", "num_experts"])
+def test_an_absurd_number_is_refused_before_it_is_counted(key, tmp_path):
+    theirs = directory(tmp_path / "theirs")
+    (theirs / "config.json").write_text(json.dumps(NLLB | {key: 10**9}))
+    with pytest.raises(CheckpointError, match=f"{key}: found 1,000,000,000, but the files hold"):
+        import_model(theirs, out=tmp_path / "ours")
 
 
 @pytest.mark.parametrize(

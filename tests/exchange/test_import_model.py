@@ -179,6 +179,29 @@ def test_a_config_that_we_cannot_compute_is_refused(changes, sentence, tmp_path)
         import_model(directory, out=tmp_path / "ours")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("num_hidden_layers", 10**9, "found 1,000,000,000, but the files hold 35 tensors"),
+        ("num_local_experts", 10**9, "found .* but the files hold routers of 3 experts at most"),
+        ("vocab_size", 10**12, "found .* but the files hold tensors of 40 rows and columns at most"),
+        ("hidden_size", 10**9, "found .* but the files hold tensors of 40 rows"),
+        ("intermediate_size", 10**9, "found .* but the files hold tensors of 40 rows"),
+        ("head_dim", 10**9, "found .* but the files hold tensors of 40 rows"),
+        ("num_local_experts", 0, "found 0, expected at least 1"),
+        ("vocab_size", -1, "found -1, expected at least"),
+        ("num_hidden_layers", -1, "found -1, expected at least 0"),
+    ],
+)
+def test_a_number_that_no_files_hold_is_refused_before_it_is_counted(
+    key, value, sentence, mixtral, tmp_path
+):
+    (mixtral / "config.json").write_text(json.dumps(MIXTRAL_CONFIG | {key: value}))
+    with pytest.raises((ConfigError, CheckpointError), match=f"config.json: {key}: {sentence}"):
+        import_model(mixtral, out=tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_a_config_is_read_with_the_keys_of_both_versions(tmp_path):
     changes = {
         "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 32},

@@ -39,6 +39,7 @@ from moesaic.exchange.hf_directory import (
     carried_files,
     find_text_start,
     read_hf_config,
+    require_plausible_sizes,
     require_same_tensors,
     weight_files,
 )
@@ -94,8 +95,9 @@ def import_model(
     """
     theirs = read_hf_config(directory)
     family = family_of(theirs.get("model_type"))
-    model = _read_config(family, theirs, where=directory / CONFIG)
     files = TensorFiles(weight_files(directory))
+    require_plausible_sizes(family, files, theirs=theirs, where=directory / CONFIG)
+    model = _read_config(family, theirs, where=directory / CONFIG)
     layout, pieces = find_pieces(family, model, files, layout=layout)
     dropped = replace(family, derived=(*family.derived, *map(fnmatch.translate, drop)))
     require_same_tensors(dropped, files, expected=source_shapes(pieces), where=directory)
