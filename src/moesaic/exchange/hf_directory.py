@@ -19,9 +19,10 @@ HF_INDEX_FILE = FileKind(
     name="index of weights", max_bytes=256 * MIB, max_values=20_000_000, error=CheckpointError
 )
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+GENERATION = "generation_config.json"
 CARRIED = (
     CONFIG,
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

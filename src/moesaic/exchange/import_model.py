@@ -35,6 +35,7 @@ from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
+    GENERATION,
     TextStart,
     carried_files,
     find_text_start,
@@ -46,6 +47,7 @@ from moesaic.exchange.hf_directory import (
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.exchange.tensor_table import TensorPiece, source_shapes
 from moesaic.model.config import ModelConfig
+from moesaic.serve.imported_generation import read_imported_generation
 from moesaic.train.corpus_source import CorpusFolder
 from moesaic.train.run import Run
 from moesaic.train.text_data import TextData
@@ -104,6 +106,9 @@ def import_model(
     unread = family.mapping.unread_keys(theirs)
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
     notes += [f"left out on request: the tensors {pattern}" for pattern in drop]
+    generation = read_imported_generation(directory)
+    if unused := generation.unused["translation" if model.encoder.layers else "texts"]:
+        notes.append(f"{GENERATION}: the search here does not use {', '.join(unused)}")
     with new_directory(out) as path:
         part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
