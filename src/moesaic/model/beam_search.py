@@ -55,9 +55,10 @@ class SearchInputs:
 
     ``ends`` are the tokens that end an answer; those in ``suppressed`` are never generated. The
     cache is reordered only if rows move: k rows for each source, those of a source together.
-    ``max_tokens`` counts generated tokens, the end included. ``processors`` change the log-probabilities before each selection (constrained decoding). What is drawn at
-    random for a source depends on its ``row_key`` (None: its index); ``observer`` is called with
-    the tokens of each step (both: ``model/sampling.py`` only).
+    ``max_tokens`` counts generated tokens, the end included. ``processors`` change the
+    log-probabilities before each selection (constrained decoding). What is drawn at random for a
+    source depends on its ``row_key`` (None: its index); ``observer`` is called with the tokens of
+    each step (both: ``model/sampling.py`` only).
     """
 
     logits: Float[Tensor, "B V"]
