@@ -97,7 +97,7 @@ def test_a_generation_config_is_the_default_of_translate_and_survives_an_export(
     write_tokenizer(directory(tmp_path / "theirs"))
     (tmp_path / "theirs/generation_config.json").write_text(json.dumps(GENERATION))
     found = import_model(tmp_path / "theirs", out=tmp_path / "ours")
-    assert found.notes[-1].endswith("does not use forced_bos_token_id, diversity_penalty")
+    assert found.notes[-1].endswith("no search here uses forced_bos_token_id, diversity_penalty")
     export_model(tmp_path / "ours", out=tmp_path / "back")
     import_model(tmp_path / "back", out=tmp_path / "again")
     for name in ("ours", "again"):

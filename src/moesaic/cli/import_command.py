@@ -96,11 +96,16 @@ def import_(
         "notes": list(found.notes),
     }
     if verify:
-        with removed_on_error(out):
-            agreement = compare_with_transformers(directory, ours=out)
-        add_to_card(out, "comparison", agreement.text())
-        value["verify"] = asdict(agreement) | {"text": agreement.text()}
+        value["verify"] = _compared(directory, out=out)
     print_result(value, as_json=as_json, show=partial(_show, value))
+
+
+def _compared(directory: Path, *, out: Path) -> dict[str, Any]:
+    """Compare an imported model with the one in transformers; one that differs is not kept."""
+    with removed_on_error(out):
+        agreement = compare_with_transformers(directory, ours=out)
+    add_to_card(out, "comparison", agreement.text())
+    return asdict(agreement) | {"text": agreement.text()}
 
 
 def _import_adapter(directory: Path, *, base: Path, out: Path, as_json: bool) -> None:

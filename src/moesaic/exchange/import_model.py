@@ -104,11 +104,11 @@ def import_model(
     dropped = replace(family, derived=(*family.derived, *map(fnmatch.translate, drop)))
     require_same_tensors(dropped, files, expected=source_shapes(pieces), where=directory)
     unread = family.mapping.unread_keys(theirs)
+    unused = read_imported_generation(directory).unused
+    unused = unused["translation" if model.encoder.layers else "texts"]
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
     notes += [f"left out on request: the tensors {pattern}" for pattern in drop]
-    generation = read_imported_generation(directory)
-    if unused := generation.unused["translation" if model.encoder.layers else "texts"]:
-        notes.append(f"{GENERATION}: the search here does not use {', '.join(unused)}")
+    notes += [f"{GENERATION}: no search here uses {', '.join(unused)}"] if unused else []
     with new_directory(out) as path:
         part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
@@ -122,8 +122,7 @@ def import_model(
             notes.append("no tokenizer was found: the model scores ids, and no text")
         copy_files(carried_files(directory), to=part.imported)
         # their tokenizers are given a text as it is; those of encoder-decoders read one line
-        rules = GeneralText() if model.encoder.layers else DocumentText()
-        write_text_rules(part.text_rules, rules)
+        write_text_rules(part.text_rules, GeneralText() if model.encoder.layers else DocumentText())
         start = find_text_start(directory, theirs)
         run = imported_run(out, model, theirs=theirs, languages=languages, text_start=start)
         size = _write_model(part, run, PutTogether(pieces, files))
