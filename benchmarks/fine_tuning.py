@@ -40,14 +40,14 @@ from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW
+from moesaic.parallel.adapter_choice import adaptable_matrices
+from moesaic.parallel.low_rank_adaptation import LoRA
+from moesaic.parallel.sparse_adaptation import RandomSparse, SpIEL
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
-from moesaic.train.adapter_choice import adaptable_matrices
 from moesaic.train.corpus_source import BuiltCorpus
-from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.merge_adapter import merge_adapter
 from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.run_training import make_trainer, train
-from moesaic.train.sparse_adaptation import RandomSparse, SpIEL
 from moesaic.train.text_data import TextData
 from moesaic.train.training_data import Preparation
 from moesaic.train.training_hooks import ValidationHook, no_progress

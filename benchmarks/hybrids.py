@@ -12,6 +12,7 @@ so that an interrupted benchmark goes on.
 import argparse
 import json
 import math
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import nn
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import InputRows
+from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import read_metrics
@@ -34,7 +36,6 @@ from moesaic.nn.spike_coding import (
     SpikingNorm,
     TernarySpikes,
 )
-from moesaic.recipes.hybrid_recipes import attention_alone
 from moesaic.recipes.lookup import find_recipe
 from moesaic.train.run import Run
 from moesaic.train.run_training import train
@@ -78,6 +79,28 @@ def _pair(name: str) -> tuple[Run, Run]:
     plain = find_recipe("spikingbrain-inter")
     model = plain.model.replace(activation_coding=IntegerSpikes(k=1.0))
     return plain.replace(name=SPIKES, model=model), plain
+
+
+def attention_alone(run: Run) -> Run:
+    """Return the control of a hybrid: attention in every branch, with as many parameters.
+
+    A branch of the hybrid is one attention, also where it has two mixers in parallel. The head
+    width is the one (of even ones) with which the number of parameters is nearest.
+    """
+    decoder = run.model.decoder
+    blocks = [re.sub(r"\w+( \| \w+)*", "attention", block) for block in decoder.pattern.split(",")]
+    plain = run.model.replace(mixers={}, decoder=decoder.replace(pattern=",".join(blocks)))
+    wanted = count_parameters(run.model).total
+
+    def distance(width: int) -> int:
+        return abs(count_parameters(_with_head_dim(plain, width)).total - wanted)
+
+    width = min(range(2, 2 * run.model.dim, 2), key=distance)
+    return run.replace(name=f"{run.name}-attention", model=_with_head_dim(plain, width))
+
+
+def _with_head_dim(model: ModelConfig, width: int) -> ModelConfig:
+    return model.replace(attention=model.attention.replace(head_dim=width))
 
 
 def _train_once(run: Run, runs: Path, results: dict[str, Any]) -> None:

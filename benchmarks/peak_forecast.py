@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocation_meter import AllocationMeter
 from support import write_result
 
 from moesaic.core.markdown import markdown_table
@@ -52,7 +53,6 @@ from moesaic.planner.cost_entries import DEVICE
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
 from moesaic.planner.step_cost import step_cost
-from moesaic.testing.allocation_meter import AllocationMeter
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "cost.md"

@@ -33,7 +33,12 @@ from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny_models import tiny_run
 from moesaic.train.run import Run
-from moesaic.verify.enumerate_plans import sample_plan
+from moesaic.verify.enumerate_plans import (
+    meta_model,
+    option_families,
+    parallel_plans,
+    plan_problems,
+)
 from moesaic.verify.shrink_config import shrink_config
 from moesaic.verify.synthetic_batches import VOCABULARY, SyntheticShape
 
@@ -94,7 +99,7 @@ def _random_case(draw: random.Random, *, max_ranks: int) -> RandomCase | None:
         ).run
         run = run.replace(gradient_accumulation_steps=draw.randint(1, 4))
         ranks = draw.randint(2, max_ranks)
-        parallel = sample_plan(ranks, run=run, draw=draw)
+        parallel = _sample_plan(ranks, run=run, draw=draw)
     except ConfigError:
         return None
     if parallel is None:
@@ -102,6 +107,19 @@ def _random_case(draw: random.Random, *, max_ranks: int) -> RandomCase | None:
     source = run.model.encoder.layers > 0
     shape = SyntheticShape(rows=draw.randint(1, 9), length=draw.randint(2, 12), source=source)
     return RandomCase(run.replace(seed=draw.randrange(10**6)), shape, parallel, ranks)
+
+
+def _sample_plan(world_size: int, *, run: Run, draw: random.Random) -> ParallelConfig | None:
+    """Return a random valid plan; None if there is none."""
+    model = meta_model(run)
+    plans = list(parallel_plans(world_size))
+    draw.shuffle(plans)
+    for plan in plans:
+        options = {field: draw.choice(members) for field, members in option_families(plan)}
+        parallel = run.parallel.replace(plan=plan, **options)
+        if not plan_problems(parallel, model=model, run=run):
+            return parallel
+    return None
 
 
 def _random_model(draw: random.Random) -> ModelConfig:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 from small_systems_measures import diffusion, forecasting, loss_by_task, retrieval, rewards
 
+from moesaic.data.mixture import MixtureConfig
 from moesaic.recipes.dit_moe_recipe import dit_moe, dit_moe_dense
 from moesaic.recipes.dmoerm_recipe import dmoerm, dmoerm_single
-from moesaic.recipes.jiuzhang_recipe import TASKS, jiuzhang, jiuzhang_plain_gate, jiuzhang_single
+from moesaic.recipes.jiuzhang_recipe import TASKS, jiuzhang, jiuzhang_plain_gate
 from moesaic.recipes.time_moe_recipe import time_moe, time_moe_dense
 from moesaic.recipes.vlm2vec_recipe import vlm2vec, vlm2vec_dense
 from moesaic.train.run import Run
+from moesaic.train.text_data import require_text
 from moesaic.train.trainer import Trainer
 
 
@@ -24,6 +26,15 @@ class System:
 
     def variants(self) -> dict[str, Run]:
         return {run.name: run for run in (recipe() for recipe in self.recipes)}
+
+
+def jiuzhang_single(task: int) -> Run:
+    """The control of ``jiuzhang`` for one task alone, with its share of the rows."""
+    run = jiuzhang()
+    data = require_text(run.data, what="jiuzhang")
+    mixture = MixtureConfig(tasks=(data.mixture.tasks[task],))
+    name = f"jiuzhang-{TASKS[task].name}"
+    return run.replace(name=name, data=data.replace(mixture=mixture), steps=run.steps // len(TASKS))
 
 
 SYSTEMS = {

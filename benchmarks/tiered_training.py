@@ -45,8 +45,10 @@ def main() -> None:
     steps = parser.parse_args().steps
     cells: list[dict[str, Any]] = []
     for plan, (ranks, degrees, optimizer) in PLANS.items():
+        # ZeRO may not shard experts whose weights are streamed
+        streams = ("weights on",) if "expert" in degrees or "zero" not in degrees else ()
         tiers = list(TIERS)[:3] + [
-            name for name in TIERS if name.startswith(("late on", "ahead on"))
+            name for name in TIERS if name.startswith(("late on", "ahead on", *streams))
         ]
         tiers = list(TIERS) if ranks == 1 else tiers
         with tempfile.TemporaryDirectory() as folder:

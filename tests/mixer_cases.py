@@ -18,7 +18,12 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention import Attention
-from moesaic.nn.attention_parts import Chunks, LearnedSinks, SlidingWindow
+from moesaic.nn.attention_parts import (
+    Chunks,
+    LearnedSinks,
+    LogPositionTemperature,
+    SlidingWindow,
+)
 from moesaic.nn.gated_linear_attention import GatedLinearAttention
 from moesaic.nn.latent_attention import LatentAttention
 from moesaic.nn.mamba2 import Mamba2
@@ -59,7 +64,13 @@ MIXERS: dict[str, SequenceMixer] = {
             pairing="halves", fraction=0.5, scaling=Llama3Scaling(factor=4, original_length=8)
         ),
     ),
-    "chunks": Attention(window=Chunks(size=3), qk_norm=L2QKNorm(), clip=2.0, softcap=3.0),
+    "chunks": Attention(
+        window=Chunks(size=3),
+        qk_norm=L2QKNorm(),
+        clip=2.0,
+        softcap=3.0,
+        temperature=LogPositionTemperature(weight=0.3, interval=2),
+    ),
     "latent": LatentAttention(
         kv_rank=6, query_rank=5, nope_dim=4, rope_dim=2, value_dim=3, position=MSCALED
     ),

@@ -66,6 +66,7 @@ PLANS: dict[str, tuple[int, dict[str, int], Optimizer]] = {
     "ZeRO 1": (2, {"zero": 1}, AdamW(lr=1e-2)),
     "ZeRO 3, Muon": (2, {"zero": 3}, Muon(lr=1e-2)),
     "ZeRO 2, experts without copies": (2, {"zero": 2, "expert": 2}, AdamW(lr=1e-2)),
+    "ZeRO 3, experts without copies": (2, {"zero": 3, "expert": 2}, AdamW(lr=1e-2)),
     "tensor": (2, {"tensor": 2}, AdamW(lr=1e-2)),
     "pipeline": (2, {"pipe": 2}, AdamW(lr=1e-2)),
 }

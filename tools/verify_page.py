@@ -3,6 +3,7 @@
 python tools/verify_page.py            minutes on two cores; writes between the markers of the page
 """
 
+import os
 import re
 import shlex
 import sys
@@ -18,7 +19,6 @@ from moesaic.verify.compare_plans import (
     PlanResult,
     compare_plans,
     count_dropped,
-    describe_machine,
     make_setup,
     plans_up_to,
     rejection_lines,
@@ -113,7 +113,8 @@ def _progress(results: Iterator[PlanResult], *, count: int) -> Iterator[PlanResu
 def write(page: Path, texts: Sequence[str], *, results: Sequence[PlanResult]) -> None:
     """Put the sections between the markers of a page."""
     unequal = len(unequal_plans(results))
-    total = f"{len(results)} plans, {unequal} of them not equal; {describe_machine()}."
+    machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__}, gloo"
+    total = f"{len(results)} plans, {unequal} of them not equal; {machine}."
     tolerances = [tolerances_text(make_setup(section.run).tolerances) for section in SECTIONS]
     body = "\n\n".join([total, *texts, *dict.fromkeys(tolerances)])
     text = page.read_text(encoding="utf-8")

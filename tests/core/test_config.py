@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 import re
+from abc import abstractmethod
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -213,6 +214,19 @@ def test_a_class_that_a_user_defines_joins_its_family() -> None:
         assert Model(dim=4).override(["norm=Mine(gain=3)"]).norm == Mine(gain=3)
     finally:
         del Norm.members["Mine"]
+
+
+def test_a_base_of_some_members_is_none_itself() -> None:
+    class Part(Norm):
+        @abstractmethod
+        def axis(self) -> int: ...
+
+    class Last(Part):
+        def axis(self) -> int:
+            return -1
+
+    assert "Part" not in Norm.members
+    assert Norm.members.pop("Last") is Last
 
 
 def test_two_members_of_one_name_are_refused() -> None:

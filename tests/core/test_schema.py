@@ -1,14 +1,21 @@
+import importlib
 import json
+import pkgutil
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from schema_fits import fits
 from test_config import Both, Layer, LayerNorm, Model, RMSNorm, TopK
 
+import moesaic
+from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 
 SCHEMA = json.loads(Model.schema_json())
+MADE_BY_THE_PLANNER = ("moesaic.moe.expert_selection.Select", "SimulatedTopK")  # never written
 
 
 @pytest.mark.parametrize(
@@ -69,3 +76,21 @@ def test_every_reference_leads_somewhere() -> None:
     text = json.dumps(SCHEMA)
     assert '"family"' not in text
     assert set(re.findall(r'"#/\$defs/([^"]+)"', text)) == set(SCHEMA["$defs"])
+
+
+def test_a_fresh_process_knows_every_member_that_a_config_may_name() -> None:
+    code = "import moesaic.train.run; from moesaic.core.config import Choice\n"
+    code += "print('\\n'.join(f'{f} {m}' for f, known in Choice.families.items() for m in known))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    fresh = {tuple(line.split()) for line in done.stdout.splitlines()}
+    for module in pkgutil.walk_packages(moesaic.__path__, "moesaic."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    ours = {
+        (family, name)
+        for family, known in Choice.families.items()
+        for name, member in known.items()
+        if member.__module__.startswith("moesaic.")
+    }
+    late = {(family, name) for family, name in ours - fresh if family in dict(fresh)}
+    assert late == {MADE_BY_THE_PLANNER}

@@ -54,8 +54,8 @@ def test_a_corpus_of_text_alone_has_counts(tmp_path: Path) -> None:
     (tmp_path / "de.txt").write_text("Die Tür\n\u200b\nDas Haus\nCaf\ufffd\n", encoding="utf-8")
     source = LocalFiles(files=(LocalFile(path=str(tmp_path / "de.txt"), language="de"),))
     found = corpus_stats(build_corpus(CorpusRecipe(name="t", source=source), out=tmp_path / "c"))
-    [german] = found.texts
-    assert (german.read, german.kept, german.dropped) == (4, 2, {"broken": 1, "empty": 1})
+    german = found.texts["deu_Latn"]
+    assert (german.rows_read, german.kept, german.dropped) == (4, 2, {"broken": 1, "empty": 1})
     assert found.dropped == german.dropped
 
 

@@ -19,9 +19,9 @@ from moesaic.exchange.import_model import import_model
 from moesaic.nn.adapter import is_of_adapter
 from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.recipes.lookup import warm_start
 from moesaic.testing.tiny_models import change_text, synthetic_run, text_of
-from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.merge_adapter import merge_adapter
 from moesaic.train.run_training import train
 from moesaic.train.training_hooks import no_progress

@@ -29,7 +29,8 @@ from moesaic.nn.attention_parts import SlidingWindow
 from moesaic.nn.rotary_scaling import YaRN
 from moesaic.recipes.lookup import find_recipe
 from moesaic.serve.imported_generation import read_imported_generation
-from moesaic.serve.open_run import _load_model, read_model_config
+from moesaic.serve.load_model import load
+from moesaic.serve.open_run import read_model_config
 from moesaic.train.run_checks import check_run
 
 LAYOUTS = ("per-expert", "fused")
@@ -83,7 +84,7 @@ def test_an_imported_model_is_a_model_directory_like_any_other(mixtral, tmp_path
     run = find_recipe(str(tmp_path / "ours"))
     check_run(run)
     assert run.model == read_model_config(RunDir(tmp_path / "ours"))
-    _load_model(run.model, tmp_path / "ours/model.safetensors", device="cpu")
+    load(tmp_path / "ours")
 
 
 def test_an_imported_model_reads_markup_and_lines_as_they_are_written(mixtral, tmp_path):
@@ -248,6 +249,23 @@ def test_a_generation_config_is_the_default_of_texts(theirs, texts, mixtral, tmp
     kept = read_imported_generation(tmp_path / "ours/imported")
     wanted = {"temperature": 0.6, "repetition_penalty": 1.1} if texts is None else texts
     assert (kept.texts, kept.max_tokens) == (wanted, 7)
+
+
+LAYERS = {
+    **{"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"intermediate_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 4},
+    **{"num_experts_per_tok": 2, "n_shared_experts": 1, "kv_lora_rank": 4},
+    **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4},
+}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_an_export_promises_no_layers_of_multi_token_prediction(family):
+    mapping = FAMILIES[family].mapping
+    written = mapping.write(mapping.read(LAYERS | {"num_nextn_predict_layers": 1}))
+    assert (written["num_nextn_predict_layers"], written["num_mtp_layers"]) == (0, 0)
+    with pytest.raises(ConfigError, match="num_nextn_predict_layers: found 2"):
+        mapping.read(LAYERS | {"num_nextn_predict_layers": 2})
 
 
 def test_no_more_than_a_matrix_or_a_block_is_in_memory(mixtral, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from moesaic.exchange.import_model import import_model
 from moesaic.exchange.peft_format import export_adapter, import_adapter
 from moesaic.model.transformer import Transformer
 from moesaic.nn.adapter import is_of_adapter
-from moesaic.train.low_rank_adaptation import LoRA
+from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.train.merge_adapter import merge_adapter
 from moesaic.train.run import Run
 from moesaic.train.warm_start import WeightsOfRun

@@ -19,7 +19,7 @@ BOS = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "
     ("settings", "processor", "start"),
     [
         ({"add_bos_token": True}, None, "bos"),
-        ({"add_bos_token": False}, None, "text"),
+        ({"add_bos_token": False, "model_max_length": 10**30}, None, "text"),
         ({}, {"type": "ByteLevel"}, "text"),
         ({}, {"type": "TemplateProcessing", "single": BOS}, "bos"),
         ({}, {"type": "TemplateProcessing", "single": BOS[1:]}, "text"),

@@ -1,7 +1,8 @@
-"""Without ``layer_types`` the layers with a window are those of transformers."""
+"""Layers with a window, without rotary positions or with experts are those of transformers."""
 
 import pytest
 
+from moesaic.core.errors import ConfigError
 from moesaic.exchange.families import FAMILIES
 
 SIZES = {
@@ -42,3 +43,33 @@ def test_transformers_names_these_layers(family, most, wanted):
     found = SIZES if most is None else SIZES | {"max_window_layers": most}
     kinds = transformers.AutoConfig.for_model(family, **found).layer_types
     assert [i for i, kind in enumerate(kinds) if kind == "sliding_attention"] == wanted
+
+
+LLAMA4, ERNIE = "llama4_text", "ernie4_5_moe"
+LISTED = {"num_local_experts": 2, "moe_num_experts": 2, "moe_k": 1}
+LAYERS = [  # of five layers: those without rotary positions, and those with experts
+    (LLAMA4, {}, [3], [0, 1, 2, 3, 4]),
+    (LLAMA4, {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 2}, [1, 3], [1, 3]),
+    (LLAMA4, {"no_rope_layers": [0, 1, 1, 1, 0], "moe_layers": [2, 4]}, [0, 4], [2, 4]),
+    (ERNIE, {}, [], [1, 2, 3, 4]),
+    (ERNIE, {"moe_layer_start_index": 2, "moe_layer_end_index": 3}, [], [2, 3]),
+    (ERNIE, {"moe_layer_start_index": 0, "moe_layer_interval": 2}, [], [1, 3]),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "without_rotary", "sparse"), LAYERS)
+def test_layers_are_found_by_lists_and_by_steps(family, changes, without_rotary, sparse):
+    mapping = FAMILIES[family].mapping
+    model = mapping.read(SIZES | LISTED | changes)
+    names = [model.decoder.block_pattern(i).branches[0][0] for i in range(5)]
+    assert [i for i, name in enumerate(names) if name == "no_rotary"] == without_rotary
+    assert list(model.decoder.moe_layers) == sparse
+    again = mapping.read(SIZES | LISTED | mapping.write(model))
+    assert list(again.decoder.moe_layers) == sparse
+    assert again.mixers == model.mixers
+
+
+def test_chunks_on_other_layers_than_those_that_rotate_are_refused():
+    kinds = {"layer_types": ["chunked_attention"] * 5}
+    with pytest.raises(ConfigError, match=r"layer_types: found .*, expected chunked_attention"):
+        FAMILIES[LLAMA4].mapping.read(SIZES | LISTED | kinds)

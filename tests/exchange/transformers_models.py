@@ -50,8 +50,8 @@ class TheirModel:
         """Return the model with weights away from their initial values."""
         import transformers
 
-        config = getattr(transformers, f"{self.name}Config")(**SIZES | self.changes | changes)
-        model = getattr(transformers, f"{self.name}ForCausalLM")(config).eval()
+        made = getattr(transformers, f"{self.name}ForCausalLM")
+        model = made(made.config_class(**SIZES | self.changes | changes)).eval()
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -75,6 +75,32 @@ LATENT = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
     "v_head_dim": 6,
+}
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "head_dim": 12,
+    "attention_chunk_size": 5,
+    "floor_scale": 3,
+    "attn_scale": 0.5,
+    "no_rope_layer_interval": 2,
+}
+GLM = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+}
+ERNIE = {
+    "num_hidden_layers": 3,
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": 24,
+    "moe_num_shared_experts": 2,
 }
 GRANITE = {
     "embedding_multiplier": 3.0,
@@ -139,6 +165,40 @@ MODELS = {
             "rope_parameters": YARN | {"truncate": False},
         },
     ),
+    "llama4_text": TheirModel("Llama4", LLAMA4),
+    "llama4_text, two experts, dense layers, no norm of heads, llama3": TheirModel(
+        "Llama4",
+        LLAMA4
+        | {
+            "num_experts_per_tok": 2,
+            "moe_layers": [1, 3],
+            "no_rope_layers": [0, 1, 1, 0],
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "glm4_moe": TheirModel("Glm4Moe", GLM),
+    "glm4_moe, groups, norms of heads, biases": TheirModel(
+        "Glm4Moe",
+        GLM
+        | {
+            "n_group": 2,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.25},
+        },
+    ),
+    "minimax_m2": TheirModel(
+        "MiniMaxM2",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4, "head_dim": 8},
+    ),
+    "ernie4_5_moe": TheirModel("Ernie4_5_Moe", ERNIE | {"tie_word_embeddings": False}),
+    "ernie4_5_moe, tied, every second layer": TheirModel(
+        "Ernie4_5_Moe", ERNIE | {"num_hidden_layers": 4, "moe_layer_interval": 2}
+    ),
     "llama": TheirModel("Llama", {"rope_parameters": LLAMA3}),
     "granite": TheirModel("Granite", GRANITE | {"tie_word_embeddings": True}),
     "mistral": TheirModel("Mistral", {"sliding_window": 5, "tie_word_embeddings": True}),
@@ -148,7 +208,7 @@ MODELS = {
         {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
 }
-ONE_LAYOUT = ("gpt_oss", "llama", "granite", "mistral", "qwen2", "qwen3")
+ONE_LAYOUT = ("gpt_oss", "llama4_text", "llama", "granite", "mistral", "qwen2", "qwen3")
 Save = Callable[[Any, Path], None]
 
 

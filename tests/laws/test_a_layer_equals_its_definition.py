@@ -14,11 +14,13 @@ def definition(moe: MoELayer, x: torch.Tensor, routing: Routing) -> torch.Tensor
     edges = zip(routing.token.tolist(), routing.expert.tolist(), routing.weight, strict=True)
     for token, expert, weight in edges:
         if expert < len(experts.up):  # neither dropped nor spare
-            hidden = x[token] @ experts.up[expert]
+            inputs = moe.weights_on == "inputs"
+            hidden = (weight * x[token] if inputs else x[token]) @ experts.up[expert]
             hidden = hidden + experts.up_bias[expert] if experts.bias else hidden
             answer = experts.activation(hidden) @ experts.down[expert]
             answer = answer + experts.down_bias[expert] if experts.bias else answer
-            out = out.index_add(0, torch.tensor([token]), (weight * answer)[None])
+            answer = answer if inputs else weight * answer
+            out = out.index_add(0, torch.tensor([token]), answer[None])
     return out
 
 
@@ -44,6 +46,13 @@ def _agree(moe: MoELayer, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("select", SELECTS)
 def test_a_layer_equals_its_definition(select, limit):
     _agree(layer(mixture(select, limit)), torch.randn(31, DIM, requires_grad=True))
+
+
+@pytest.mark.parametrize("limit", ["dropless", "by-weight"])
+@pytest.mark.parametrize("select", ["sigmoid-none", "switch", "top-p"])
+def test_a_layer_with_weights_on_inputs_equals_its_definition(select, limit):
+    config = mixture(select, limit).replace(weights_on="inputs")
+    _agree(layer(config, bias=True), torch.randn(31, DIM, requires_grad=True))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 64])

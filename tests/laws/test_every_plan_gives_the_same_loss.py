@@ -56,9 +56,11 @@ def language_model() -> Run:
 
 
 def multiplied() -> Run:
-    """A decoder with a router bias, clamped experts, multipliers, and listed sparse layers."""
+    """A decoder: router bias, clamped experts, weighted inputs, multipliers, sparse layers."""
     moe = SHARED.replace(
-        cross_layer=IndependentRouters(bias=True), select=TopK(scores="probabilities")
+        cross_layer=IndependentRouters(bias=True),
+        select=TopK(scores="probabilities"),
+        weights_on="inputs",
     )
     model = tiny_model_config(moe=moe).replace(
         encoder=Stack(layers=0),

@@ -12,15 +12,18 @@ from unittest.mock import patch
 
 import pytest
 
+from moesaic.core.errors import ConfigError
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.parameter_flop_count import BatchDims
+from moesaic.model.transformer import Transformer
 from moesaic.optim import run_ahead
+from moesaic.parallel.parallelize import check_parallel
 from moesaic.planner.cost_entries import Purpose
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.step_cost import step_cost
 from moesaic.train.trainer import Trainer
-from tier_cells import PLANS, RESIDENT, TIERS, resume_in, run_of, train, trainer_of
+from tier_cells import MODEL, PLANS, RESIDENT, TIERS, resume_in, run_of, train, trainer_of
 
 STEPS, CLIP = 4, 1.02  # the first norm is 1.025, later ones are less
 # the factors on a gradient in calls of backward, two in an attempt at a step
@@ -90,6 +93,14 @@ def test_updates_ahead_of_the_norm_equal_updates_after_it(
         assert found == []
         assert ahead > 1
         assert rolled_back == {True, False}
+
+
+def test_updates_that_could_not_run_ahead_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"run_ahead_bytes=1 with optimizer_states=DeviceMemory"):
+        MemoryPlan(run_ahead_bytes=1)
+    parallel = run_of("pipeline", TIERS["ahead on host"]).parallel
+    with pytest.raises(ConfigError, match=r"run_ahead_bytes=\d+ with parallel.plan.pipe=2"):
+        check_parallel(Transformer.without_values(MODEL), parallel=parallel, plan=parallel.plan)
 
 
 @pytest.mark.parametrize("tier", ["ahead on host", "ahead on disk"])

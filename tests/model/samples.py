@@ -163,7 +163,7 @@ LAYER_PARTS = {  # what an expert is, and what stands around it
     "narrow": MIXTURE.replace(dispatch_projection=DownProjection(ratio=0.5)),
     "lora": MIXTURE.replace(expert=LoRAExpert(rank=2)),
     "null": MIXTURE.replace(null_experts=ZeroExperts(number=2)),
-    "identity": MIXTURE.replace(null_experts=IdentityExperts(number=2)),
+    "identity": MIXTURE.replace(null_experts=IdentityExperts(number=2), weights_on="inputs"),
     "memory": ProductKeyMemory(keys_per_side=8, slots=6),
 }
 VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in LAYER_PARTS.items()}
@@ -185,6 +185,7 @@ VARIANTS["residual-pyramid-bias"] = BASE.replace(
     decoder=Stack(layers=3, sparse_layers=(0, 2), experts_per_layer=(2, 5)),
     moe=MIXTURE.replace(
         select=SwitchTop1(),
+        weights_on="inputs",
         shared_experts=ResidualExpert(),
         cross_layer=IndependentRouters(bias=True),
     ),

@@ -10,7 +10,7 @@ import torch.distributed as distributed
 from torch import nn
 
 from moesaic.distributed.process_groups import Group
-from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
+from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher, WeightedInputs
 from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.routing import Routing
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
@@ -26,8 +26,15 @@ CASES = {
     "some dropped": (4, 3, 0, 2),
     "all dropped": (2, 1, 1, 0),
     "no fixed number of edges": (3, 4, 0, 2),
+    "weights on inputs": (3, 4, 0, 2),
 }
-FEW = ["a rank without tokens", "no tokens at all", "one expert only", "some dropped"]
+FEW = [
+    "a rank without tokens",
+    "no tokens at all",
+    "one expert only",
+    "some dropped",
+    "weights on inputs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,7 @@ def routing(case: str, *, tokens: int) -> Routing:
     if case == "one expert only":
         expert = torch.full_like(expert, 5)
     edges = Routing.from_topk(weight, expert=expert, num_experts=E)
-    if case == "some dropped":
+    if case in ("some dropped", "weights on inputs"):
         edges = edges.drop(torch.rand(tokens * K, generator=draw) < 0.4)
     if case == "all dropped":
         edges = edges.drop(torch.ones(tokens * K, dtype=torch.bool))
@@ -128,7 +135,12 @@ def single_process(case: str, *, dtype: torch.dtype = torch.float32) -> Result:
     """The result of one process with all tokens and experts."""
     x = tokens_of(case, dtype=dtype)
     edges = routing(case, tokens=len(x))
-    return run_dispatcher(LocalDispatcher(), experts=make_experts(), edges=edges, x=x)
+    way = _of_case(LocalDispatcher(), case)
+    return run_dispatcher(way, experts=make_experts(), edges=edges, x=x)
+
+
+def _of_case(dispatcher: Dispatcher, case: str) -> Dispatcher:
+    return WeightedInputs(dispatcher) if case == "weights on inputs" else dispatcher
 
 
 def local_tokens(
@@ -150,5 +162,6 @@ def run_cases(
     found: dict[str, Any] = {}
     for case in cases:
         x, edges = local_tokens(case, rank=rank)
-        found[case] = run_dispatcher(dispatcher, experts=experts(), edges=edges, x=x)
+        way = _of_case(dispatcher, case)
+        found[case] = run_dispatcher(way, experts=experts(), edges=edges, x=x)
     return found

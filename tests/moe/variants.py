@@ -73,6 +73,7 @@ LAYER_PARTS = {  # fields of an MoE config: expert type, shared experts, project
     "residual": {"shared_experts": ResidualExpert()},
     "narrow": {"dispatch_projection": DownProjection(ratio=0.5)},
     "lora": {"expert": LoRAExpert(rank=3)},
+    "weighted-inputs": {"weights_on": "inputs"},
     "null": {"null_experts": ZeroExperts(number=2)},
     "identity": {"null_experts": IdentityExperts(number=2)},
 }

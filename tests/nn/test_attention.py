@@ -1,11 +1,14 @@
 """Attention equals its definition with masks, and decoding with a cache equals one pass."""
 
+import math
+
 import pytest
 import torch
 
 from moesaic.nn.attention import Attention
 from moesaic.nn.attention_backend import KeyValue, attend
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.attention_parts import LogPositionTemperature
 from moesaic.nn.attention_scores import AttentionMask, AttentionScores
 from moesaic.nn.cross_attention import CrossAttention
 from moesaic.nn.decode_slots import DecodeSlots
@@ -44,6 +47,19 @@ def test_attention_equals_its_definition_with_gradients(groups, masking):
         results.append([out, *torch.autograd.grad(out.square().sum(), (query, keys.key))])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_temperature_by_position_is_the_scale_of_each_query():
+    packing, x = Packing.from_lengths(torch.tensor([5]), length=5), torch.randn(5, DIM)
+    context, heads = _rows(packing, causal=True), {"heads": 4, "kv_heads": 2}
+    tempered = _layer(causal=True, **heads, temperature=LogPositionTemperature(interval=2))
+    out = tempered(x, context=context)
+    for position, steps in enumerate([0, 1, 1, 2, 2]):  # floor((position + 1) / 2)
+        factor = 1 + 0.1 * math.log(1 + steps)
+        plain = _layer(causal=True, **heads, scale=factor * 4**-0.5)
+        plain.load_state_dict(tempered.state_dict())
+        want = plain(x, context=context)[position]
+        torch.testing.assert_close(out[position], want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -1,4 +1,4 @@
-"""Streamed expert weights train to the same bits and are fetched as often as stated."""
+"""Streamed weights train to the same bits and are fetched as often as stated."""
 
 from collections import defaultdict
 from functools import partial
@@ -9,14 +9,18 @@ import torch
 
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
-from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.distributed.world import ProcessGroupWorld, local_tensor
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import DiskStorage, HostMemory
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.layer import moe_layers
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks, NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert_dispatch import ChunkedAllToAll
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
+from moesaic.planner.cost_settings import CostSettings
+from moesaic.planner.step_cost import step_cost
 from moesaic.testing.tiny_models import BALANCED_TOP1, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.trainer import Trainer
 
@@ -47,20 +51,24 @@ def trained(run, *, memory, note=None):
     return trainer, losses
 
 
-def expert_bytes(trainer: Trainer) -> list[int]:
-    layers = moe_layers(trainer.model)
-    return [sum(p.nbytes for p in layer.experts.parameters()) for layer in layers]
-
-
-def streamed_bytes(layer_bytes, shares) -> int:
-    """Return the bytes that a run fetches, given those of each layer's experts in order.
+def streamed_bytes(trainer: Trainer, shares) -> int:
+    """Return the bytes that a run fetches.
 
     ``shares`` are those of the experts with rows in each forward pass of each layer. Forward
-    fetches all experts; backward those with rows, but for the last layer, which stays.
+    fetches all weights of blocks; backward nothing of the last block, which stays, and else dense
+    ones and the experts with rows.
     """
-    passes = len(shares[len(layer_bytes) - 1])
-    backward = sum(size * sum(shares[n]) for n, size in enumerate(layer_bytes[:-1]))
-    return round(passes * sum(layer_bytes) + backward)
+    layers = [sum(p.nbytes for p in x.experts.parameters()) for x in moe_layers(trainer.model)]
+    blocks = [*trainer.model.encoder, *trainer.model.decoder]
+    dense = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    passes, whole = len(shares[len(layers) - 1]), sum(dense)
+    dense = [size - sum(_experts_of(block)) for size, block in zip(dense, blocks, strict=True)]
+    backward = sum(size * sum(shares[n]) for n, size in enumerate(layers[:-1]))
+    return round(passes * (whole + sum(dense[:-1])) + backward)
+
+
+def _experts_of(block) -> list[int]:
+    return [p.nbytes for layer in moe_layers(block) for p in layer.experts.parameters()]
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -83,7 +91,7 @@ def test_streamed_training_equals_resident_training_bit_for_bit(name, tier):
     stream = streamed.parallel_model.parameter_stream
     assert stream is not None
     if isinstance(run.parallel.activation_checkpointing, NoActivationCheckpointing):
-        assert stream.store.moved.fetched == streamed_bytes(expert_bytes(streamed), shares)
+        assert stream.store.moved.fetched == streamed_bytes(streamed, shares)
         assert any(share < 1 for share in chain(*shares.values())) == (name == "few rows")
 
 
@@ -106,7 +114,7 @@ def _chunked(memory):
     trainer.train_step()
     stream, expected = trainer.parallel_model.parameter_stream, 0
     if stream is not None:
-        expected = streamed_bytes(expert_bytes(trainer), shares)
+        expected = streamed_bytes(trainer, shares)
         assert min(chain(*shares.values())) < 1
     fetched = stream.store.moved.fetched if stream is not None else 0
     return [p.detach().clone() for p in trainer.model.parameters()], fetched, expected
@@ -128,7 +136,44 @@ def test_between_steps_no_streamed_weight_is_on_the_device():
     for name in stream.names:
         assert parameters[name].data_ptr() == stream.store.live(name).data_ptr()
     assert stream.device_bytes == 0
-    assert stream.peak_device_bytes <= 2 * max(expert_bytes(trainer))
+
+
+def _on_tiers(degrees):
+    memory = MemoryPlan(parameters=DiskStorage(), optimizer_states=HostMemory())
+    parallel = ParallelConfig(plan=ParallelPlan(**degrees), memory=memory)
+    return RUN.replace(parallel=parallel, gradient_accumulation_steps=2)
+
+
+def _weight_bytes(degrees):
+    """Return the bytes of weights in a step: on the device, on the tier, fetched, updated."""
+    trainer = tiny_trainer(_on_tiers(degrees), world=ProcessGroupWorld())
+    trainer.train_step()
+    stream, tier = trainer.parallel_model.parameter_stream, trainer.optimizer.tier
+    assert stream is not None
+    assert tier is not None
+    names, parameters = {*stream.names}, trainer.model.named_parameters()
+    resident = sum(local_tensor(p).nbytes for name, p in parameters if name not in names)
+    on_device = resident + stream.peak_device_bytes
+    return [on_device, stream.store.num_bytes, stream.store.moved.fetched, tier.weights.fetched]
+
+
+@pytest.mark.parametrize("degrees", [{}, {"zero": 3, "expert": 2}])
+def test_streamed_weights_take_the_bytes_of_the_forecast(degrees):
+    run, weights = _on_tiers(degrees), Purpose.WEIGHTS
+    settings = CostSettings(
+        model=run.model,
+        parallel=run.parallel,
+        optimizer=run.optimizer,
+        sizes=BatchDims(rows=1, source=4, target=4),
+        micro_batches=2,
+        world=2,
+        device="cpu",
+    )
+    for rank, found in enumerate(run_on_ranks(2, _weight_bytes, degrees)):
+        cost = step_cost(settings, rank=rank)
+        held = [cost.held_bytes(tier=tier, purpose=weights) for tier in (DEVICE, DISK)]
+        moved = {(m.source, m.target): m.bytes for m in cost.moved if m.purpose == weights}
+        assert found == [*held, moved[DISK, DEVICE], moved[DEVICE, HOST]]
 
 
 @pytest.mark.parametrize("tier", TIERS)

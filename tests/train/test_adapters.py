@@ -7,9 +7,13 @@ import torch
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.run_record import adopt_files
+from moesaic.checkpoint.run_record import (
+    adopt_files,
+    copy_beside_weights,
+    run_problems,
+    write_run_record,
+)
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
-from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
@@ -19,8 +23,11 @@ from moesaic.monitor.expert_usage import read_usage
 from moesaic.nn.adapter import LowRankLinear, adapter_name, add_adapter, is_of_adapter
 from moesaic.ops.permute import group_by_expert
 from moesaic.optim.lr_schedule import WSD
+from moesaic.parallel.adapter_choice import adaptable_matrices
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert_dispatch import AdaptiveExperts
+from moesaic.parallel.low_rank_adaptation import LoRA
+from moesaic.parallel.sparse_adaptation import ExpertsOfLanguage, RandomSparse, SpIEL
 from moesaic.parallel.tensor_parallel import SkipBiasLinear
 from moesaic.recipes.lookup import warm_start
 from moesaic.serve.load_model import load
@@ -32,15 +39,12 @@ from moesaic.testing.tiny_models import (
     tiny_run,
     tiny_trainer,
 )
-from moesaic.train.adapter_choice import adaptable_matrices
 from moesaic.train.loop import training_loop
-from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.merge_adapter import merge_adapter
 from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import LogConfig, Run
 from moesaic.train.run_checks import check_run
 from moesaic.train.run_training import train
-from moesaic.train.sparse_adaptation import ExpertsOfLanguage, RandomSparse, SpIEL
 from moesaic.train.sparse_selection import selection_hooks
 from moesaic.train.training_hooks import Hook, no_progress
 from moesaic.train.warm_start import WeightsOfRun
@@ -143,6 +147,26 @@ def tuned(init, trainable=LORA, **changes):
     return run.replace(trainable=trainable, **changes)
 
 
+def adapter_run(init, path, choice) -> RunDir:
+    """Make a run of random adapters beside the weights of ``init``, as training leaves it."""
+    out, run = RunDir(path), tuned(init, choice)
+    _, adapted = models(choice, config=run.model)
+    start = run.initial_weights.pinned()
+    path.mkdir()
+    copy_beside_weights(RunDir(init), to=out)
+    run = run.replace(initial_weights=start)
+    out.config.write_text(run.to_yaml())
+    weights = export_weights(adapted)
+    write_tensors(out.adapter, tensors={n: t for n, t in weights.items() if is_of_adapter(n)})
+    write_run_record(out, config=run.to_dict(), plugins=())
+    return out
+
+
+def logits_of(model):
+    torch.manual_seed(1)
+    return model.logits(torch.randint(5, 40, (2, 5)), source=torch.randint(5, 40, (2, 6))).detach()
+
+
 @pytest.mark.parametrize(("choice", "matrices"), [(LORA, 11), (SPIEL, 11)])
 def test_a_run_of_adapters_saves_little_resumes_and_merges_into_a_model(
     init, tmp_path, choice, matrices
@@ -161,16 +185,48 @@ def test_a_run_of_adapters_saves_little_resumes_and_merges_into_a_model(
     assert all(map(is_of_adapter, adapter))
     assert not whole.model.exists()
     with pytest.raises(CheckpointError, match=r"moesaic ckpt merge .*whole"):
-        RunDir.open(whole.path).require_weights()
-    for place in (whole.path, *whole.checkpoints.glob("step-*")):
-        with pytest.raises(CheckpointError, match=r"an adapter without .*moesaic ckpt merge"):
-            load(place)
+        RunDir.open(whole.path).require_whole_weights()
+    newest = max(whole.checkpoints.glob("step-*"), key=lambda path: path.name)
+    unmerged = loss_of(load(newest).model).item()
+    assert unmerged == pytest.approx(kept.loss, rel=1e-6)
     changed = merge_adapter(whole)
     merged = read_tensors(whole.model)
     assert changed == sum(not torch.equal(merged[n], weights[n]) for n in weights) == matrices
-    model = load_transformer(run.model, whole.model).eval()
-    assert loss_of(model).item() == pytest.approx(kept.loss, rel=1e-6)
+    assert loss_of(load(whole.path).model).item() == pytest.approx(kept.loss, rel=1e-6)
     assert base.model.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("choice", "exact"),
+    [
+        (LORA, False),
+        (SPARSE, False),
+        (SPIEL.replace(targets=("experts",)), True),
+        (ROWS, True),
+    ],
+)
+def test_an_adapter_beside_its_weights_is_the_merged_model(init, tmp_path, choice, exact):
+    out = adapter_run(init, tmp_path / "out", choice)
+    before = load(out.path)
+    assert not torch.equal(*(logits_of(model) for model in (before, load(init))))
+    merge_adapter(out)
+    after, noise = load(out.path), 0.0 if exact else 1e-5
+    torch.testing.assert_close(logits_of(before), logits_of(after), rtol=noise, atol=noise)
+    first, second = (m.translate("w1 w2 w3", source="en", target="qaa") for m in (before, after))
+    assert first.text == second.text
+
+
+def test_an_adapter_without_the_weights_that_it_was_trained_beside_is_refused(init, tmp_path):
+    base = RunDir(tmp_path / "base")
+    shutil.copytree(init, base.path)
+    out = adapter_run(base.path, tmp_path / "out", LORA)
+    assert not run_problems(out)
+    write_tensors(base.model, tensors=read_tensors(base.model) | {"x": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"another run .*trained beside other weights"):
+        load(out.path)
+    shutil.rmtree(base.path)
+    with pytest.raises(CheckpointError, match=r"another run .*base: no such run directory"):
+        load(out.path)
 
 
 def test_the_experts_of_a_language_are_those_that_got_most_of_its_edges(init, tmp_path):

@@ -18,6 +18,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.trainable_parameters import AllParameters
 from moesaic.recipes.lookup import warm_start
@@ -30,7 +31,6 @@ from moesaic.testing.tiny_models import (
 )
 from moesaic.train import new_rows
 from moesaic.train.corpus_source import BuiltCorpus
-from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.new_rows import CopyOfLanguage, DrawnRows, MeanOfRows
 from moesaic.train.run_training import train
 from moesaic.train.training_hooks import no_progress

@@ -13,6 +13,8 @@ from moesaic.memory.tier import HostMemory
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.optim.optimizer_state import frozen_state
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.low_rank_adaptation import LoRA
+from moesaic.parallel.sparse_adaptation import RandomSparse, SpIEL
 from moesaic.parallel.trainable_parameters import MatchingParameters
 from moesaic.planner.cost_entries import Purpose
 from moesaic.planner.dry_run import simulate_step
@@ -25,10 +27,8 @@ from moesaic.planner.state_bytes import PlanKey, ShardedState
 from moesaic.planner.step_cost import step_cost
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
-from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.run_checks import check_run
 from moesaic.train.run_training import seeded_trainer
-from moesaic.train.sparse_adaptation import RandomSparse, SpIEL
 from moesaic.train.sparse_selection import selection_hooks
 from moesaic.verify.compare_plans import make_setup
 from moesaic.verify.record_run import gather_full_tensors

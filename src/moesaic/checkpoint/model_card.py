@@ -5,13 +5,18 @@ YAML front matter as on the Hugging Face Hub (huggingface.co/docs/hub/model-card
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
 
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.files import atomic_write
 from moesaic.core.markdown import markdown_table
 from moesaic.core.units import show_count
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import count_parameters
+
+MAX_SOURCES = 30  # listed by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +51,7 @@ class ModelCard:
         """Return the card as Markdown with YAML front matter."""
         parts = [self._front_matter(), f"# {self.name}\n", self._model()]
         if self.sources:
-            rows = [{"source": s.name, "licence": s.licence, "rows": s.rows} for s in self.sources]
-            parts.append("## Training data\n\n" + _record_table(rows))
+            parts.append("## Training data\n\n" + _source_table(self.sources))
         if self.scores:
             parts.append("## Scores\n\n" + _record_table(self.scores))
         if self.notes:
@@ -61,7 +65,7 @@ class ModelCard:
             "library_name": "moesaic",
             "pipeline_tag": self.task,
             "tags": ["moe", "mixture-of-experts", "multilingual"],
-            "datasets": [s.name for s in self.sources],
+            "datasets": [s.name for s in _by_rows(self.sources)[:MAX_SOURCES]],
         }
         kept = {key: value for key, value in fields.items() if value}
         return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
@@ -78,6 +82,13 @@ class ModelCard:
         return "## Model\n\n" + table + (f"\n{facts}" if facts else "")
 
 
+def add_to_card(model: Path, name: str, text: str) -> None:
+    """Add a fact to the card of a model directory, if it has one, at its end."""
+    card = RunDir(model).card
+    if card.is_file():
+        atomic_write(card, f"{card.read_text(encoding='utf-8').rstrip()}\n- {name}: {text}\n")
+
+
 def card_parameters(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Return the parameters of each part of a model, all and those that a token uses."""
     parts: dict[str, tuple[int, int]] = {}
@@ -85,6 +96,20 @@ def card_parameters(model: ModelConfig) -> dict[str, tuple[int, int]]:
         total, active = parts.get(entry.part, (0, 0))
         parts[entry.part] = (total + entry.size, active + round(entry.size * entry.active_fraction))
     return parts
+
+
+def _by_rows(sources: Sequence[DataSource]) -> list[DataSource]:
+    return sorted(sources, key=lambda source: -source.rows)
+
+
+def _source_table(sources: Sequence[DataSource]) -> str:
+    """Return the largest sources, and the others of each licence together."""
+    largest, others = _by_rows(sources)[:MAX_SOURCES], _by_rows(sources)[MAX_SOURCES:]
+    rows = [(s.name, s.licence, f"{s.rows:,}") for s in largest]
+    for licence in dict.fromkeys(source.licence for source in others):
+        of_it = [source.rows for source in others if source.licence == licence]
+        rows.append((f"{len(of_it)} smaller ones", licence, f"{sum(of_it):,}"))
+    return markdown_table(("source", "licence", "rows"), rows)
 
 
 def _record_table(records: Sequence[Mapping[str, str | float]]) -> str:

@@ -89,22 +89,32 @@ class RunDir:
         members = (m for m in vars(type(self)).values() if isinstance(m, _PathIn))
         return tuple(self.path / member.name for member in members)
 
+    @property
+    def weights(self) -> Path:
+        """The file of the weights: of a whole model, or of an adapter of another run's weights."""
+        return self.model if self.model.is_file() or not self.adapter.is_file() else self.adapter
+
     def require_weights(self) -> None:
-        """Raise CheckpointError unless config and weights exist."""
+        """Raise CheckpointError unless config and weights exist; an adapter will do."""
         self._require(WEIGHT_FILES)
 
     def require_text_model(self) -> None:
-        """Raise CheckpointError unless config, tokenizer and weights exist."""
+        """Raise CheckpointError unless config, tokenizer and weights exist; an adapter will do."""
         self._require(TEXT_MODEL_FILES)
 
-    def _require(self, names: tuple[str, ...]) -> None:
-        missing = [name for name in names if not (self.path / name).is_file()]
-        if missing and self.adapter.is_file():
+    def require_whole_weights(self) -> None:
+        """Raise CheckpointError unless config and the weights of a whole model exist."""
+        self.require_weights()
+        if self.weights != self.model:
             raise CheckpointError(
                 f"{self.path}: it has an adapter without the weights that it changes: "
                 f"moesaic ckpt merge {self.path}"
             )
-        if missing:
+
+    def _require(self, names: tuple[str, ...]) -> None:
+        replaced = {self.model.name} if self.adapter.is_file() else set()
+        missing = [name for name in names if not (self.path / name).is_file()]
+        if missing := [name for name in missing if name not in replaced]:
             raise CheckpointError(
                 f"{self.path}: {', '.join(missing)} missing, expected a trained model. "
                 f"If training was stopped, finish it: moesaic train --resume {self.path}"

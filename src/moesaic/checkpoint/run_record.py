@@ -103,6 +103,12 @@ def write_run_record(
     return record
 
 
+def rewrite_run_record(run: RunDir, *, config: Mapping[str, Any]) -> RunRecord:
+    """Record the files of a run as they are now; its plug-ins stay those of its record."""
+    before = read_run_record(run)
+    return write_run_record(run, config=config, plugins=before.plugins if before else ())
+
+
 def copy_beside_weights(run: RunDir, *, to: RunDir) -> tuple[Plugin, ...]:
     """Copy what a model needs beside weights and config to another directory; return its plug-ins.
 
@@ -147,6 +153,21 @@ def require_unchanged(run: RunDir) -> None:
         )
 
 
+def hash_weights(run: RunDir, *, expected: str | None) -> str:
+    """Return the hash of the weights of a run; reads the whole file.
+
+    Raises CheckpointError unless it is ``expected``, if given: that of what adapters were trained
+    beside.
+    """
+    found = sha256(run.model)  # the file may have been replaced since its record
+    if expected not in (None, found):
+        raise CheckpointError(
+            f"{run.model}: it has the hash {found[:12]}, expected {str(expected)[:12]}: the "
+            "adapters were trained beside other weights. Restore that file"
+        )
+    return found
+
+
 def require_plugins(run: RunDir) -> None:
     """Raise CheckpointError that names each plug-in of the run that is not loaded."""
     if run.record.exists() and (record := read_run_record(run)) is not None:
@@ -156,7 +177,7 @@ def require_plugins(run: RunDir) -> None:
 def adopt_files(run: RunDir) -> RunRecord:
     """Record the present files of a run as those that belong together; keep its plug-ins."""
     run.require_weights()
-    read_header(run.model)
+    read_header(run.weights)
     config = read_yaml_file(run.config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{run.config}: expected a mapping of the run's fields")

@@ -4,8 +4,8 @@ Files are memory-mapped (``tensor_reader.py``): of a tensor, only the slices tha
 overlap are read, and no whole tensor is made.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,17 +88,28 @@ class StoredWeights:
             raise CheckpointError(f"{self.reader.directory}: {first_few(problems)}")
 
 
-def load_transformer(config: ModelConfig, path: Path, *, device: str = "cpu") -> Transformer:
+def load_transformer(
+    config: ModelConfig,
+    *paths: Path,
+    device: str = "cpu",
+    attach: Callable[[Transformer], None] = lambda _model: None,
+) -> Transformer:
     """Return the whole model of stored weights: each is read once, into its place on ``device``.
 
-    Raises CheckpointError, before anything is allocated, if they do not fit.
+    A tensor is read from the last path that has it. ``attach`` adds adapters to the model, which
+    is without values. Raises CheckpointError, before anything is allocated, if they do not fit.
     """
     model = Transformer.without_values(config)
-    with open_weights(path) as stored:
-        require_fitting_weights(model, stored.shapes)
+    attach(model)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_weights(path)) for path in paths]
+        source = {name: stored for stored in opened for name in stored.tensors}
+        require_fitting_weights(model, {n: each.tensors[n].shape for n, each in source.items()})
         place = torch.device(device)
         allocate_parameters(model, allocate=allocate_on(place), device=place)
-        stored.read_into({n: as_shard(tensor) for n, tensor in export_weights(model).items()})
+        shards = {name: as_shard(tensor) for name, tensor in export_weights(model).items()}
+        for stored in opened:
+            stored.read_into({n: s for n, s in shards.items() if source[n] is stored})
     return model
 
 

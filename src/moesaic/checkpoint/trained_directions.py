@@ -76,11 +76,6 @@ class TrainedDirections:
         return replace(self, streams=(*self.streams, *added))
 
     @property
-    def text_languages(self) -> tuple[str, ...]:
-        """The languages whose text was trained on alone, by denoising or language modelling."""
-        return tuple(dict.fromkeys(s.source for s in self.streams if s.source == s.target))
-
-    @property
     def valid_rows(self) -> int:
         """Rows of the validation split of all streams."""
         return sum(s.valid_rows for s in self.streams)

@@ -133,7 +133,7 @@ def merge(
 ) -> None:
     """Write the weights of a run that trained an adapter: those it began with, and the adapter.
 
-    The run that it began with is only read. Afterwards the run is a model like any other.
+    The run that it began with is only read. A run is usable without; merged, it needs no other.
 
     Example: [cyan]moesaic ckpt merge runs/tuned[/]
     """
@@ -176,10 +176,10 @@ def _check(path: Path) -> tuple[str, list[IntegrityProblem]]:
         directory = find_checkpoint(path)
         return str(directory), check_checkpoint(directory)
     # a directory, a pipe or a dangling link in the place of the weights is a problem, too
-    found = check_exported_weights(run.model) if os.path.lexists(run.model) else []
-    if run.record.exists() or run.model.is_file():
+    found = check_exported_weights(run.weights) if os.path.lexists(run.weights) else []
+    if run.record.exists() or run.weights.is_file():
         found += [IntegrityProblem(str(path), problem) for problem in run_problems(run)]
-    if not run.model.is_file() or any(list_checkpoints(run.checkpoints)):
+    if not run.weights.is_file() or any(list_checkpoints(run.checkpoints)):
         directory = find_checkpoint(path)
         return f"{path} and {directory}", [*found, *check_checkpoint(directory)]
     return str(path), found

@@ -102,8 +102,17 @@ def stats(
     """
     corpus = open_known_corpus(which)
     found = corpus_stats(corpus)
-    value = asdict(found) | {"read": found.read, "pairs": found.kept, "dropped": found.dropped}
-    value |= {"splits": found.splits, "sources": corpus.manifest["sources"]}
+    names = ("name", "too_small", "reasons", "domains", "missing", "empty", "sources")
+    value = {name: corpus.manifest[name] for name in names}
+    value |= {"read": found.read, "pairs": found.kept, "dropped": found.dropped}
+    value |= {
+        "splits": found.splits,
+        "directions": [entry.model_dump(by_alias=True) for entry in found.directions],
+        "texts": [
+            {"language": code} | entry.model_dump(by_alias=True)
+            for code, entry in found.texts.items()
+        ],
+    }
     print_result(
         value, as_json=as_json, show=lambda console: show_stats(corpus, found, console, every=every)
     )

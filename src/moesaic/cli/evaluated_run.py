@@ -9,7 +9,7 @@ from moesaic.checkpoint.trained_directions import (
     TrainedDirections,
     read_trained_directions,
 )
-from moesaic.core.errors import DataError, UserError
+from moesaic.core.errors import DataError, UserError, listed
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.join_pairs import can_be_read
 from moesaic.corpus.languages import ENGLISH, precise_tag, resolve_language
@@ -211,7 +211,8 @@ class EvaluatedRun:
             )
         return (
             f"{self.path} was not trained to translate {choice}: it was trained on "
-            f"{_list(trained)}. Give both --from and --to to score another direction of the corpus"
+            f"{listed(map('-'.join, trained))}. Give both --from and --to to score another "
+            "direction of the corpus"
         )
 
 
@@ -224,13 +225,12 @@ def _included(
 
 
 def _untrained_note(direction: LanguageDirection, trained: tuple[LanguageDirection, ...]) -> str:
-    known = f"trained: {_list(trained)}" if trained else "it was trained on no translation"
+    known = (
+        f"trained: {listed(map('-'.join, trained))}"
+        if trained
+        else "it was trained on no translation"
+    )
     return f"{'-'.join(direction)} is not a direction that the run was trained on ({known})"
-
-
-def _list(directions: tuple[LanguageDirection, ...], *, most: int = 8) -> str:
-    shown = ", ".join("-".join(direction) for direction in directions[:most])
-    return f"{shown} and {len(directions) - most} more" if len(directions) > most else shown
 
 
 def _rows(corpus: Corpus, source: str, target: str) -> int:

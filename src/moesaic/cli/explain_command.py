@@ -24,11 +24,16 @@ with deferred():
     from moesaic.model.parameter_flop_count import BatchDims, count_parameters
     from moesaic.model.presets import PRESETS, preset
     from moesaic.planner.cost_settings import CostSettings
-    from moesaic.planner.machine import DeviceSize, device_here, find_machine
+    from moesaic.planner.machine import DeviceSize, Machine, device_here, find_machine
+    from moesaic.planner.plan_model import dtype_name
+    from moesaic.planner.plan_report import streaming_tokens, streaming_words
+    from moesaic.planner.plan_space import Degrees
     from moesaic.planner.scale_report import bytes_by_purpose
     from moesaic.planner.step_cost import step_cost
     from moesaic.recipes.lookup import RECIPES, find_recipe
     from moesaic.train.run_checks import check_run
+
+    Explained = tuple[CostSettings, dict[str, Any]]
 
 app = command_app()
 
@@ -56,9 +61,13 @@ def explain(
     """
     import_user_files(files)
     is_preset = which in PRESETS and which not in RECIPES
-    device = _device(machine)
+    about = None if machine is None else find_machine(machine)
+    device = device_here()
+    if about is not None:
+        device = DeviceSize(about.name, about.device_memory.value, about.device)
     explained = _explain_preset if is_preset else _explain_run
-    found = explained(which, changes, device=device)
+    settings, found = explained(which, changes, device=device)
+    found["streaming"] = _streaming(settings, about)
     peak = found["bytes"]["peak"]
     found["fits"] = {
         "device": device.name,
@@ -68,7 +77,7 @@ def explain(
     print_result(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
 
-def _explain_preset(name: str, changes: list[str] | None, *, device: DeviceSize) -> dict[str, Any]:
+def _explain_preset(name: str, changes: list[str] | None, *, device: DeviceSize) -> Explained:
     model_preset = preset(name)
     model = model_preset.config.override(changes) if changes else model_preset.config
     source = 32 if model.encoder.layers else 0
@@ -78,7 +87,7 @@ def _explain_preset(name: str, changes: list[str] | None, *, device: DeviceSize)
     found = _cost(name, settings)
     counted = found["parameters"]
     published = [asdict(p) | {"counted": counted[p.quantity]} for p in model_preset.published]
-    return found | {
+    return settings, found | {
         "config": model.to_flat_lines(),
         "source": model_preset.source,
         "guessed": list(model_preset.guessed),
@@ -86,7 +95,7 @@ def _explain_preset(name: str, changes: list[str] | None, *, device: DeviceSize)
     }
 
 
-def _explain_run(which: str, changes: list[str] | None, *, device: DeviceSize) -> dict[str, Any]:
+def _explain_run(which: str, changes: list[str] | None, *, device: DeviceSize) -> Explained:
     run = find_recipe(which, changes=changes or [])
     check_run(run)
     sizes = run.data.batch_dims(run.model)
@@ -105,7 +114,7 @@ def _explain_run(which: str, changes: list[str] | None, *, device: DeviceSize) -
         "tokens_at_most": tokens,
         "flops_at_most": tokens * found["flops_per_token"]["training"],
     }
-    return found | {"config": run.to_flat_lines(), "plan": plan}
+    return settings, found | {"config": run.to_flat_lines(), "plan": plan}
 
 
 def _cost(which: str, settings: CostSettings) -> dict[str, Any]:
@@ -125,12 +134,13 @@ def _cost(which: str, settings: CostSettings) -> dict[str, Any]:
     }
 
 
-def _device(name: str | None) -> DeviceSize:
-    """Return a device of a machine, or of this one."""
-    if name is None:
-        return device_here()
-    found = find_machine(name)
-    return DeviceSize(found.name, found.device_memory.value, found.device)
+def _streaming(settings: CostSettings, machine: Machine | None) -> dict[str, dict[str, float]]:
+    """Return M and M* on one device of a machine file; none where it lacks the dtype."""
+    dtype = dtype_name(settings.precision)
+    if machine is None or dtype not in machine.products:
+        return {}
+    one = Degrees(1, 1, 1, 1, 1, 1, settings.sizes.rows, 1)
+    return streaming_tokens(settings.model, one, sizes=settings.sizes, machine=machine, dtype=dtype)
 
 
 def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
@@ -164,6 +174,8 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     fits = found["fits"]
     verdict = "fits" if fits["fits"] else "does not fit"
     console.print(f"a step {verdict} {fits['device']}, which has {show_bytes(fits['memory'])}")
+    if found["streaming"]:
+        console.print(streaming_words(found["streaming"]))
     flops = found["flops_per_token"]
     console.print(
         f"\nFLOPs per token: forward {show_flops(flops['forward'])}, "

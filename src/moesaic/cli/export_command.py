@@ -23,6 +23,7 @@ from moesaic.cli.styled_text import cyan
 with deferred():
     import torch
 
+    from moesaic.checkpoint.model_card import add_to_card
     from moesaic.core.errors import UserError
     from moesaic.core.files import removed_on_error
     from moesaic.core.units import show_bytes
@@ -106,6 +107,7 @@ def export(
         show_progress(note)
     value: dict[str, Any] = {"directory": str(out), "format": to.value, **asdict(found)}
     if agreement is not None:
+        add_to_card(out, "comparison", agreement.text())
         value["verify"] = asdict(agreement) | {"text": agreement.text()}
     print_result(value, as_json=as_json, show=partial(_show, value))
 

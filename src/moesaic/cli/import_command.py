@@ -13,6 +13,7 @@ from moesaic.cli.shared_options import JsonOption, command_app, print_result, sh
 from moesaic.cli.styled_text import cyan
 
 with deferred():
+    from moesaic.checkpoint.model_card import add_to_card
     from moesaic.core.errors import UserError
     from moesaic.core.files import removed_on_error
     from moesaic.core.units import show_bytes, show_count
@@ -21,7 +22,7 @@ with deferred():
         compare_with_transformers,
         require_transformers,
     )
-    from moesaic.exchange.import_model import add_to_card, import_model
+    from moesaic.exchange.import_model import import_model
     from moesaic.exchange.peft_format import import_adapter
     from moesaic.model.parameter_flop_count import count_parameters
 
@@ -110,7 +111,7 @@ def _compared(directory: Path, *, out: Path) -> dict[str, Any]:
 
 def _import_adapter(directory: Path, *, base: Path, out: Path, as_json: bool) -> None:
     value = {"run": str(out), "matrices": import_adapter(directory, base=base, out=out)}
-    text = f"{out}: an adapter of {value['matrices']} matrices; next: moesaic ckpt merge {out}"
+    text = f"{out}: an adapter of {value['matrices']} matrices; beside {base}"
     print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 

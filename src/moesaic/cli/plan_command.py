@@ -40,6 +40,7 @@ with deferred():
         find_plans,
         machine_limits,
         plan_words,
+        streaming_words,
     )
     from moesaic.planner.plan_space import PlanSpace
     from moesaic.planner.timeline import predicted_spans
@@ -219,13 +220,7 @@ def _show(report: PlanReport, result: dict[str, Any], console: Console) -> None:
     columns = ("step", "tokens/s", "MFU", *(TIER_WORDS[tier] for tier in tiers), "plan")
     print_table(console, columns, rows, align="r" * (len(columns) - 1) + "l")
     _show_seconds(first["seconds"], console)
-    if first["streaming"]:
-        rule = first["streaming"]
-        console.print(
-            f"\nexpert weights would stream from the host for free from M* = {rule['needed']:,.0f} "
-            f"tokens per expert and micro-batch on;\nthe fastest plan has M = "
-            f"{rule['tokens_per_expert']:,.0f}"
-        )
+    console.print(f"\n{streaming_words(first['streaming'])}")
     if "budget" in first:
         budget = first["budget"]
         money = f", {budget['money']:,.0f} in money" if "money" in budget else ""

@@ -9,13 +9,14 @@ from moesaic.cli.shared_options import print_table
 from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
+    from moesaic.core.errors import listed
     from moesaic.core.units import show_count
     from moesaic.corpus.corpus import Corpus
+    from moesaic.corpus.corpus_manifest import DirectionEntry, TextEntry
     from moesaic.corpus.corpus_stats import CorpusStats, corpus_stats
 
 _MAX_DIRECTIONS = 20
 _MAX_SOURCES = 12
-_MAX_NAMES = 8
 _SHOWN_CHARACTERS = 160
 _SIZE_THRESHOLDS = (1_000, 10_000, 100_000)
 
@@ -37,8 +38,8 @@ def show_built(corpus: Corpus, console: Console) -> None:
         )
     )
     found = corpus_stats(corpus)
-    for text in found.texts:
-        console.print(f"text in {text.language}: {text.kept:,} of {_rows(text.read)}")
+    for code, text in found.texts.items():
+        console.print(f"text in {code}: {text.kept:,} of {_rows(text.rows_read)}")
     _show_missing(found, console)
     _show_too_small(found, console)
     for sentence in corpus.describe_empty_splits():
@@ -139,17 +140,8 @@ def show_dropped_rows(
 def _show_directions(found: CorpusStats, console: Console, *, count: int) -> None:
     rows = []
     for d in found.directions[:count]:
-        reasons = sorted(d.dropped.items(), key=lambda item: -item[1])[:3]
-        counts = (d.read, d.kept, *(d.splits[name].pairs for name in found.splits))
-        rows.append(
-            (
-                f"{d.source}-{d.target}",
-                *map(_short_count, counts[:2]),
-                _share(d.kept, d.read),
-                *map(_short_count, counts[2:]),
-                ", ".join(f"{name} {show_count(n)}" for name, n in reasons),
-            )
-        )
+        splits = {name: d.splits[name].pairs for name in found.splits}
+        rows.append((f"{d.source}-{d.target}", *_counts(d, splits)))
     totals = [_short_count(n) for n in (found.read, found.kept)]
     parts = map(_short_count, found.splits.values())
     share = _share(found.kept, found.read)
@@ -163,37 +155,31 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
 
 
 def _show_texts(found: CorpusStats, console: Console) -> None:
-    names = list(found.texts[0].splits)
+    names = list(next(iter(found.texts.values())).splits)
     rows: list[tuple[str, ...]] = []
-    for text in found.texts:
-        reasons = sorted(text.dropped.items(), key=lambda item: -item[1])[:3]
-        rows.append(
-            (
-                text.language,
-                *map(_short_count, (text.read, text.kept)),
-                _share(text.kept, text.read),
-                *(_short_count(text.splits[name]) for name in names),
-                ", ".join(f"{name} {show_count(n)}" for name, n in reasons),
-            )
-        )
-        rows += (
-            (
-                f"  {domain}",
-                "",
-                _short_count(sum(counts.values())),
-                "",
-                *(_short_count(counts[name]) for name in names),
-                "",
-            )
-            for domain, counts in text.domains.items()
-        )
+    for code, text in found.texts.items():
+        rows.append((code, *_counts(text, text.splits)))
+        for domain, counts in text.domains.items():
+            kept, *parts = map(_short_count, (sum(counts.values()), *(counts[n] for n in names)))
+            rows.append((f"  {domain}", "", kept, "", *parts, ""))
     columns = ("text in", "read", "kept", "share", *names, "dropped, mostly for")
     print_table(console, columns, rows, align="l" + "r" * (len(columns) - 2) + "l")
 
 
+def _counts(entry: DirectionEntry | TextEntry, splits: dict[str, int]) -> tuple[str, ...]:
+    """Return the cells of an entry: rows read and kept, their share, splits, reasons of drops."""
+    reasons = sorted(entry.dropped.items(), key=lambda item: -item[1])[:3]
+    return (
+        *map(_short_count, (entry.rows_read, entry.kept)),
+        _share(entry.kept, entry.rows_read),
+        *map(_short_count, splits.values()),
+        ", ".join(f"{name} {show_count(n)}" for name, n in reasons),
+    )
+
+
 def _show_dropped(found: CorpusStats, console: Console) -> None:
     console.print(styled("\n[bold]dropped[/] [dim](share of all rows read)[/]"))
-    read = found.read + sum(text.read for text in found.texts)
+    read = found.read + sum(text.rows_read for text in found.texts.values())
     rows = (
         (
             cyan(name),
@@ -230,7 +216,7 @@ def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count
 def _show_too_small(found: CorpusStats, console: Console) -> None:
     if found.too_small:
         names = sorted(found.too_small, key=lambda name: -found.too_small[name])
-        console.print(f"under min_pairs, so left out: {_abbreviate_names(names)}", style="yellow")
+        console.print(f"under min_pairs, so left out: {listed(names)}", style="yellow")
 
 
 def _show_missing(found: CorpusStats, console: Console) -> None:
@@ -244,14 +230,9 @@ def _show_missing(found: CorpusStats, console: Console) -> None:
                     "[yellow]{count} packages or files {why}[/]: {names}",
                     count=len(what),
                     why=why,
-                    names=_abbreviate_names(list(what)),
+                    names=listed(what),
                 )
             )
-
-
-def _abbreviate_names(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _short_count(count: int) -> str:

@@ -105,8 +105,6 @@ def _find_run(
 
 def _next_command(out: Path) -> str:
     """Return the command that scores a run: what it was trained on decides."""
-    if RunDir(out).adapter.is_file():
-        return f"ckpt merge {shlex.quote(str(out))}"
     record = read_trained_directions(RunDir(out).directions)
     has_test_rows = record is not None and any(s.test_rows for s in record.streams)
     if has_test_rows and is_language_model(EvaluatedRun.open(out)):

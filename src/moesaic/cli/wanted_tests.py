@@ -63,11 +63,11 @@ class WantedTests:
                 "with --split)"
             )
         directions = run.chosen_directions(self.choice)
-        found = udhr_testsets(directions, limit=self.limit, progress=show_progress)
-        for note in found.notes:
+        tests, notes = udhr_testsets(directions, limit=self.limit, progress=show_progress)
+        for note in notes:
             show_progress(note)
         rules = read_text_rules(RunDir(run.path).text_rules)
-        return TestSelection([normalise_testset(t, rules) for t in found.tests], found.notes)
+        return TestSelection([normalise_testset(t, rules) for t in tests], notes)
 
     def _user_tests(self, run: EvaluatedRun) -> TestSelection:
         source, target = direction = run.user_direction(self.choice)

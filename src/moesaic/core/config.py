@@ -6,6 +6,7 @@ a family (``Select``), its subclasses are the members (``TopK``). A member is wr
 code too.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -169,6 +170,8 @@ class Choice(Config):
         super().__pydantic_init_subclass__(**kwargs)
         if cls._is_family_base():
             cls.members = cls.families[_qualified_name(cls)] = {}
+            return
+        if inspect.isabstract(cls):  # what several members share is none itself
             return
         twin = cls.members.setdefault(cls.__name__, cls)
         if _qualified_name(twin) != _qualified_name(cls):

@@ -38,6 +38,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'; did you mean "{folded[close[0]]}"?' if close else ""
 
 
+def listed(names: Iterable[str], *, most: int = 8) -> str:
+    """Return the first names and the number of the others: ``a, b and 3 more``."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
+
+
 def printable(text: str, *, limit: int = 60) -> str:
     """Return ``text`` for one line of a message: shortened, control characters as escapes."""
     short = text if len(text) <= limit else text[: limit - 3] + "..."

@@ -12,7 +12,7 @@ from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any
 
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError, did_you_mean, listed
 from moesaic.core.files import sha256
 from moesaic.corpus.corpus_manifest import read_corpus_manifest, recorded_text_rules
 from moesaic.corpus.languages import resolve_language
@@ -21,8 +21,6 @@ from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.readers.tsv import read_rows, unescape_field
 from moesaic.corpus.split import SPLITS, digest64
 from moesaic.corpus.text_rules import TextRules
-
-_MAX_NAMES = 8  # directions in a sentence
 
 
 def pair_file(source: str, target: str, split: str) -> str:
@@ -103,10 +101,9 @@ class Corpus:
                 )
             empty = [f"{s}-{t}" for s, t in self.directions if not self.count(s, t, split=split)]
             if empty:
-                more = f" and {len(empty) - _MAX_NAMES} more" if len(empty) > _MAX_NAMES else ""
                 sentences.append(
-                    f"no {split} pairs of {', '.join(empty[:_MAX_NAMES])}{more}: nothing to {use} "
-                    f"on (of {len(self.directions)} directions)"
+                    f"no {split} pairs of {listed(empty)}: nothing to {use} on (of "
+                    f"{len(self.directions)} directions)"
                 )
         return sentences
 

@@ -46,7 +46,7 @@ class CorpusFileEntry(FileEntryShape):
 
 
 class SplitEntry(_Shape):
-    """Counts of one split of a direction."""
+    """Pairs of a split of a direction, and characters and words of each side."""
 
     pairs: Count
     source_characters: Count
@@ -64,6 +64,10 @@ class DirectionEntry(_Shape):
     dropped: dict[str, Count]
     splits: dict[str, SplitEntry]
 
+    @property
+    def kept(self) -> int:
+        return sum(part.pairs for part in self.splits.values())
+
 
 class TextEntry(_Shape):
     """Text in one language: rows read, dropped by reason, and kept by split.
@@ -75,6 +79,10 @@ class TextEntry(_Shape):
     dropped: dict[str, Count]
     splits: dict[str, Count]
     domains: dict[str, dict[str, Count]] = Field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        return sum(self.splits.values())
 
 
 class SourceEntry(_Shape):

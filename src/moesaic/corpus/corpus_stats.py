@@ -1,70 +1,27 @@
 """Corpus statistics: counts per direction and split, and a sample of pairs."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.corpus import Corpus
+from moesaic.corpus.corpus_manifest import CorpusManifest, DirectionEntry, TextEntry
 from moesaic.corpus.dropped_rows import DroppedRow, read_dropped
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.split import SPLITS
 
 
 @dataclass(frozen=True, slots=True)
-class SplitCounts:
-    """Pairs of a split, and characters and words of each side."""
-
-    pairs: int
-    source_characters: int
-    target_characters: int
-    source_words: int
-    target_words: int
-
-
-@dataclass(frozen=True, slots=True)
-class DirectionStats:
-    """Counts of a direction: rows read, rows dropped by reason, and each split."""
-
-    source: str
-    target: str
-    read: int
-    dropped: dict[str, int]
-    splits: dict[str, SplitCounts]
-
-    @property
-    def kept(self) -> int:
-        return sum(part.pairs for part in self.splits.values())
-
-
-@dataclass(frozen=True, slots=True)
-class TextStats:
-    """Counts of the text in one language: rows read, dropped by reason, and kept by split.
-
-    ``domains`` has the documents of each domain by split.
-    """
-
-    language: str
-    read: int
-    dropped: dict[str, int]
-    splits: dict[str, int]
-    domains: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    @property
-    def kept(self) -> int:
-        return sum(self.splits.values())
-
-
-@dataclass(frozen=True, slots=True)
 class CorpusStats:
-    """Statistics of a corpus: its directions, largest first, and what each drop reason means.
+    """Statistics of a corpus: its directions and texts, largest first, and why rows are dropped.
 
     ``domains`` are the held-out packages by split; ``missing`` are the packages and files that
     could not be read, ``empty`` the files without a row, each with the reason.
     """
 
     name: str
-    directions: tuple[DirectionStats, ...]
-    texts: tuple[TextStats, ...]
+    directions: tuple[DirectionEntry, ...]
+    texts: dict[str, TextEntry]
     too_small: dict[str, int]
     reasons: dict[str, str]
     domains: dict[str, list[str]]
@@ -74,7 +31,7 @@ class CorpusStats:
     @property
     def read(self) -> int:
         """Pairs read."""
-        return sum(d.read for d in self.directions)
+        return sum(d.rows_read for d in self.directions)
 
     @property
     def kept(self) -> int:
@@ -94,44 +51,25 @@ class CorpusStats:
     @property
     def dropped(self) -> dict[str, int]:
         """Dropped pairs and texts by reason, largest first."""
-        rows = (*self.directions, *self.texts)
+        rows = (*self.directions, *self.texts.values())
         total = {r: sum(d.dropped.get(r, 0) for d in rows) for r in self.reasons}
         return {r: n for r, n in sorted(total.items(), key=lambda item: -item[1]) if n}
 
 
 def corpus_stats(corpus: Corpus) -> CorpusStats:
     """Return the statistics of a corpus. Reads corpus.json only."""
-    directions = [
-        DirectionStats(
-            d["source"],
-            d["target"],
-            d["read"],
-            dict(d["dropped"]),
-            {split: SplitCounts(**counts) for split, counts in d["splits"].items()},
-        )
-        for d in corpus.manifest["directions"]
-    ]
-    directions.sort(key=lambda d: (-d.kept, d.source, d.target))
-    manifest = corpus.manifest
-    texts = (
-        TextStats(
-            code,
-            counts["read"],
-            dict(counts["dropped"]),
-            dict(counts["splits"]),
-            dict(counts.get("domains", {})),
-        )
-        for code, counts in manifest.get("texts", {}).items()
-    )
+    manifest = CorpusManifest.model_validate(corpus.manifest)
+    directions = sorted(manifest.directions, key=lambda d: (-d.kept, d.source, d.target))
+    texts = sorted(manifest.texts.items(), key=lambda item: (-item[1].kept, item[0]))
     return CorpusStats(
         corpus.name,
         tuple(directions),
-        tuple(sorted(texts, key=lambda t: (-t.kept, t.language))),
-        manifest["too_small"],
-        manifest["reasons"],
-        manifest.get("domains", {}),
-        manifest.get("missing", {}),
-        manifest.get("empty", {}),
+        dict(texts),
+        manifest.too_small,
+        manifest.reasons,
+        manifest.domains,
+        manifest.missing,
+        manifest.empty,
     )
 
 

@@ -24,12 +24,11 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice, Config
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError, did_you_mean, listed
 from moesaic.corpus.placeholders import without_placeholders
 from moesaic.corpus.readers.text_lines import read_lines
 
 TRIGRAM = 3
-_MAX_NAMES = 8  # origins in an error
 _ROUNDING = 1e-9  # 3 of 5 shared 3-grams are 0.6
 
 
@@ -187,7 +186,7 @@ class SplitConfig(Config):
                     names = [*known, *(origin.rpartition("/")[2] for origin in known)]
                     raise DataError(
                         f'domain {domain.name}: nothing is from "{pattern}", so nothing would be '
-                        f"held out; read were {_abbreviated(known)}{did_you_mean(pattern, names)}"
+                        f"held out; read were {listed(known)}{did_you_mean(pattern, names)}"
                     )
 
     def domain_of(self, origin: str) -> str:
@@ -211,11 +210,6 @@ class SplitConfig(Config):
         """Return valid or test, in proportion to their fractions, for a row that is not train."""
         share = self.test / (self.test + self.valid) if self.test + self.valid else 0.5
         return "test" if _unit_hash(source, self.salt) < share else "valid"
-
-
-def _abbreviated(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _compute_unit_hash(source: str, salt: str) -> float:

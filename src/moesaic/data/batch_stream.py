@@ -9,7 +9,6 @@ source + longest target).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -81,23 +80,21 @@ def _batch_ends(source: IntArray, target: IntArray, budget: int) -> list[int]:
 class LoaderConfig(Config):
     """Batch size and limits. Lengths and areas are in tokens, special tokens included."""
 
-    batch_tokens: Annotated[
-        int,
-        Field(ge=8, description="largest rows * (longest source + longest target), over all ranks"),
-    ] = 4096
-    bucket_window: Annotated[
-        int, Field(ge=1, description="draws that are bucketed by length together")
-    ] = 16384
-    max_source: Annotated[
-        int, Field(ge=2, description="rows with a longer source are skipped and counted")
-    ] = 256
-    max_target: Annotated[
-        int, Field(ge=2, description="rows with a longer target are skipped and counted")
-    ] = 256
+    batch_tokens: int = Field(default=4096, ge=8)
+    """Largest rows * (longest source + longest target), over all ranks."""
+
+    bucket_window: int = Field(default=16384, ge=1)
+    """Draws that are bucketed by length together."""
+
+    max_source: int = Field(default=256, ge=2)
+    """Rows with a longer source are skipped and counted."""
+
+    max_target: int = Field(default=256, ge=2)
+    """Rows with a longer target are skipped and counted."""
+
     collator: Collator = EncoderDecoderCollator()
-    prefetch: Annotated[
-        int, Field(ge=0, description="batches prepared in advance by a thread; 0: no thread")
-    ] = 16
+    prefetch: int = Field(default=16, ge=0)
+    """Batches prepared in advance by a thread; 0: no thread."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Outside of the tokenizer there are rows alone: ``Vocabulary`` has those of roles
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -58,10 +58,10 @@ class FairseqIds(IdMap):
     follow its pieces: XLM-R, mBART-50 and NLLB-200. A role keeps its row if no token has it.
     """
 
-    first: Annotated[
-        tuple[Literal["pad", "bos", "eos", "unk", "mask"], ...],
-        Field(min_length=1, description="roles of the first rows, from row 0 on"),
-    ] = ("bos", "pad", "eos", "unk")
+    first: tuple[Literal["pad", "bos", "eos", "unk", "mask"], ...] = Field(
+        default=("bos", "pad", "eos", "unk"), min_length=1
+    )
+    """Roles of the first rows, from row 0 on."""
 
     @model_validator(mode="after")
     def _each_role_once(self) -> "FairseqIds":

@@ -6,7 +6,7 @@ The roles of tokens are found beside the file (``tokenizer_config.json``,
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 from tokenizers import AddedToken
@@ -58,13 +58,11 @@ class FromFile(TokenizerSource):
     eos: str | None = None
     unk: str | None = None
     mask: str | None = None
-    tags: Annotated[
-        dict[str, str],
-        Field(default_factory=dict, description="code of a language or task -> token"),
-    ]
-    id_map: Annotated[
-        IdMap, Field(description="order of the model's rows, if it is not that of the ids")
-    ] = SameIds()
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Code of a language or task -> token."""
+
+    id_map: IdMap = SameIds()
+    """Order of the model's rows, if it is not that of the ids."""
 
     def make(
         self,

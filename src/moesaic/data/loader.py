@@ -8,8 +8,9 @@ import hashlib
 import json
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -92,43 +93,29 @@ class PrefetchIterator(Generic[T]):
         return False
 
 
-class Loader:
-    """Iterates over one replica's batches. ``with`` or ``close()`` ends its thread."""
+class PrefetchedBatches(ABC, Generic[T]):
+    """Iterates over batches that a thread prepares. ``with`` or ``close()`` ends the thread."""
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        *,
-        tokenizer: Tokenizer,
-        mixture: MixtureConfig,
-        config: LoaderConfig,
-        seed: int,
-        replica: DataReplica = _SINGLE_REPLICA,
-    ) -> None:
-        """Raises ConfigError or DataError where config, shards and tokenizer do not match."""
-        self._iterator: Iterator[PositionedBatch] | None = None
-        if not 0 <= replica.rank < replica.num_replicas:
-            raise ConfigError([f"rank {replica.rank} is not one of {replica.num_replicas} ranks"])
-        self.languages = tokenizer.languages
-        mixed = Mixture(mixture, shards=shards, languages=tokenizer.languages, seed=seed)
-        self.tasks = mixed.task_names
-        self._stream = BatchStream(shards, tokenizer=tokenizer, mixture=mixed, config=config)
-        self._replica = replica
-        self._fingerprint = _fingerprint(shards, mixture=mixture, config=config, seed=seed)
-        self._seek(self._stream.initial_position())
+    _iterator: Iterator[T] | None = None
+
+    @abstractmethod
+    def _items(self) -> tuple[Iterator[T], int]:
+        """Return what follows the present position, and how many items are prepared ahead."""
+
+    @abstractmethod
+    def _advance(self, item: T) -> Batch:
+        """Move the position behind an item, and return its batch."""
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = self._start_iterator()
-        found = next(self._iterator)
-        self._position = found.next_position
-        self._counts, self._skipped = found.counts, found.skipped
-        return found.batch
+            items, depth = self._items()
+            self._iterator = PrefetchIterator(items, depth=depth) if depth else items
+        return self._advance(next(self._iterator))
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,6 +129,31 @@ class Loader:
         iterator, self._iterator = self._iterator, None
         if isinstance(iterator, PrefetchIterator):
             iterator.close()
+
+
+class Loader(PrefetchedBatches[PositionedBatch]):
+    """Iterates over one replica's batches."""
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        tokenizer: Tokenizer,
+        mixture: MixtureConfig,
+        config: LoaderConfig,
+        seed: int,
+        replica: DataReplica = _SINGLE_REPLICA,
+    ) -> None:
+        """Raises ConfigError or DataError where config, shards and tokenizer do not match."""
+        if not 0 <= replica.rank < replica.num_replicas:
+            raise ConfigError([f"rank {replica.rank} is not one of {replica.num_replicas} ranks"])
+        self.languages = tokenizer.languages
+        mixed = Mixture(mixture, shards=shards, languages=tokenizer.languages, seed=seed)
+        self.tasks = mixed.task_names
+        self._stream = BatchStream(shards, tokenizer=tokenizer, mixture=mixed, config=config)
+        self._replica = replica
+        self._fingerprint = _fingerprint(shards, mixture=mixture, config=config, seed=seed)
+        self._seek(self._stream.initial_position())
 
     def state(self) -> dict[str, Any]:
         """Return the position of the next batch, as JSON."""
@@ -225,10 +237,14 @@ class Loader:
         """
         return self._stream.held_out_batches(split, rows=rows, replica=self._replica)
 
-    def _start_iterator(self) -> Iterator[PositionedBatch]:
+    def _items(self) -> tuple[Iterator[PositionedBatch], int]:
         batches = self._stream.batches_from(self._position, replica=self._replica)
-        depth = self._stream.config.prefetch
-        return PrefetchIterator(batches, depth=depth) if depth else batches
+        return batches, self._stream.config.prefetch
+
+    def _advance(self, item: PositionedBatch) -> Batch:
+        self._position = item.next_position
+        self._counts, self._skipped = item.counts, item.skipped
+        return item.batch
 
     def _seek(self, position: LoaderPosition) -> None:
         self._position = position

@@ -10,13 +10,12 @@ every epoch; the only state is one counter per stream. Letters: N draws, M strea
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
 from moesaic.core.config import Choice, Config
-from moesaic.core.errors import ConfigError, DataError, did_you_mean
+from moesaic.core.errors import ConfigError, DataError, did_you_mean, listed
 from moesaic.data.numpy_counter_rng import GOLDEN_RATIO_64, random_bits, random_permutation
 from moesaic.data.ragged import IntArray
 from moesaic.data.tasks import Task, TaskStream, Translation
@@ -50,7 +49,7 @@ class WeightedTask(Config):
     """A task and its weight: its share of the rows is weight / sum of weights."""
 
     task: Task
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: float = Field(default=1.0, gt=0)
 
 
 class MixtureConfig(Config):
@@ -59,17 +58,13 @@ class MixtureConfig(Config):
     tasks: tuple[WeightedTask, ...] = Field(
         default=(WeightedTask(task=Translation()),), min_length=1
     )
-    temperature: Annotated[
-        float,
-        Field(
-            ge=1, description="1: proportional to size; 5: NLLB-like; large: uniform over streams"
-        ),
-    ] = 1.0
+    temperature: float = Field(default=1.0, ge=1)
+    """1: proportional to size; 5: NLLB-like; large: uniform over streams."""
+
     size_unit: StreamSize = RowCount()
-    size_limit: Annotated[
-        int | None,
-        Field(ge=1, description="a size counts as at most this (T5's limit, arXiv:1910.10683)"),
-    ] = None
+    size_limit: int | None = Field(default=None, ge=1)
+    """A size counts as at most this (T5's limit, arXiv:1910.10683)."""
+
     language_weights: dict[str, float] = Field(
         default_factory=dict, description="language code -> factor on its weight"
     )
@@ -120,7 +115,7 @@ class Mixture:
             found = weighted.task.streams(shards, languages=languages, split="train")
             found = [stream for stream in found if stream.size]
             if not found:
-                known = ", ".join(f"{s}-{t}" for s, t in shards.directions[:8])
+                known = listed(f"{s}-{t}" for s, t in shards.directions)
                 raise DataError(
                     f"task {self.task_names[t]} has no training rows in the languages "
                     f"{', '.join(languages)}; the shards have the directions {known}"

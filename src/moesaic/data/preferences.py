@@ -7,7 +7,6 @@ Letters: B texts, C capabilities.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -32,8 +31,9 @@ class Preferences(Task):
     """
 
     number: int = Field(ge=0)
-    noise: Annotated[float, Field(ge=0, lt=0.5)] = 0.3
-    languages: Annotated[tuple[str, ...], Field(description="only these; empty: all")] = ()
+    noise: float = Field(default=0.3, ge=0, lt=0.5)
+    languages: tuple[str, ...] = ()
+    """Only these; empty: all."""
 
     @property
     def name(self) -> str:

@@ -22,7 +22,7 @@ from moesaic.core.errors import CheckpointError, DataError
 from moesaic.core.file_reader import MIB, FileKind, FileShape, parse_shape
 from moesaic.data.batch import Batch
 from moesaic.data.batch_stream import DataReplica
-from moesaic.data.loader import MAX_DRAWS, PrefetchIterator
+from moesaic.data.loader import MAX_DRAWS, PrefetchedBatches
 from moesaic.data.numpy_counter_rng import UInt64Array, random_bits, random_permutation
 from moesaic.data.ragged import IntArray
 
@@ -110,7 +110,7 @@ class RowSource(Choice):
         raise NotImplementedError
 
 
-class RowLoader:
+class RowLoader(PrefetchedBatches[Batch]):
     """Iterates over one replica's batches of ``rows`` draws over all replicas together."""
 
     def __init__(
@@ -123,7 +123,6 @@ class RowLoader:
         prefetch: int = 4,
     ) -> None:
         """Raises DataError where a group has no training rows."""
-        self._iterator: Iterator[Batch] | None = None
         self._dataset, self._rows, self._seed = dataset, rows, seed
         self._replica, self._prefetch, self._first = replica, prefetch, 0
         self._sizes = dataset.sizes("train")
@@ -131,25 +130,6 @@ class RowLoader:
             raise DataError(f"found groups of {self._sizes.tolist()} rows, expected one or more")
         parts = [dataset.fingerprint, rows, seed]
         self._fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._start_iterator()
-        batch = next(self._iterator)
-        self._first += self._rows
-        return batch
-
-    def __enter__(self) -> "RowLoader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
     @property
     def labels(self) -> Mapping[str, Sequence[str]]:
@@ -168,12 +148,6 @@ class RowLoader:
     def final_notes(self) -> list[str]:
         """Return the sentences to print when training ends: none."""
         return []
-
-    def close(self) -> None:
-        """End the thread. The next batch starts another: no batch is lost."""
-        iterator, self._iterator = self._iterator, None
-        if isinstance(iterator, PrefetchIterator):
-            iterator.close()
 
     def state(self) -> dict[str, Any]:
         """Return the position of the next batch, as JSON."""
@@ -209,9 +183,12 @@ class RowLoader:
             part = RowDraws(draws.group[window], draws.row[window], draws.key[window])
             yield self._dataset.make_batch(part.of_replica(self._replica), split=split)
 
-    def _start_iterator(self) -> Iterator[Batch]:
-        batches = self._batches_from(self._first)
-        return PrefetchIterator(batches, depth=self._prefetch) if self._prefetch else batches
+    def _items(self) -> tuple[Iterator[Batch], int]:
+        return self._batches_from(self._first), self._prefetch
+
+    def _advance(self, item: Batch) -> Batch:
+        self._first += self._rows
+        return item
 
     def _batches_from(self, first: int) -> Iterator[Batch]:
         while True:

@@ -6,12 +6,12 @@ subclass of ``Task`` is a new ``kind`` of the config. Letters: B rows.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Protocol
 
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError, did_you_mean, listed
 from moesaic.corpus.languages import ENGLISH
 from moesaic.data.document_packing import DocumentPacking, DocumentPieces, WholeTexts
 from moesaic.data.numpy_counter_rng import UInt64Array, random_bits
@@ -78,15 +78,14 @@ class BothDirections(Directions):
 class ListedDirections(Directions):
     """The directions listed, e.g. ``["eng_Latn-deu_Latn", "fra_Latn-eng_Latn"]``."""
 
-    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
+    pairs: tuple[str, ...] = Field(min_length=1)
 
     def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         known = {f"{s}-{t}": (s, t) for s, t in _both_directions(shards.directions)}
         for text in self.pairs:
             if text not in known:
                 raise DataError(
-                    f'"{text}" is not a direction of this corpus: it has '
-                    f"{', '.join(list(known)[:8])}{', ...' if len(known) > 8 else ''}"
+                    f'"{text}" is not a direction of this corpus: it has {listed(known)}'
                     f"{did_you_mean(text, known)}"
                 )
         return [known[text] for text in self.pairs]
@@ -99,7 +98,8 @@ class PivotDirections(Directions):
     """
 
     pivot: str = ENGLISH
-    languages: Annotated[tuple[str, ...], Field(description="only between these; empty: all")] = ()
+    languages: tuple[str, ...] = ()
+    """Only between these; empty: all."""
 
     def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         ends = sorted(t for s, t in _both_directions(shards.directions) if s == self.pivot)
@@ -208,7 +208,8 @@ class Denoising(Task):
     """
 
     noise: tuple[TextNoise, ...] = (InfillSpans(), DeleteTokens(), MaskTokens(), ShuffleTokens())
-    languages: Annotated[tuple[str, ...], Field(description="only these; empty: all")] = ()
+    languages: tuple[str, ...] = ()
+    """Only these; empty: all."""
 
     @property
     def name(self) -> str:
@@ -233,7 +234,8 @@ class CausalLM(Task):
     """Predict a text from its language token alone; ``packing`` makes rows of documents."""
 
     packing: DocumentPacking = WholeTexts()
-    languages: Annotated[tuple[str, ...], Field(description="only these; empty: all")] = ()
+    languages: tuple[str, ...] = ()
+    """Only these; empty: all."""
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ rank, before and after a resume. No noise makes a row longer, or empty.
 Letters: B rows, N tokens of all rows together.
 """
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -46,12 +46,11 @@ class InfillSpans(TextNoise):
     """
 
     roles: ClassVar[tuple[str, ...]] = ("mask",)
-    ratio: Annotated[float, Field(gt=0, lt=1, description="share of the tokens that is masked")] = (
-        0.35
-    )
-    mean_length: Annotated[float, Field(gt=0, le=20, description="mean span length, in tokens")] = (
-        3.5
-    )
+    ratio: float = Field(default=0.35, gt=0, lt=1)
+    """Share of the tokens that is masked."""
+
+    mean_length: float = Field(default=3.5, gt=0, le=20)
+    """Mean span length, in tokens."""
 
     def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         lengths = rows.lengths
@@ -88,9 +87,8 @@ class InfillSpans(TextNoise):
 class DeleteTokens(TextNoise):
     """Delete tokens (Lample et al. 2018, arXiv:1711.00043: word drop with p = 0.1)."""
 
-    ratio: Annotated[
-        float, Field(ge=0, lt=1, description="probability that a token is deleted")
-    ] = 0.1
+    ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Probability that a token is deleted."""
 
     def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         del vocabulary
@@ -103,9 +101,8 @@ class MaskTokens(TextNoise):
     """Replace tokens by mask tokens (Wang et al. 2020, arXiv:2010.02523; p = 0.1)."""
 
     roles: ClassVar[tuple[str, ...]] = ("mask",)
-    ratio: Annotated[float, Field(ge=0, le=1, description="probability that a token is masked")] = (
-        0.1
-    )
+    ratio: float = Field(default=0.1, ge=0, le=1)
+    """Probability that a token is masked."""
 
     def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         hit = random_uniform(key[rows.row_index], _MASK, rows.position_in_row) < self.ratio
@@ -118,7 +115,8 @@ class ShuffleTokens(TextNoise):
     Sorts by position + U(0, distance + 1).
     """
 
-    distance: Annotated[int, Field(ge=0, description="furthest that a token may move")] = 3
+    distance: int = Field(default=3, ge=0)
+    """Furthest that a token may move."""
 
     def __call__(self, rows: Ragged, *, key: UInt64Array, vocabulary: Vocabulary) -> Ragged:
         del vocabulary

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError, did_you_mean, listed
 from moesaic.core.files import sha256
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.shards_manifest import (
@@ -120,8 +120,8 @@ class TokenShards:
         known = [f"{s}-{t}" for s, t in self.directions]
         if (source, target) not in self.directions and (target, source) not in self.directions:
             raise DataError(
-                f"no pairs {source}-{target} in these shards; they have {', '.join(known[:8])}"
-                f"{', ...' if len(known) > 8 else ''}{did_you_mean(f'{source}-{target}', known)}"
+                f"no pairs {source}-{target} in these shards; they have {listed(known)}"
+                f"{did_you_mean(f'{source}-{target}', known)}"
             )
         return PairRows(self._pairs[:0], 0, 0)
 

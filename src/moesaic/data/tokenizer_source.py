@@ -1,9 +1,6 @@
 """Tokenizer sources: the family of where a run's tokenizer comes from."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated
-
-from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.data.tokenizer import Tokenizer
@@ -12,10 +9,8 @@ from moesaic.data.tokenizer import Tokenizer
 class TokenizerSource(Choice):
     """Family: ``TrainedTokenizer`` (on the text of the run) or ``FromFile`` (of another model)."""
 
-    added_tags: Annotated[
-        tuple[str, ...],
-        Field(description="codes of tasks, or of languages without a tag, that get a token each"),
-    ] = ()
+    added_tags: tuple[str, ...] = ()
+    """Codes of tasks, or of languages without a tag, that get a token each."""
 
     def make(
         self,

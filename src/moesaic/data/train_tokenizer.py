@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -79,10 +79,11 @@ class TokenizerAlgorithm(Choice):
 class BPE(TokenizerAlgorithm):
     """Byte-pair encoding over characters (Sennrich et al. 2016, arXiv:1508.07909)."""
 
-    min_frequency: Annotated[
-        int, Field(ge=1, description="a pair seen less often is not merged")
-    ] = 2
-    max_piece_length: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
+    min_frequency: int = Field(default=2, ge=1)
+    """A pair seen less often is not merged."""
+
+    max_piece_length: int = Field(default=16, ge=2)
+    """Longest piece, in characters."""
 
     def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:
         hf_tokenizer = _with_word_splitter(models.BPE())
@@ -112,7 +113,8 @@ class BPE(TokenizerAlgorithm):
 class Unigram(TokenizerAlgorithm):
     """The most probable segmentation under a unigram model (Kudo 2018, arXiv:1804.10959)."""
 
-    max_piece_length: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
+    max_piece_length: int = Field(default=16, ge=2)
+    """Longest piece, in characters."""
 
     def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:
         hf_tokenizer = _with_word_splitter(models.Unigram())
@@ -151,34 +153,21 @@ class TrainedTokenizer(TokenizerSource):
     """A tokenizer of exactly ``vocab_size`` ids, trained on the text of the run."""
 
     algorithm: TokenizerAlgorithm = BPE()
-    vocab_size: Annotated[int, Field(ge=1)] = 8000
-    sample_lines: Annotated[
-        int, Field(ge=1, description="lines of the training sample, over all languages")
-    ] = 400_000
-    temperature: Annotated[
-        float, Field(ge=1, description="a language's share of the lines is size^(1/temperature)")
-    ] = 5.0
-    character_coverage: Annotated[
-        float,
-        Field(
-            gt=0, le=1, description="share of characters that are in the alphabet, not byte-encoded"
-        ),
-    ] = 0.9995
-    max_alphabet_share: Annotated[
-        float,
-        Field(
-            gt=0, le=1, description="largest share of the pieces that single characters may take"
-        ),
-    ] = 0.5
-    copy_units: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=MAX_SLOTS,
-            description="distinct placeholders, tags and URLs of a text that are one token each "
-            "and are copied; 0: they are text",
-        ),
-    ] = 0
+    vocab_size: int = Field(default=8000, ge=1)
+    sample_lines: int = Field(default=400_000, ge=1)
+    """Lines of the training sample, over all languages."""
+
+    temperature: float = Field(default=5.0, ge=1)
+    """A language's share of the lines is size^(1/temperature)."""
+
+    character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    """Share of characters that are in the alphabet, not byte-encoded."""
+
+    max_alphabet_share: float = Field(default=0.5, gt=0, le=1)
+    """Largest share of the pieces that single characters may take."""
+
+    copy_units: int = Field(default=0, ge=0, le=MAX_SLOTS)
+    """Distinct placeholders, tags and URLs of a text that are copied, a token each; 0: as text."""
 
     def make(
         self,

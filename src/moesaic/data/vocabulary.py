@@ -7,7 +7,7 @@ language) gets it from this record: no id means anything by its number.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError, did_you_mean, listed
 
 ROLES = ("pad", "bos", "eos", "unk", "mask")
 MAX_ROWS = 2**22  # of any vocabulary; the largest ones that are in use have a million
@@ -89,10 +89,9 @@ class Vocabulary:
     def tag(self, code: str) -> int:
         """Return the tag of a language or task. Raises DataError naming the nearest one."""
         if code not in self.tags:
-            known = ", ".join(list(self.tags)[:12]) + (", ..." if len(self.tags) > 12 else "")
             raise DataError(
-                f'this tokenizer has no language "{code}" (no tag for it); it has {known or "none"}'
-                f"{did_you_mean(code, self.tags)}"
+                f'this tokenizer has no language "{code}" (no tag for it); it has '
+                f"{listed(self.tags) or 'none'}{did_you_mean(code, self.tags)}"
             )
         return self.tags[code]
 

@@ -7,20 +7,16 @@ a vector of how often each sentence was drawn; scores of all resamples are one p
 Letters: R resamples, N sentences, C statistics per sentence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 _MAX_DRAW_CELLS = 2**24  # of the draws matrix held at once: 128 MiB as float64
 
 
-class SumScore(Protocol):
-    """A score that is a function of summed statistics."""
-
-    def score(self, sums: np.ndarray) -> np.ndarray:
-        """Return the score of summed statistics: [..., C] -> [...]."""
-        ...
+SumScore = Callable[[np.ndarray], np.ndarray]
+"""A score that is a function of summed statistics: [..., C] -> [...]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +65,7 @@ class BootstrapScores:
 
 
 def bootstrap_resample(
-    metric: SumScore, *, statistics: np.ndarray, resamples: int = 1000, seed: int = 0
+    score: SumScore, *, statistics: np.ndarray, resamples: int = 1000, seed: int = 0
 ) -> BootstrapScores:
     """Score the corpus and ``resamples`` corpora of N sentences drawn with replacement from it.
 
@@ -85,9 +81,9 @@ def bootstrap_resample(
         drawn = random.integers(0, count, (size, count))
         drawn += np.arange(size)[:, None] * count  # one bincount counts all rows
         draws = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
-        scores.append(metric.score(draws.astype(np.float64) @ statistics))
-    score = float(metric.score(statistics.sum(0)))
-    return BootstrapScores(score, np.concatenate(scores) if scores else np.full(1, score))
+        scores.append(score(draws.astype(np.float64) @ statistics))
+    real = float(score(statistics.sum(0)))
+    return BootstrapScores(real, np.concatenate(scores) if scores else np.full(1, real))
 
 
 def macro_average(samples: "list[BootstrapScores]") -> BootstrapScores:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moesaic.core.errors import UserError
+from moesaic.core.errors import UserError, listed
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.text_rules import GeneralText, TextRules
 from moesaic.evaluate.testset import TestSet
@@ -76,6 +76,4 @@ def _is_heading(text: str, code: str) -> bool:
 
 
 def _row_list(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
-    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
-    return f"row {shown}{more}" if len(rows) == 1 else f"rows {shown}{more}"
+    return f"row{'s' * (len(rows) > 1)} {listed(map(str, rows), most=_SHOWN_ROWS)}"

@@ -175,7 +175,7 @@ class _TestSetScorer:
         }
         self.resampled[name] = {
             metric.name: bootstrap_resample(
-                metric,
+                metric.score,
                 statistics=self._statistics[name][metric.name],
                 resamples=self._settings.resamples,
                 seed=self._settings.seed,

@@ -58,14 +58,12 @@ def sliding_windows(length: int, *, window: int, stride: int) -> Iterator[Scored
         start, scored = start + stride, stop
 
 
-class _TokenPerplexity:
-    def score(self, sums: np.ndarray) -> np.ndarray:
-        return np.exp(sums[..., 0] / np.maximum(sums[..., 1], 1))
+def _token_perplexity(sums: np.ndarray) -> np.ndarray:
+    return np.exp(sums[..., 0] / np.maximum(sums[..., 1], 1))
 
 
-class _BitsPerByte:
-    def score(self, sums: np.ndarray) -> np.ndarray:
-        return sums[..., 0] / (math.log(2) * np.maximum(sums[..., 2], 1))
+def _bits_per_byte(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / (math.log(2) * np.maximum(sums[..., 2], 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +137,8 @@ def _group(
 ) -> GroupPerplexity:
     statistics = np.array([[d.nll, d.tokens, d.num_bytes] for d in losses], dtype=np.float64)
     scores = [
-        bootstrap_resample(metric, statistics=statistics, resamples=resamples, seed=seed)
-        for metric in (_TokenPerplexity(), _BitsPerByte())
+        bootstrap_resample(score, statistics=statistics, resamples=resamples, seed=seed)
+        for score in (_token_perplexity, _bits_per_byte)
     ]
     sums = statistics.sum(0)
     intervals = [score.confidence_interval() for score in scores]

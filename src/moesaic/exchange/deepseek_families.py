@@ -22,7 +22,6 @@ from moesaic.exchange.decoder_families import (
     LAYER,
     LLAMA_TENSORS,
     NO_BIAS,
-    NORMALISED,
     OURS,
     QWEN_EXPERTS,
     ROUTED,
@@ -30,6 +29,7 @@ from moesaic.exchange.decoder_families import (
     SPARSE_MODEL,
     TIED,
     epsilon,
+    normalised,
     projections,
     shared_tensors,
 )
@@ -82,8 +82,11 @@ class ExpertGroupKeys(ConfigEntry):
 class FirstDenseLayers(ConfigEntry):
     """``first_k_dense_replace``: the layers from this one on have experts."""
 
+    default: int = 0
+
     def read(self, theirs: Theirs) -> dict[str, Any]:
-        return {"decoder.first_dense_layers": theirs.get("first_k_dense_replace") or 0}
+        found = theirs.get("first_k_dense_replace", self.default)
+        return {"decoder.first_dense_layers": found or 0}
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
         return {"first_k_dense_replace": ours.decoder.layers - len(ours.decoder.moe_layers)}
@@ -124,7 +127,7 @@ _TENSORS: TensorTable = {
     f"{_MIXER}inner.kv_up.weight": projections("kv_b_proj", of="self_attn"),
     f"{_MIXER}inner.out.weight": projections("o_proj", of="self_attn"),
     f"{ROUTED}router.balance0_bias": Rows(f"{LAYER}mlp.gate.e_score_correction_bias"),
-    **shared_tensors("shared_experts"),
+    **shared_tensors("mlp.shared_experts"),
 }
 _MODEL = SPARSE_MODEL.replace(
     mixers={"attention": LatentAttention()}, position=Rotary(pairing="neighbouring")
@@ -147,6 +150,10 @@ _ENTRIES: tuple[ConfigEntry, ...] = (
     epsilon(),
     RotaryPositions(scales_scores=True),
     FirstDenseLayers(),
+)
+# multi-token prediction is not read: its tensors are refused, or dropped on request
+NO_PREDICTED_TOKENS = tuple(
+    FixedKey(key, 0, same=(1,)) for key in ("num_nextn_predict_layers", "num_mtp_layers")
 )
 _OTHER = frozenset({"ep_size", "qk_head_dim"})
 
@@ -202,7 +209,7 @@ DEEPSEEK_V3 = _deepseek(
         (
             *_ENTRIES,
             ExpertGroupKeys(experts_per_score=2, methods=("noaux_tc",)),
-            NORMALISED,
+            normalised(default=False),
             Key(
                 "rope_interleave",
                 "position.pairing",
@@ -210,9 +217,7 @@ DEEPSEEK_V3 = _deepseek(
                 values={True: "neighbouring", False: "halves"},
             ),
             FixedKey("scoring_func", "sigmoid"),
-            # multi-token prediction is not read: its tensors are refused, or dropped on request
-            FixedKey("num_nextn_predict_layers", 0, same=(1,)),
-            FixedKey("num_mtp_layers", 0, same=(1,)),
+            *NO_PREDICTED_TOKENS,
         ),
         _OTHER | {"aux_loss_alpha", "seq_aux"},
     ),

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint.checkpoint_directory import Disk
+from moesaic.checkpoint.model_card import add_to_card
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_unchanged
 from moesaic.checkpoint.safetensors_io import serialize_chunks
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.core.file_reader import read_json_mapping
-from moesaic.core.files import copy_files, new_directory, write_json
+from moesaic.core.files import atomic_write, copy_files, new_directory, write_json
 from moesaic.core.shapes import Tensor
 from moesaic.data.collators import EncoderDecoderCollator
 from moesaic.data.tokenizer import Tokenizer
@@ -105,14 +106,16 @@ def write_export(
         ids = _write_tokenizer(directory, part, fixed=family.mapping.write(resolved(model)))
         write_json(part / CONFIG, _with_ids(config, ids))
         _write_shards(part, put_together, shard_bytes=shard_bytes)
+        notes = tuple(_notes(source))
+        _write_card(directory, part, facts=[f"{family.architecture}, {layout}", *notes])
     targets = put_together.targets
-    return ExportedModel(family.model_type, layout, len(targets), _bytes(targets))
+    return ExportedModel(family.model_type, layout, len(targets), _bytes(targets), notes)
 
 
 def open_for_export(run: Path) -> ExportSource:
     """Open what is exported. Raises CheckpointError if no family can hold it."""
     directory = RunDir.open(run)
-    directory.require_weights()
+    directory.require_whole_weights()
     return open_without_weights(directory)
 
 
@@ -213,6 +216,28 @@ def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> di
     before = read_json_mapping(path, GENERATION_FILE) if path.is_file() else {}
     write_json(path, _with_ids(before, ids))
     return ids
+
+
+def _notes(source: ExportSource) -> Iterator[str]:
+    """Yield what is otherwise where the model is loaded."""
+    if source.family.otherwise_there:
+        yield source.family.otherwise_there
+    tokenizer = source.run.tokenizer
+    if tokenizer.is_file() and Tokenizer.load(tokenizer).copies.slots:
+        yield (
+            "the tokenizer has copy units, which are of moesaic alone: a text with placeholders, "
+            "tags or URLs is read otherwise there (data.tokenizer.copy_units=0 trains without)"
+        )
+
+
+def _write_card(run: RunDir, part: Path, *, facts: Sequence[str]) -> None:
+    """Write the card of the run, as that of a model of transformers, with facts at its end."""
+    if run.card.is_file():
+        text = run.card.read_text(encoding="utf-8")
+        card = RunDir(part).card
+        atomic_write(card, text.replace("library_name: moesaic", "library_name: transformers", 1))
+    for fact in facts:
+        add_to_card(part, "exported", fact)
 
 
 def _write_shards(part: Path, put_together: PutTogether, *, shard_bytes: int) -> None:

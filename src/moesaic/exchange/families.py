@@ -1,6 +1,7 @@
 """All families of models that can be imported and exported, by ``model_type``."""
 
 from moesaic.core.errors import CheckpointError, did_you_mean
+from moesaic.exchange.corrected_families import ERNIE4_5_MOE, GLM4_MOE, MINIMAX_M2
 from moesaic.exchange.decoder_families import (
     GRANITE,
     GRANITE_MOE,
@@ -17,8 +18,12 @@ from moesaic.exchange.deepseek_families import DEEPSEEK_V2, DEEPSEEK_V3
 from moesaic.exchange.encoder_decoder_families import M2M100, NLLB_MOE, SWITCH, T5
 from moesaic.exchange.family import Family
 from moesaic.exchange.gpt_oss_family import GPT_OSS
+from moesaic.exchange.llama4_family import LLAMA4
 
-_SPARSE = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS)
+_SPARSE = (
+    *(MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS),
+    *(LLAMA4, GLM4_MOE, MINIMAX_M2, ERNIE4_5_MOE),
+)
 _DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)
 _ENCODER_DECODER = (NLLB_MOE, M2M100, SWITCH, T5)
 FAMILIES = {f.model_type: f for f in (*_SPARSE, *_DENSE, *_ENCODER_DECODER)}

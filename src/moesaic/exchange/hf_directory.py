@@ -50,6 +50,11 @@ class _IndexShape(FileShape):
     weight_map: dict[str, str]
 
 
+class _TokenizerConfigShape(FileShape):
+    kind: ClassVar[FileKind] = HF_CONFIG_FILE
+    add_bos_token: bool | None = None
+
+
 def read_hf_config(directory: Path) -> dict[str, Any]:
     """Return the config of a directory. Raises CheckpointError."""
     path = directory / CONFIG
@@ -99,7 +104,8 @@ def find_text_start(directory: Path, theirs: Mapping[str, Any]) -> TextStart:
     settings, tokenizer = directory / "tokenizer_config.json", directory / "tokenizer.json"
     adds = None
     if settings.is_file():
-        adds = read_json_mapping(settings, HF_CONFIG_FILE).get("add_bos_token")
+        # other fields are not read: transformers writes a longest text of 10^30 tokens
+        adds = _TokenizerConfigShape.read(settings).add_bos_token
     if adds is None and tokenizer.is_file():
         processor = read_json_mapping(tokenizer, TOKENIZER_FILE).get("post_processor")
         adds = None if processor is None else _starts_with_special(processor)

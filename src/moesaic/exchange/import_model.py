@@ -214,12 +214,6 @@ def _tag_of(theirs: Mapping[str, Any]) -> LanguageTag:
     return tag.replace(start=start)
 
 
-def add_to_card(model: Path, name: str, text: str) -> None:
-    """Add a fact to the card of a model directory, at its end."""
-    card = RunDir(model).card
-    atomic_write(card, f"{card.read_text(encoding='utf-8')}\n- {name}: {text}\n")
-
-
 def _read_config(family: Family, theirs: Mapping[str, Any], *, where: Path) -> ModelConfig:
     try:
         return family.mapping.read(theirs)

@@ -33,8 +33,8 @@ from moesaic.exchange.export_model import ExportSource, open_for_export, open_wi
 from moesaic.exchange.family import FUSED
 from moesaic.exchange.tensor_table import TensorPiece
 from moesaic.nn.adapter import adapter_name
+from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.serve.open_run import read_run_config
-from moesaic.train.low_rank_adaptation import LoRA
 from moesaic.train.run import Run
 from moesaic.train.warm_start import WeightsOfRun
 
@@ -135,7 +135,7 @@ def export_adapter(run: Path, *, out: Path) -> int:
 def import_adapter(directory: Path, *, base: Path, out: Path) -> int:
     """Write the run ``out``, with PEFT's adapter beside the model ``base``; return its matrices.
 
-    ``moesaic ckpt merge`` makes a model of it. Raises CheckpointError: a kind of adapter that is
+    Raises CheckpointError: a kind of adapter that is
     not plain LoRA, or tensors that are not of this model.
     """
     settings = read_adapter_config(directory)

@@ -91,6 +91,17 @@ class Rows(TensorRule):
             start += width
 
 
+class RowVector(TensorRule):
+    """A vector that theirs has as a matrix of one row."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def pieces(self, ours: OurTensor, *, layer: str) -> Iterator[TensorPiece]:
+        inside = Region(ours.name, (0,), ours.shape)
+        yield TensorPiece(inside, _whole(_in_layer(self.name, layer), (1, *ours.shape)))
+
+
 class GatedRows(TensorRule):
     """One tensor of theirs, or two (gate, value) where our activation is gated."""
 

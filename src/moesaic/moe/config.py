@@ -1,7 +1,7 @@
 """MoE config: the sparse layers of a model, and the experts and routing rules of an MoE layer."""
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -60,12 +60,17 @@ class NoMoE(SparseLayer):
 
 
 class MoE(SparseLayer):
-    """An MoE layer of ``experts`` feed-forwards; ``hidden`` defaults to the dense width."""
+    """An MoE layer of ``experts`` feed-forwards; ``hidden`` defaults to the dense width.
+
+    ``weights_on``: the weights of selected experts multiply their outputs, or their inputs (Llama
+    4, where the weight thus acts before the activation).
+    """
 
     experts: int = Field(ge=1)
     hidden: int | None = Field(default=None, ge=1)
     select: Select = SwitchTop1()
     limit: Limit = Dropless()
+    weights_on: Literal["outputs", "inputs"] = "outputs"
     balance: tuple[Balance, ...] = (SwitchBalance(),)
     noise: RouterNoise = NoRouterNoise()
     expert: Expert = FeedForwardExpert()

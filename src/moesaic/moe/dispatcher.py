@@ -9,13 +9,14 @@ Letters: T tokens, N edges, R rows, D model dim.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.routing import Routing
-from moesaic.ops.moe_kernel import Edges
+from moesaic.ops.moe_kernel import Edges, permute_tokens, unpermute_tokens
 from moesaic.ops.permute import RowGroups, group_by_expert
 
 
@@ -59,6 +60,32 @@ class LocalDispatcher:
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
     ) -> Float[Tensor, "T D"]:
         return experts.forward_edges(x, edges=sort_edges(routing))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedInputs:
+    """``dispatcher`` with the weights of edges on the inputs of experts: ``sum expert(w x)``.
+
+    As in Llama 4, and ``apply_router_weight_on_input`` of vLLM. A row is sent for each edge.
+    """
+
+    dispatcher: Dispatcher
+
+    def run_experts(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
+    ) -> Float[Tensor, "T D"]:
+        count, kept = routing.expert.numel(), (~routing.dropped).float()
+        index = torch.arange(count, device=x.device)
+        edges = replace(routing, token=index, weight=kept, num_tokens=count, per_token=1)
+        if routing.per_token == 1:
+            rows = (x * routing.weight[:, None]).to(x.dtype)
+            return self.dispatcher.run_experts(rows, routing=edges, experts=experts)
+        # all edges as one group, in their order
+        zero, ones = torch.zeros_like(routing.expert), torch.ones_like(kept)
+        group = sort_edges(replace(routing, expert=zero, weight=ones, num_experts=1))
+        rows = (permute_tokens(x, edges=group) * routing.weight[:, None]).to(x.dtype)
+        y = self.dispatcher.run_experts(rows, routing=edges, experts=experts)
+        return unpermute_tokens(y, edges=group)
 
 
 def sort_edges(routing: Routing) -> Edges:

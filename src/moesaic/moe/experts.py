@@ -8,6 +8,7 @@ r rank.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from moesaic.ops.grouped_gemm import (
     ActivationFunction,
     FeedForwardWeights,
     grouped_feed_forward,
-    grouped_matmul,
+    low_rank_product,
     zero_rows_past_groups,
 )
 from moesaic.ops.kernel_selection import select_grouped_gemm, select_moe_kernel
@@ -278,12 +279,9 @@ class LoRAExperts(ExpertModule, CustomInitializers, FusedProjections):
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         self.before_use(groups)
         rows = as_autocast(rows)
-        low = self._low_rank_product(rows, a=self.up_a, b=self.up_b, groups=groups)
-        hidden = self.activation(self.base.up(rows) + low)
-        low = self._low_rank_product(hidden, a=self.down_a, b=self.down_b, groups=groups)
-        return zero_rows_past_groups(self.base.down(hidden) + low, offsets=groups.offsets)
-
-    def _low_rank_product(self, rows: Tensor, *, a: Tensor, b: Tensor, groups: RowGroups) -> Tensor:
-        gemm = select_grouped_gemm(rows)
-        low = grouped_matmul(rows, weight=a, groups=groups, gemm=gemm)
-        return self.scale * grouped_matmul(low, weight=b, groups=groups, gemm=gemm)
+        product = partial(
+            low_rank_product, scale=self.scale, groups=groups, gemm=select_grouped_gemm(rows)
+        )
+        hidden = self.activation(self.base.up(rows) + product(rows, a=self.up_a, b=self.up_b))
+        out = self.base.down(hidden) + product(hidden, a=self.down_a, b=self.down_b)
+        return zero_rows_past_groups(out, offsets=groups.offsets)

@@ -11,7 +11,7 @@ from torch import nn
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.batch_group import BatchGroup, SingleRankBatch
 from moesaic.moe.config import MoE
-from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
+from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher, WeightedInputs
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.null_experts import drop_null_edges
 from moesaic.moe.router import Router
@@ -54,7 +54,7 @@ class MoELayer(nn.Module):
         self.dispatch_projection = config.dispatch_projection.build(dim)
         self.experts = config.expert.build(ExpertShape(config.experts, expert_dim, feed, bias))
         self.shared_experts = config.shared_experts.build(FeedForwardShape(dim, feed, bias))
-        self.null_experts = config.null_experts
+        self.null_experts, self.weights_on = config.null_experts, config.weights_on
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.batch_group: BatchGroup = SingleRankBatch()
         self.name = layer_index.name
@@ -74,7 +74,8 @@ class MoELayer(nn.Module):
 
         rows = x if self.dispatch_projection is None else self.dispatch_projection.down(x)
         # dispatch, experts, combine
-        y = self.dispatcher.run_experts(rows, routing=routing, experts=self.experts)
+        way = self.dispatcher if self.weights_on == "outputs" else WeightedInputs(self.dispatcher)
+        y = way.run_experts(rows, routing=routing, experts=self.experts)
         if self.dispatch_projection is not None:
             y = self.dispatch_projection.up(y)
 

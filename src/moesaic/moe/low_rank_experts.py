@@ -16,7 +16,12 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.experts import DirectExperts, ExpertAdapter, FunctionalExperts, GroupedExperts
 from moesaic.nn.initializer import Initializer, fan_in_std, normal_parameter
 from moesaic.ops.autocast import as_autocast
-from moesaic.ops.grouped_gemm import expert_of_row, grouped_matmul, zero_rows_past_groups
+from moesaic.ops.grouped_gemm import (
+    add_expert_bias,
+    grouped_matmul,
+    low_rank_product,
+    zero_rows_past_groups,
+)
 from moesaic.ops.kernel_selection import select_grouped_gemm
 from moesaic.ops.permute import RowGroups
 
@@ -74,10 +79,8 @@ class _WithLowRank(DirectExperts):
             (weights.up, weights.up_bias) if name == "up" else (weights.down, weights.down_bias)
         )
         out = grouped_matmul(rows, weight=weight, groups=groups, gemm=gemm)
-        if bias is not None:
-            out = out + bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
+        add_expert_bias(out, bias, groups=groups)
         if f"{name}_a" not in self.factors:
             return out
-        first, second = self.factors[f"{name}_a"], self.factors[f"{name}_b"]
-        low = grouped_matmul(rows, weight=first, groups=groups, gemm=gemm)
-        return out + self.scale * grouped_matmul(low, weight=second, groups=groups, gemm=gemm)
+        a, b = self.factors[f"{name}_a"], self.factors[f"{name}_b"]
+        return out + low_rank_product(rows, a=a, b=b, scale=self.scale, groups=groups, gemm=gemm)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moesaic.core.errors import listed
 from moesaic.monitor.expert_usage import LayerUsage
 from moesaic.monitor.router_settings import RouterSettings
 
@@ -358,5 +359,4 @@ def _balance_advice(settings: RouterSettings) -> str:
 
 
 def _list_experts(experts: list[int]) -> str:
-    shown = [str(e) for e in experts[:6]]
-    return ", ".join(shown) + (f" and {len(experts) - 6} more" if len(experts) > 6 else "")
+    return listed(map(str, experts), most=6)

@@ -48,7 +48,7 @@ def add_adapter(linear: nn.Linear, adapter: LinearAdapter) -> None:
 
 def adapter_of(linear: nn.Linear) -> LinearAdapter | None:
     """Return the adapter of a linear map, None if it has none."""
-    found = dict(linear.named_children()).get(ADAPTER)
+    found = linear._modules.get(ADAPTER)
     return found if isinstance(found, LinearAdapter) else None
 
 

@@ -21,7 +21,7 @@ from moesaic.nn.attention_backend import (
     QueryKeyValue,
 )
 from moesaic.nn.attention_config import AttentionConfig, Projection
-from moesaic.nn.attention_parts import Sinks, Window
+from moesaic.nn.attention_parts import AttentionTemperature, Sinks, Window
 from moesaic.nn.attention_scores import AttentionScores
 from moesaic.nn.decode_state import DecodeState, KVState
 from moesaic.nn.fused_projections import FusedProjections, fused_linear
@@ -55,6 +55,7 @@ class Attention(SequenceMixer):
     qk_norm: QKNorm | None = None
     window: Window | None = None
     sinks: Sinks | None = None
+    temperature: AttentionTemperature | None = None
     clip: float | None = Field(default=None, gt=0)
     scale: float | None = Field(default=None, gt=0)
     softcap: float | None = Field(default=None, gt=0)
@@ -201,4 +202,6 @@ class SelfAttention(HeadShardedModule, SequenceMixerModule, FusedProjections, Cu
         query, key = rotate(both).split([heads, groups], 1)
         if norm is not None and norm.after_rotation:
             query, key = norm.normalise_query(query), norm.normalise_key(key)
+        if (factor := self.config.temperature.query_factor(context.position)) is not None:
+            query = (query * factor[:, None, None]).to(query.dtype)
         return QueryKeyValue(query, key, value)

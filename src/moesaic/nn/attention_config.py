@@ -5,7 +5,14 @@ from typing import Literal
 from pydantic import Field
 
 from moesaic.core.config import Config
-from moesaic.nn.attention_parts import NoSinks, NoWindow, Sinks, Window
+from moesaic.nn.attention_parts import (
+    AttentionTemperature,
+    FixedTemperature,
+    NoSinks,
+    NoWindow,
+    Sinks,
+    Window,
+)
 from moesaic.nn.positional_encoding import PositionalEncoding
 from moesaic.nn.qk_norm import HeadNumbers, NoQKNorm, QKNorm
 
@@ -19,7 +26,7 @@ class AttentionConfig(Config):
     them where ``model.bias`` is true, else none. Queries, keys and values are limited to
     ``-clip ... clip`` (DBRX, OLMo). Scores are ``scale * q . k``, by default ``head_dim ** -0.5``
     times the factor of the rotary scaling, and limited smoothly to ``softcap`` (Gemma 2,
-    2408.00118). Windows and sinks are for self-attention alone.
+    2408.00118). Windows, sinks and temperatures are for self-attention alone.
     """
 
     heads: int = Field(ge=1)
@@ -29,6 +36,7 @@ class AttentionConfig(Config):
     qk_norm: QKNorm = NoQKNorm()
     window: Window = NoWindow()
     sinks: Sinks = NoSinks()
+    temperature: AttentionTemperature = FixedTemperature()
     clip: float | None = Field(default=None, gt=0)
     scale: float | None = Field(default=None, gt=0)
     softcap: float | None = Field(default=None, gt=0)

@@ -1,13 +1,15 @@
-"""Parts of attention that a config chooses: windows and sinks.
+"""Parts of attention that a config chooses: windows, sinks and temperatures.
 
-Letters: H heads.
+Letters: T tokens, H heads.
 """
 
 from typing import Self
 
+import torch
 from pydantic import Field
 
 from moesaic.core.config import Choice
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.nn.attention_scores import AttentionMask
 
 
@@ -83,3 +85,29 @@ class LearnedSinks(Sinks):
     @property
     def learned(self) -> bool:
         return True
+
+
+class AttentionTemperature(Choice):
+    """Family: factors of the queries by position, which act as inverse temperatures of softmax."""
+
+    def query_factor(self, _position: Int[Tensor, "T"], /) -> Float[Tensor, "T"] | None:
+        """Return the factor of each query (float32), or None where there is none."""
+        return None
+
+
+class FixedTemperature(AttentionTemperature):
+    """The same for all queries."""
+
+
+class LogPositionTemperature(AttentionTemperature):
+    """Factors ``1 + weight * log(1 + floor((position + 1) / interval))``, positions from 0.
+
+    Llama 4's layers without rotary positions have them (``attn_temperature_tuning`` in its released
+    code), so that softmax stays sharp over long rows.
+    """
+
+    weight: float = Field(default=0.1, gt=0)
+    interval: int = Field(default=8192, ge=1)
+
+    def query_factor(self, position: Int[Tensor, "T"], /) -> Float[Tensor, "T"]:
+        return 1 + self.weight * torch.log1p(((position + 1) // self.interval).float())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.shapes import Tensor
+from moesaic.nn.adapter import adapter_name
 
 
 class FusedProjections(nn.Module):
@@ -61,11 +62,21 @@ def gate_and_value(width: int, *, hidden: int) -> tuple[int, ...]:
 
 
 def fused_outputs(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the output widths of the fused matrices of a model, by parameter name in the model."""
-    return {
+    """Return the output widths of the fused matrices of a model, by parameter name in the model.
+
+    What an adapter has of such a matrix with all of its outputs is fused as the matrix is.
+    """
+    found = {
         f"{path}.{name}" if path else name: widths
         for path, module in model.named_modules()
         if isinstance(module, FusedProjections)
         for name, widths in module.fused_outputs().items()
         if len(widths) > 1
+    }
+    named = dict(model.named_parameters())
+    candidates = ((adapter_name(name, part), name) for name in found for part in ("b", "delta"))
+    return found | {
+        own: found[name]
+        for own, name in candidates
+        if own in named and named[own].dim() == named[name].dim()  # not a few values of it
     }

@@ -4,7 +4,7 @@ The feed-forward is one autograd function that saves its input and the pre-activ
 recomputes the activation in backward. ``ops/kernel_selection.py`` selects the ``GroupedGEMM``.
 
 Letters: R rows sorted by expert, E experts, D input width, F output or feed-forward width, G
-pre-activation width (F, or 2F if gated).
+pre-activation width (F, or 2F if gated), r rank.
 """
 
 from collections.abc import Iterator
@@ -179,12 +179,11 @@ class _GroupedFeedForward(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         rows, up, down, up_bias, down_bias, groups, activation, gemm = inputs
         hidden = gemm.matmul(rows, up.to(rows.dtype), groups=groups)
-        if up_bias is not None:
-            hidden += up_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
+        add_expert_bias(hidden, up_bias, groups=groups)
         active = _activation_forward(hidden, activation=activation)
         out = gemm.matmul(active, down.to(rows.dtype), groups=groups)
+        add_expert_bias(out, down_bias, groups=groups)
         if down_bias is not None:
-            out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
             out = zero_rows_past_groups(out, offsets=groups.offsets)
         ctx.save_for_backward(rows, up, down, hidden)
         ctx.groups, ctx.activation, ctx.gemm = groups, activation, gemm
@@ -252,6 +251,14 @@ def expert_of_row(groups: RowGroups, *, rows: int) -> Int[Tensor, "R"]:
     return found.clamp(max=groups.offsets.numel() - 1)
 
 
+def add_expert_bias(
+    rows: Float[Tensor, "R F"], bias: Float[Tensor, "E F"] | None, *, groups: RowGroups
+) -> None:
+    """Add the bias of its expert to each row, in place; rows past the groups get the last one."""
+    if bias is not None:
+        rows += bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
+
+
 def _bias_gradient(grad: Tensor, *, groups: RowGroups) -> Tensor:
     expert = expert_of_row(groups, rows=grad.shape[0])
     live = torch.arange(grad.shape[0], device=grad.device) < groups.offsets[-1]
@@ -277,6 +284,20 @@ def grouped_matmul(
     The weight is cast to the dtype of rows, in backward again: no copy of it is saved.
     """
     return _GroupedMatmul.apply(rows, weight, groups, gemm)
+
+
+def low_rank_product(
+    rows: Float[Tensor, "R D"],
+    *,
+    a: Float[Tensor, "E D r"],
+    b: Float[Tensor, "E r F"],
+    scale: float,
+    groups: RowGroups,
+    gemm: GroupedGEMM,
+) -> Float[Tensor, "R F"]:
+    """``scale * rows @ a[e] @ b[e]`` for the expert e of each row, as ``grouped_matmul``."""
+    low = grouped_matmul(rows, weight=a, groups=groups, gemm=gemm)
+    return scale * grouped_matmul(low, weight=b, groups=groups, gemm=gemm)
 
 
 class _GroupedMatmul(torch.autograd.Function):

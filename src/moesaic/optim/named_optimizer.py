@@ -267,8 +267,7 @@ class NamedOptimizer(torch.optim.Optimizer):
             return resident, FetchedTensors(list[Tensor], lambda: None)
         stored, held = self.tier.fetch(members, place=place, access=access)
         for rows in members:
-            size = rows_of(local_tensor(rows.parameter), rows.part).numel()
-            self.tier.count_weights(size * rows.parameter.element_size(), place=place)
+            self.tier.count_weights(rows, place=place)
         scalars = [{slot: t.clone() for slot, t in state.items()} for state in resident]
         return [a | b for a, b in zip(stored, scalars, strict=True)], held
 

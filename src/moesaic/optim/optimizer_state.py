@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from moesaic.core.errors import CheckpointError
+from moesaic.core.errors import CheckpointError, listed
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.disk_store import DiskFullError
@@ -143,13 +143,8 @@ def _check_state_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tens
     ]
     kinds = (("missing", missing), ("unknown", unknown), ("of another shape", other))
     if any(names for _, names in kinds):
-        found = "; ".join(f"{what}: {_name_some(names)}" for what, names in kinds if names)
+        found = "; ".join(f"{what}: {listed(names, most=3)}" for what, names in kinds if names)
         raise CheckpointError(
             f"the optimizer state does not fit: {found}. "
             "Resume with the model and the optimizer that the checkpoint was saved with."
         )
-
-
-def _name_some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -18,6 +18,7 @@ from moesaic.memory.tensor_store import (
     Place,
     TensorStore,
     TransferCounter,
+    rows_of,
 )
 
 
@@ -35,10 +36,14 @@ class ParameterRows:
 
 @dataclass(slots=True)
 class TieredStates:
-    """States of an optimizer in a store. ``weights`` counts the parameters' bytes that cross."""
+    """States of an optimizer in a store. ``weights`` counts the parameters' bytes that cross.
+
+    ``at_rest`` are the parameters that are on a tier themselves when they are updated.
+    """
 
     store: TensorStore
     in_flight_bytes: int
+    at_rest: frozenset[str] = frozenset()
     weights: TransferCounter = field(default_factory=TransferCounter)
     _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -59,9 +64,11 @@ class TieredStates:
         """Return views of a parameter's stored states, by slot."""
         return {slot: self.store.live(f"{slot}/{name}") for slot in self._slots.get(name, ())}
 
-    def count_weights(self, num_bytes: int, *, place: Place) -> None:
+    def count_weights(self, rows: ParameterRows, *, place: Place) -> None:
         """Count weights that are updated on the host and written back."""
-        if place is Place.HOST:
+        if place is Place.HOST and rows.part.name not in self.at_rest:
+            local = rows_of(local_tensor(rows.parameter), rows.part)
+            num_bytes = local.numel() * local.itemsize
             self.weights.fetched += num_bytes
             self.weights.written += num_bytes
 

@@ -204,7 +204,7 @@ def expert_counts(model: nn.Module) -> tuple[int, ...]:
 
 
 def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: ParallelPlan) -> None:
-    """Raise ConfigError with a sentence for each layer that the plan does not fit."""
+    """Raise ConfigError with a sentence for each layer and method that the plan does not fit."""
     problems = [
         *tensor_parallel_problems(model, ranks=plan.tensor),
         *_context_parallel_problems(model, parallel=parallel, plan=plan),
@@ -218,6 +218,12 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
             problems.append(f"parallel.dispatch={dispatch} of {layer.name}: {why}")
         if plan.expert_tensor > 1:
             problems += _expert_tensor_problems(layer, ranks=plan.expert_tensor)
+    if plan.pipe > 1 and (kept := parallel.memory.run_ahead_bytes):
+        problems.append(
+            f"parallel.memory.run_ahead_bytes={kept} with parallel.plan.pipe={plan.pipe}: the "
+            "gradients of a stage are complete at the end of a step, so no update runs ahead: set "
+            "run_ahead_bytes to 0, or pipe to 1"
+        )
     if problems:
         raise ConfigError(problems)
 

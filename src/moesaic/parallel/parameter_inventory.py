@@ -60,6 +60,12 @@ class ParameterShard:
     zero_axes: tuple[str, ...]
     all_reduce_axes: tuple[str, ...]
 
+    @property
+    def streams(self) -> bool:
+        """Whether a tier of parameters takes it: those of blocks, unless ZeRO shards them."""
+        is_expert = self.parameter.placement.num_experts is not None
+        return is_expert or bool(self.parameter.fsdp_unit and not self.zero_axes)
+
 
 class ParameterInventory:
     """The parameters of a model config and of adapters in it, without allocating any."""

@@ -1,19 +1,21 @@
-"""Parameter streaming: expert weights on a memory tier, fetched for each MoE layer that computes.
+"""Parameter streaming: the weights of blocks on a memory tier, fetched for each unit that computes.
 
-A layer's weights are on the device from its forward to the end of it, and again in its backward;
-those of the layer that computes next are fetched meanwhile. Forward fetches all experts of a layer,
-since it begins before the tokens are routed; backward those alone that had rows. Dense parameters
-stay: ZeRO-3 shards them and gathers slices from peers, the other dimension of SE-MoE's prefetch
-(2205.10034).
+A unit is the experts of an MoE layer, or all other parameters of a block. Its weights are on the
+device from its forward to the end of it, and again in its backward; those of the unit that computes
+next are fetched meanwhile. Forward fetches all experts of a layer, since it begins before the
+tokens are routed; backward those alone that had rows. What ZeRO shards stays, and is gathered from
+peers: dense slices from peers and experts from a slower tier are the two dimensions of SE-MoE's
+prefetch (2205.10034). Parameters outside of blocks (embeddings, the last norm) stay as well.
 
 Between uses a parameter is a view of the tier's memory, so optimizers and checkpoints read and
 write it there. In use it is a buffer on the device whose memory is released afterwards; views that
 autograd saved of it are valid again once it is refilled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,22 +26,25 @@ from torch.distributed.tensor import DTensor
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
+from moesaic.model.block import Block, BlockState
 from moesaic.moe.experts import GroupedExperts
-from moesaic.moe.layer import MoELayer, MoEOutput
+from moesaic.moe.layer import MoELayer, MoEOutput, moe_layers
 from moesaic.ops.permute import RowGroups
 
 
 @dataclass(eq=False, slots=True)
-class StreamedLayer:
-    """The expert weights of a layer: ``resting`` in the tier, ``buffers`` on the device in use.
+class StreamedUnit:
+    """Weights of a block or MoE layer: ``resting`` in the tier, ``buffers`` on the device in use.
 
+    ``names`` are theirs in ``module``, whose name ``prefix`` ends with a dot.
     ``missing_gradients`` counts the parameters whose gradient the present backward has not added.
     ``present`` are the parts in the buffers, all else there is zero. ``noted`` are the experts used
     by the forward pass that runs, None for all; ``waiting`` those of passes before their backward.
     """
 
-    module: MoELayer
+    module: Block | MoELayer
     prefix: str
+    names: tuple[str, ...]
     resting: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     in_use: bool = False
@@ -51,13 +56,16 @@ class StreamedLayer:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by their name in the model."""
-        found = self.module.experts.named_parameters()
-        return {f"{self.prefix}{name}": parameter for name, parameter in found}
+        return {f"{self.prefix}{name}": self.module.get_parameter(name) for name in self.names}
 
     @property
     def num_bytes(self) -> int:
         """The bytes of all parameters."""
         return sum(parameter.nbytes for parameter in self.parameters.values())
+
+    def is_in(self, other: "StreamedUnit") -> bool:
+        """Whether it is the other one, or the experts in its block."""
+        return self.prefix.startswith(other.prefix)
 
     def free_buffers(self) -> None:
         """Release the buffers' memory."""
@@ -76,9 +84,9 @@ class StreamedLayer:
 
 @dataclass(frozen=True, slots=True)
 class _Coming:
-    """Parts of a layer on their way; ``copied`` is the copy into its buffers, on a thread."""
+    """Parts of a unit on their way; ``copied`` is the copy into its buffers, on a thread."""
 
-    layer: StreamedLayer
+    unit: StreamedUnit
     parts: list[Part]
     fetched: FetchedTensors
     copied: "Future[None] | None"
@@ -107,43 +115,69 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(changes[::2], changes[1::2], strict=True))
 
 
-class ParameterStream:
-    """Streams the expert weights of a model from ``store`` (see the module's docstring).
+def _units(model: nn.Module) -> Iterator[StreamedUnit]:
+    """Yield each block, without what ZeRO shards, and then the experts in it."""
+    for path, module in model.named_modules():
+        if not isinstance(module, Block | MoELayer):
+            continue
+        experts = {p for layer in moe_layers(module) for p in layer.experts.parameters()}
+        names = tuple(
+            name
+            for name, p in module.named_parameters()
+            if (p in experts if isinstance(module, MoELayer) else not _is_elsewhere(p, experts))
+        )
+        if names:
+            yield StreamedUnit(module, f"{path}." if path else "", names)
 
-    At most two layers are on the device: the one that computes, and the one that is fetched.
-    ``device_bytes`` counts both, ``peak_device_bytes`` is the most there has been.
+
+def _is_elsewhere(parameter: nn.Parameter, experts: set[nn.Parameter]) -> bool:
+    """Whether a block's parameter is in another unit, or sharded by ZeRO."""
+    return parameter in experts or isinstance(parameter, DTensor)
+
+
+def _backward_order(units: Sequence[StreamedUnit]) -> list[StreamedUnit]:
+    """Return the units as backward reaches them: the last block first, each before its experts."""
+    found: list[StreamedUnit] = []
+    for unit in reversed(units):
+        inner = [each for each in found if each.is_in(unit)]
+        found[len(found) - len(inner) :] = [unit, *inner]
+    return found
+
+
+class ParameterStream:
+    """Streams the weights of a model's blocks from ``store`` (see the module's docstring).
+
+    At most three units are on the device: a block's two, and the one that is fetched.
+    ``device_bytes`` counts them, ``peak_device_bytes`` is the most there has been.
     """
 
     def __init__(self, model: nn.Module, *, store: TensorStore) -> None:
         self.store = store
-        self._layers = [
-            StreamedLayer(module, f"{path}.experts." if path else "experts.")
-            for path, module in model.named_modules()
-            if isinstance(module, MoELayer)
-        ]
+        self._units = list(_units(model))
         self.device_bytes, self.peak_device_bytes = 0, 0
         self._coming: _Coming | None = None
         self._hooked: set[nn.Parameter] = set()
         self._side = torch.cuda.Stream(store.device) if store.device.type == "cuda" else None
         # a GPU copies beside its other work; on a CPU a thread does
         self._thread = None if self._side else ThreadPoolExecutor(1, thread_name_prefix="stream")
-        for number, layer in enumerate(self._layers):
-            self._add_hooks(layer, number)
+        self._next = dict(pairwise(self._units)), dict(pairwise(_backward_order(self._units)))
+        for unit in self._units:
+            self._add_hooks(unit)
 
     @property
     def names(self) -> list[str]:
         """The names of all parameters that are streamed."""
-        return [name for layer in self._layers for name in layer.parameters]
+        return [name for unit in self._units for name in unit.parameters]
 
     @property
     def in_use(self) -> frozenset[nn.Parameter]:
         """The parameters that are on the device."""
-        used = (layer for layer in self._layers if layer.in_use)
-        return frozenset(p for layer in used for p in layer.parameters.values())
+        used = (unit for unit in self._units if unit.in_use)
+        return frozenset(p for unit in used for p in unit.parameters.values())
 
     def resting(self, name: str) -> Tensor:
         """Return a parameter's memory of the tier."""
-        return next(layer.resting[name] for layer in self._layers if name in layer.resting)
+        return next(unit.resting[name] for unit in self._units if name in unit.resting)
 
     def memory(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return memory of the tier for a parameter: zeros."""
@@ -154,12 +188,12 @@ class ParameterStream:
     @torch.no_grad()
     def move_to_tier(self) -> None:
         """Move all parameters that are not yet there to the tier."""
-        for layer in self._layers:
-            for name, parameter in layer.parameters.items():
-                self._move(layer, name, parameter)
+        for unit in self._units:
+            for name, parameter in unit.parameters.items():
+                self._move(unit, name, parameter)
 
-    def _move(self, layer: StreamedLayer, name: str, parameter: nn.Parameter) -> None:
-        known = layer.resting.get(name)
+    def _move(self, unit: StreamedUnit, name: str, parameter: nn.Parameter) -> None:
+        known = unit.resting.get(name)
         if known is not None and known.data_ptr() == parameter.data_ptr():
             return
         if isinstance(parameter, DTensor):
@@ -175,84 +209,86 @@ class ParameterStream:
             parameter.data = resting
         buffer = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.store.device)
         buffer.untyped_storage().resize_(0)
-        layer.resting[name], layer.buffers[name] = resting, buffer
+        unit.resting[name], unit.buffers[name] = resting, buffer
         if parameter.requires_grad and parameter not in self._hooked:
             self._hooked.add(parameter)
-            parameter.register_post_accumulate_grad_hook(lambda _: self._count_gradient(layer))
+            parameter.register_post_accumulate_grad_hook(lambda _: self._count_gradient(unit))
 
-    def _add_hooks(self, layer: StreamedLayer, number: int) -> None:
-        last = number == len(self._layers) - 1
+    def _add_hooks(self, unit: StreamedUnit) -> None:
+        stays = self._units[-1].is_in(unit)  # between forward and backward
 
         def before(*_: Any) -> None:
-            layer.noted = None
-            self._use(number, then=number - 1 if _in_backward() else number + 1)
+            unit.noted = None
+            self._use(unit)
 
         def note(groups: RowGroups) -> None:
             if not _in_backward():
-                layer.noted = [*(layer.noted or []), UsedExperts(groups.rows_per_expert)]
+                unit.noted = [*(unit.noted or []), UsedExperts(groups.rows_per_expert)]
 
-        def after(_module: nn.Module, _inputs: Any, output: MoEOutput) -> None:
-            if _in_backward():  # recomputed: the backward of the layer comes next
+        def after(_module: nn.Module, _inputs: Any, output: MoEOutput | BlockState) -> None:
+            if _in_backward():  # recomputed: the backward of the unit comes next
                 return
-            if output.out.requires_grad:
-                layer.waiting.append(layer.noted)
-                output.out.register_hook(lambda _: self._start_backward(number))
-            if not (last and torch.is_grad_enabled()):  # backward begins with the last one
-                self._release(layer)
+            out = output.out if isinstance(output, MoEOutput) else output.x
+            if out.requires_grad:
+                unit.waiting.append(unit.noted)
+                out.register_hook(lambda _: self._start_backward(unit))
+            if not (stays and torch.is_grad_enabled()):
+                self._release(unit)
 
-        layer.module.register_forward_pre_hook(before)
-        layer.module.register_forward_hook(after)
-        if type(experts := layer.module.experts) is GroupedExperts:
-            experts.call_before_use(note)
+        unit.module.register_forward_pre_hook(before)
+        unit.module.register_forward_hook(after)
+        if isinstance(unit.module, MoELayer) and type(unit.module.experts) is GroupedExperts:
+            unit.module.experts.call_before_use(note)
 
-    def _start_backward(self, number: int) -> None:
-        layer = self._layers[number]
-        layer.missing_gradients = sum(p.requires_grad for p in layer.parameters.values())
-        self._use(number, then=number - 1)
-        layer.waiting = layer.waiting[1:]
+    def _start_backward(self, unit: StreamedUnit) -> None:
+        for other in self._units:  # of later blocks, whose backward is done
+            if not (other.is_in(unit) or unit.is_in(other)):
+                self._release(other)
+        unit.missing_gradients = len(unit.names)  # frozen ones have none: then it stays longer
+        self._use(unit)
+        unit.waiting = unit.waiting[1:]
         Variable._execution_engine.queue_callback(self._end_backward)
 
-    def _count_gradient(self, layer: StreamedLayer) -> None:
-        layer.missing_gradients -= 1
-        if layer.missing_gradients == 0:
-            self._release(layer)
+    def _count_gradient(self, unit: StreamedUnit) -> None:
+        unit.missing_gradients -= 1
+        if unit.missing_gradients == 0:
+            self._release(unit)
 
     def _end_backward(self) -> None:
         """Release what no gradient has reached, and what was fetched in vain."""
         self._discard()
-        for layer in self._layers:
-            self._release(layer)
+        for unit in self._units:
+            self._release(unit)
 
     @torch.no_grad()
-    def _use(self, number: int, *, then: int) -> None:
-        """Have a layer's weights on the device, and fetch those of layer number ``then``."""
-        layer = self._layers[number]
-        parts = layer.parts(backward=_in_backward())
-        if layer.present != parts and layer.present != layer.parts(backward=False):
-            self._release(layer)  # what an interrupted backward has left
-        if not layer.in_use:
-            for name, parameter in layer.parameters.items():
-                self._move(layer, name, parameter)
-            self._fill(layer, parts)
-        if 0 <= then < len(self._layers) and not self._layers[then].in_use:
-            following = self._layers[then]
+    def _use(self, unit: StreamedUnit) -> None:
+        """Have a unit's weights on the device, and fetch those of the next one."""
+        parts = unit.parts(backward=_in_backward())
+        if unit.present != parts and unit.present != unit.parts(backward=False):
+            self._release(unit)  # what an interrupted backward has left
+        if not unit.in_use:
+            for name, parameter in unit.parameters.items():
+                self._move(unit, name, parameter)
+            self._fill(unit, parts)
+        following = self._next[_in_backward()].get(unit)
+        if following is not None and not following.in_use:
             self._prefetch(following, following.parts(backward=_in_backward()))
 
-    def _fill(self, layer: StreamedLayer, parts: list[Part]) -> None:
-        self._prefetch(layer, parts)
+    def _fill(self, unit: StreamedUnit, parts: list[Part]) -> None:
+        self._prefetch(unit, parts)
         coming, self._coming = self._coming, None
         assert coming is not None
         if coming.copied is None:
-            self._copy(layer, parts, coming.fetched)
+            self._copy(unit, parts, coming.fetched)
         else:
             coming.copied.result()
-        for name, parameter in layer.parameters.items():
-            parameter.data = layer.buffers[name]
-        layer.in_use, layer.present = True, parts
+        for name, parameter in unit.parameters.items():
+            parameter.data = unit.buffers[name]
+        unit.in_use, unit.present = True, parts
 
     @torch.no_grad()
-    def _copy(self, layer: StreamedLayer, parts: list[Part], fetched: FetchedTensors) -> None:
-        for name, buffer in layer.buffers.items():
+    def _copy(self, unit: StreamedUnit, parts: list[Part], fetched: FetchedTensors) -> None:
+        for name, buffer in unit.buffers.items():
             buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
             if Part(name) not in parts:
                 buffer.zero_()
@@ -260,39 +296,39 @@ class ParameterStream:
             if self._side is not None:
                 torch.cuda.current_stream().wait_stream(self._side)
                 tensor.record_stream(torch.cuda.current_stream())
-            rows_of(layer.buffers[part.name], part).copy_(tensor)
+            rows_of(unit.buffers[part.name], part).copy_(tensor)
         fetched.release()
 
-    def _prefetch(self, layer: StreamedLayer, parts: list[Part]) -> None:
+    def _prefetch(self, unit: StreamedUnit, parts: list[Part]) -> None:
         coming = self._coming
-        if coming is not None and (coming.layer, coming.parts) != (layer, parts):
+        if coming is not None and (coming.unit, coming.parts) != (unit, parts):
             self._discard()
-        if self._coming is None and layer.resting:
+        if self._coming is None and unit.resting:
             with torch.cuda.stream(self._side):
                 fetched = self.store.fetch(parts, access=Access.READ)
-            copied = self._thread and self._thread.submit(self._copy, layer, parts, fetched)
-            self._coming = _Coming(layer, parts, fetched, copied)
-            self._count_bytes(layer.num_bytes)
+            copied = self._thread and self._thread.submit(self._copy, unit, parts, fetched)
+            self._coming = _Coming(unit, parts, fetched, copied)
+            self._count_bytes(unit.num_bytes)
 
     def _discard(self) -> None:
         if self._coming is not None:
             coming, self._coming = self._coming, None
             coming.fetched.release() if coming.copied is None else coming.copied.result()
-            coming.layer.free_buffers()
-            self._count_bytes(-coming.layer.num_bytes)
+            coming.unit.free_buffers()
+            self._count_bytes(-coming.unit.num_bytes)
 
     def _count_bytes(self, change: int) -> None:
         self.device_bytes += change
         self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
 
-    def _release(self, layer: StreamedLayer) -> None:
-        if not layer.in_use:
+    def _release(self, unit: StreamedUnit) -> None:
+        if not unit.in_use:
             return
-        for name, parameter in layer.parameters.items():
-            parameter.data = layer.resting[name]
-        layer.free_buffers()
-        layer.in_use, layer.present = False, []
-        self._count_bytes(-layer.num_bytes)
+        for name, parameter in unit.parameters.items():
+            parameter.data = unit.resting[name]
+        unit.free_buffers()
+        unit.in_use, unit.present = False, []
+        self._count_bytes(-unit.num_bytes)
 
 
 def _in_backward() -> bool:

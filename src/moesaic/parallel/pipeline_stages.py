@@ -127,7 +127,13 @@ class PipelineStages:
 
     def ranks_of(self, name: str) -> tuple[int, ...]:
         """Return the ranks that hold a parameter, of the model or of an adapter in it."""
-        return self.ranks_of_parameter.get(name) or self._ranks_under(name)
+        if name not in self._ranks_by_name:
+            self._ranks_by_name[name] = self._ranks_under(name)
+        return self._ranks_by_name[name]
+
+    @cached_property
+    def _ranks_by_name(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.ranks_of_parameter)  # and of adapters, once they are asked for
 
     def _ranks_under(self, name: str) -> tuple[int, ...]:
         everywhere = not _is_under(name, self._split_paths)

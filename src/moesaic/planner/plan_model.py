@@ -117,8 +117,9 @@ class PlanModel:
         self._moe_layers = len(settings.inventory.expert_modules)
         stacks = self._config.encoder, self._config.decoder
         self._layers = max(stack.layers for stack in stacks)
-        layers = [(stack, layer) for stack in stacks for layer in range(stack.layers)]
-        routed = (self._config.routed_moe_of_layer(stack, layer=layer) for stack, layer in layers)
+        blocks = [(stack, layer) for stack in stacks for layer in range(stack.layers)]
+        self._blocks = len(blocks)
+        routed = (self._config.routed_moe_of_layer(stack, layer=layer) for stack, layer in blocks)
         self._routed = [moe for moe in routed if moe is not None]
         self._lines = [op for op in settings.reference.operations if op.phase != Phase.UPDATE]
         update = [op for op in settings.reference.operations if op.phase == Phase.UPDATE]
@@ -160,8 +161,7 @@ class PlanModel:
     def held(self, degrees: Degrees, option: Option) -> dict[tuple[str, Purpose], int]:
         """Return the bytes that a rank holds under a plan."""
         state, memory = self._state(degrees, option), option.memory
-        tiers = tier_names(memory)
-        pipe = degrees.pipe
+        tiers, pipe = tier_names(memory), degrees.pipe
         held: Counter[tuple[str, Purpose]] = Counter()
         gathered = state.gathered // pipe
         if tiers["gradients"] != DEVICE:
@@ -169,7 +169,7 @@ class PlanModel:
         resident = resident_weights(self._tiered(state), memory)
         held[DEVICE, Purpose.WEIGHTS] += -(-resident // pipe)
         if tiers["parameters"] != DEVICE:
-            held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.experts // pipe)
+            held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.streamed // pipe)
         held[tiers["gradients"], Purpose.GRADIENTS] += -(-state.gradients // pipe)
         held[tiers["optimizer_states"], Purpose.STATES] += -(-state.states // pipe)
         held[DEVICE, Purpose.GATHERED] += gathered
@@ -358,11 +358,13 @@ class PlanModel:
         return self.settings.state.of_plan(key)
 
     def _by_layer(self, state: ShardBytes) -> StateBytes:
-        """Return the bytes of a rank with those of experts by layer, taken as equal."""
-        layers = self._moe_layers
-        experts = {str(n): state.experts // layers for n in range(layers)}
-        updated = (state.updated, state.updated_experts)
-        return StateBytes(state.weights, state.gradients, state.states, 0, experts, *updated)
+        """Return the bytes of a rank with those of layers, and of experts, taken as equal."""
+        blocks, sparse = self._blocks, self._moe_layers
+        streamed = {f"stack.{n}": (state.streamed - state.experts) // blocks for n in range(blocks)}
+        for number in range(blocks - sparse, blocks):
+            streamed[f"stack.{number}.experts"] = state.experts // sparse
+        updated = (state.updated, state.updated_streamed)
+        return StateBytes(state.weights, state.gradients, state.states, 0, streamed, *updated)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.

@@ -113,25 +113,19 @@ class PlanReport:
             },
             "tokens_per_second": self.tokens_per_second(found),
             "mfu_active": self.mfu(found),
-            "streaming": self._streaming(found),
+            "streaming": streaming_tokens(
+                self.request.model,
+                degrees,
+                sizes=self.request.space.micro_batch(degrees.rows),
+                machine=self.machine,
+                dtype=self.request.dtype,
+            ),
         }
         if token_budget is not None:
             row["budget"] = self._budget(found, token_budget)
         if found is not self.best[0]:
             row["slower"] = why_slower(found, self.best[0])
         return row
-
-    def _streaming(self, found: PlanForecast) -> dict[str, float] | None:
-        found_tokens = streaming_tokens(
-            self.request.model,
-            found.choice,
-            sizes=self.request.space.micro_batch(found.choice.degrees.rows),
-            machine=self.machine,
-            dtype=self.request.dtype,
-        )
-        if found_tokens is None:
-            return None
-        return dict(zip(("tokens_per_expert", "needed"), found_tokens, strict=True))
 
     def _budget(self, found: PlanForecast, tokens: float) -> dict[str, float]:
         hours = tokens / self.tokens_per_second(found) / 3600
@@ -141,25 +135,43 @@ class PlanReport:
 
 
 def streaming_tokens(
-    model: ModelConfig, choice: CompletePlan, *, sizes: BatchDims, machine: Machine, dtype: str
-) -> tuple[float, float] | None:
-    """Return M of a plan whose micro-batch has ``sizes``, and M* in forward; None: no experts."""
-    moe = model.moe
-    if not isinstance(moe, MoE):
-        return None
-    _, _, context, tensor, expert, slices, _, _ = choice.degrees
-    chosen = moe.select.experts_per_token(moe.num_router_outputs)
-    tokens = sizes.tokens / (context * tensor) * expert * slices
-    rates = StreamingRates(
-        flops=max(rate for _, rate in machine.products_of(dtype).grouped.points),
-        fetch=machine.host_to_device.bytes_per_s.value,
-        write=machine.device_to_host.bytes_per_s.value,
+    model: ModelConfig, degrees: Degrees, *, sizes: BatchDims, machine: Machine, dtype: str
+) -> dict[str, dict[str, float]]:
+    """Return M and M* in forward of the parts of a model: ``tokens`` and ``needed``.
+
+    M is how many tokens a weight multiplies in a micro-batch of ``sizes``: of dense layers all that
+    a rank reads, of ``experts`` those of one. Of an encoder-decoder, the shorter side.
+    """
+    products, moe = machine.products_of(dtype), model.moe
+    read = (
+        sizes.rows * min(n or sizes.target for n in (sizes.source, sizes.target)) / degrees.context
     )
-    weight = 2 if dtype == "bfloat16" else 4
-    return (
-        tokens_per_expert(tokens, experts=moe.experts, experts_per_token=chosen),
-        hidden_forward_tokens(rates, weight_bytes=weight),
-    )
+    parts = {"dense layers": (read, products.dense)}
+    if isinstance(moe, MoE):
+        chosen = moe.select.experts_per_token(moe.num_router_outputs)
+        of_group = read / degrees.tensor * degrees.expert * degrees.expert_tensor
+        m = tokens_per_expert(of_group, experts=moe.experts, experts_per_token=chosen)
+        parts["experts"] = m, products.grouped
+    found: dict[str, dict[str, float]] = {}
+    for name, (tokens, rate) in parts.items():
+        rates = StreamingRates(
+            flops=max(flops for _, flops in rate.points),
+            fetch=machine.host_to_device.bytes_per_s.value,
+            write=machine.device_to_host.bytes_per_s.value,
+        )
+        needed = hidden_forward_tokens(rates, weight_bytes=2 if dtype == "bfloat16" else 4)
+        found[name] = {"tokens": tokens, "needed": needed}
+    return found
+
+
+def streaming_words(parts: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the sentence of ``streaming_tokens``."""
+    each = [
+        f"{name}: M* = {rule['needed']:,.0f}, here M = {rule['tokens']:,.0f}"
+        for name, rule in parts.items()
+    ]
+    start = "a weight streams from the host for free if M* tokens of a micro-batch multiply it:"
+    return "\n".join([start, *each])
 
 
 def find_plans(

@@ -59,10 +59,10 @@ class PlanKey(NamedTuple):
 class ShardBytes:
     """Bytes of rank 0: its shards, and what ZeRO gathers beside them at the peak.
 
-    ``experts`` are those of the weights of experts; ``updated`` and ``updated_experts`` are of the
-    weights that are trained, ``summed`` of gradients that ranks sum, in so many ``buckets``.
-    ``trained`` parameters have gradients. ``synced_once`` is sent in a step, ``synced_often`` in
-    each of its micro-batches.
+    Of ``streamed``, which a tier of parameters takes, ``experts`` are those of experts; ``updated``
+    and ``updated_streamed`` are of the weights that are trained, ``summed`` of gradients that ranks
+    sum, in so many ``buckets``. ``trained`` parameters have gradients. ``synced_once`` is sent in a
+    step, ``synced_often`` in each of its micro-batches.
     """
 
     values: int
@@ -70,9 +70,10 @@ class ShardBytes:
     gradients: int
     states: int
     gathered: int
+    streamed: int
     experts: int
     updated: int
-    updated_experts: int
+    updated_streamed: int
     summed: int
     buckets: int
     trained: int
@@ -125,10 +126,12 @@ class ShardedState:
             shard = _shard(each.placement, key)
             values, is_expert = each.copies * shard.values, each.placement.num_experts is not None
             trained = values * each.trained
+            streams = is_expert or (each.in_block and shard.zero_ranks == 1)
+            sums["streamed"] += values * streams
             sums["values"] += values
             sums["experts"] += values * is_expert
             sums["trained"] += trained
-            sums["trained experts"] += trained * is_expert
+            sums["trained, streamed"] += trained * streams
             sums["parameters"] += each.copies * each.trained
             sums["summed"] += trained * (shard.sum_ranks > 1)
             sums["states"] += round(values * each.state_per_value)
@@ -158,9 +161,10 @@ class ShardedState:
             gradients=sums["trained"] * self._each.gradient_dtype.itemsize,
             states=sums["states"],
             gathered=self._gathered(key),
+            streamed=sums["streamed"] * self._each.parameter_dtype.itemsize,
             experts=sums["experts"] * self._each.parameter_dtype.itemsize,
             updated=sums["trained"] * self._each.parameter_dtype.itemsize,
-            updated_experts=sums["trained experts"] * self._each.parameter_dtype.itemsize,
+            updated_streamed=sums["trained, streamed"] * self._each.parameter_dtype.itemsize,
             summed=sums["summed"] * self._each.reduce_dtype.itemsize,
             buckets=sum(line.messages for line in once if line.kind == "all-reduce"),
             trained=sums["parameters"],

@@ -196,14 +196,13 @@ class _Composition:
         resident = resident_weights(state, memory)
         yield HeldBytes(DEVICE, Purpose.WEIGHTS, resident)
         if not memory.parameters.is_device:
-            streamed = sum(state.experts.values())
+            streamed = sum(state.streamed.values())
             yield HeldBytes(tier_name(memory.parameters), Purpose.WEIGHTS, streamed)
         yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
         yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.stored)
         yield HeldBytes(DEVICE, Purpose.STATES, state.counters)
-        if self.parameters.stages is None and not memory.optimizer_states.is_device:
-            kept = min(memory.run_ahead_bytes, state.overwritten)
-            yield HeldBytes(HOST, Purpose.OVERWRITTEN, kept)
+        kept = min(memory.run_ahead_bytes, state.overwritten)
+        yield HeldBytes(HOST, Purpose.OVERWRITTEN, kept)
 
     @property
     def _memory(self) -> MemoryPlan:

@@ -28,19 +28,19 @@ FLOAT32_BYTES = 4
 class StateBytes:
     """Bytes of a rank's weights, gradients and optimizer states, exact, in whichever tier.
 
-    ``counters`` are those of the states that are one number, which stay on the device; ``experts``
-    those of the weights of experts, by module. Of ``updated`` weights, those that are trained,
-    ``updated_experts`` are of experts. ``overwritten`` are the old values of updates that may run
-    ahead of the gradient norm.
+    ``counters`` are those of the states that are one number, which stay on the device; ``streamed``
+    those of the weights that a tier of parameters takes, by unit (``parameter_streaming.py``). Of
+    ``updated`` weights, those that are trained, it takes ``updated_streamed``.
+    ``overwritten`` are the old values of updates that may run ahead of the gradient norm.
     """
 
     weights: int
     gradients: int
     states: int
     counters: int
-    experts: Mapping[str, int]
+    streamed: Mapping[str, int]
     updated: int
-    updated_experts: int
+    updated_streamed: int
     overwritten: int = 0
 
     @property
@@ -54,19 +54,19 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
     precision = settings.precision
     weight, gradient = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
     master = precision.master_weights.bytes_per_value if weight < FLOAT32_BYTES else 0
-    values = overwritten = trained = trained_experts = 0
-    experts: dict[str, int] = {}
+    values = overwritten = trained = trained_streamed = 0
+    streamed: dict[str, int] = {}
     slots: list[Tensor] = []
     for shard in parameters.shards:
         size = math.prod(shard.shape)
         values += size
-        if shard.parameter.placement.num_experts is not None:
-            module = shard.parameter.fsdp_unit
-            experts[module] = experts.get(module, 0) + weight * size
+        if shard.streams:
+            unit = shard.parameter.fsdp_unit
+            streamed[unit] = streamed.get(unit, 0) + weight * size
     for shard in parameters.trained:
         size = math.prod(shard.shape)
         trained += size
-        trained_experts += size * (shard.parameter.placement.num_experts is not None)
+        trained_streamed += size * shard.streams
         parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
         rule = settings.optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
         own = list(rule.initial_state(parameter).values())
@@ -78,9 +78,9 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
         gradient * trained,
         master * trained + sum(slot.nbytes for slot in slots),
         sum(slot.nbytes for slot in slots if not slot.dim()),
-        experts,
+        streamed,
         weight * trained,
-        weight * trained_experts,
+        weight * trained_streamed,
         overwritten,
     )
 

@@ -1,13 +1,12 @@
 """Memory tiers in a step's cost: what stays on the device, and what moves, by arithmetic."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import Tier
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
 from moesaic.planner.step_memory import StateBytes
-
-STREAMED_LAYERS = 2  # the one that computes, and the one that is fetched
 
 
 def tier_name(tier: Tier) -> str:
@@ -16,11 +15,34 @@ def tier_name(tier: Tier) -> str:
 
 
 def resident_weights(state: StateBytes, memory: MemoryPlan) -> int:
-    """Return the bytes of weights on the device: all, or all but experts and two layers of them."""
+    """Return the bytes of weights on the device: all, or what is not streamed and units in use."""
     if memory.parameters.is_device:
         return state.weights
-    layers = sorted(state.experts.values(), reverse=True)
-    return state.weights - sum(layers) + sum(layers[:STREAMED_LAYERS])
+    return state.weights - sum(state.streamed.values()) + most_streamed(state.streamed)
+
+
+def most_streamed(units: Mapping[str, int]) -> int:
+    """Return the most bytes of units at once: of a block, and of the unit that is fetched next."""
+    blocks = _blocks(units)
+    most = 0
+    for order in (blocks, list(reversed(blocks))):
+        names = [*(name for block in order for name in block), ""]
+        for name, following in pairwise(names):
+            in_use = {_block_of(name), name, following}
+            most = max(most, sum(units.get(each, 0) for each in in_use))
+    return most
+
+
+def _blocks(units: Mapping[str, int]) -> list[list[str]]:
+    """Return the units of each block: its own, then its experts."""
+    found: dict[str, list[str]] = {}
+    for name in units:
+        found.setdefault(_block_of(name), []).append(name)
+    return [sorted(names, key=len) for names in found.values()]
+
+
+def _block_of(unit: str) -> str:
+    return ".".join(unit.split(".")[:2])
 
 
 def moved_bytes(
@@ -33,15 +55,15 @@ def moved_bytes(
 ) -> Iterator[MovedBytes]:
     """Yield what moves between tiers in a step of an optimizer that updates on the host.
 
-    Streamed weights are fetched for each forward pass and, but for the last layer's, for each
+    Streamed weights are fetched for each forward pass and, but for the last block's, for each
     backward pass: at most, since experts without rows are left out there. Other weights go to the
     host to be updated, and return. ``summed`` are the bytes of gradients that ranks sum, ``saved``
     those of the activations of a micro-batch that leave the device, and return if they are used.
     """
-    streamed = 0 if memory.parameters.is_device else sum(state.experts.values())
+    streamed = 0 if memory.parameters.is_device else sum(state.streamed.values())
     if streamed:
         tier = tier_name(memory.parameters)
-        last = list(state.experts.values())[-1]
+        last = sum(state.streamed[name] for name in _blocks(state.streamed)[-1])
         yield MovedBytes(tier, DEVICE, Purpose.WEIGHTS, micro_batches * (2 * streamed - last))
     if not memory.activations.is_device:
         tier = tier_name(memory.activations)
@@ -52,7 +74,7 @@ def moved_bytes(
     elif not memory.optimizer_states.is_device:
         yield MovedBytes(DEVICE, HOST, Purpose.GRADIENTS, state.gradients)
     if not memory.optimizer_states.is_device:
-        updated = state.updated - (state.updated_experts if streamed else 0)
+        updated = state.updated - (state.updated_streamed if streamed else 0)
         yield MovedBytes(DEVICE, HOST, Purpose.WEIGHTS, updated)
         yield MovedBytes(HOST, DEVICE, Purpose.WEIGHTS, updated)
     if tier_name(memory.optimizer_states) == DISK:

@@ -4,7 +4,6 @@ Each follows the layer pattern of a published system at the size of a test; widt
 are ours. ``benchmarks/hybrids.py`` trains them beside models of attention alone.
 """
 
-import re
 from collections.abc import Mapping
 
 from moesaic.data.collators import DecoderOnlyCollator
@@ -14,7 +13,6 @@ from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM
 from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.expert_capacity import Capacity
@@ -75,28 +73,6 @@ def spikingbrain_intra() -> Run:
         hidden=64,
     )
     return _run("spikingbrain-intra", _model(moe=moe, stack=stack, mixers=_spiking_mixers()))
-
-
-def attention_alone(run: Run) -> Run:
-    """Return the control of a hybrid: attention in every branch, with as many parameters.
-
-    A branch of the hybrid is one attention, also where it has two mixers in parallel. The head
-    width is the one (of even ones) with which the number of parameters is nearest.
-    """
-    decoder = run.model.decoder
-    blocks = [re.sub(r"\w+( \| \w+)*", "attention", block) for block in decoder.pattern.split(",")]
-    plain = run.model.replace(mixers={}, decoder=decoder.replace(pattern=",".join(blocks)))
-    wanted = count_parameters(run.model).total
-
-    def distance(width: int) -> int:
-        return abs(count_parameters(_with_head_dim(plain, width)).total - wanted)
-
-    width = min(range(2, 2 * run.model.dim, 2), key=distance)
-    return run.replace(name=f"{run.name}-attention", model=_with_head_dim(plain, width))
-
-
-def _with_head_dim(model: ModelConfig, width: int) -> ModelConfig:
-    return model.replace(attention=model.attention.replace(head_dim=width))
 
 
 def _spiking_mixers() -> dict[str, SequenceMixer]:

@@ -22,7 +22,7 @@ from moesaic.optim.lr_schedule import WSD, LinearDecay
 from moesaic.optim.optimizer import AdamW
 from moesaic.train.corpus_source import NamedCorpus
 from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
-from moesaic.train.text_data import TextData, require_text
+from moesaic.train.text_data import TextData
 
 VOCABULARY = 1024
 TASKS = (Translation(), Denoising(), CausalLM())
@@ -77,12 +77,3 @@ def jiuzhang_plain_gate() -> Run:
         name="jiuzhang-plain-gate",
         model=run.model.replace(moe=run.model.moe.replace(router_input=HiddenState())),
     )
-
-
-def jiuzhang_single(task: int) -> Run:
-    """The control of ``jiuzhang`` for one task alone, with its share of the rows."""
-    run = jiuzhang()
-    data = require_text(run.data, what="jiuzhang")
-    mixture = MixtureConfig(tasks=(data.mixture.tasks[task],))
-    name = f"jiuzhang-{TASKS[task].name}"
-    return run.replace(name=name, data=data.replace(mixture=mixture), steps=run.steps // len(TASKS))

@@ -5,6 +5,7 @@
 
 from moesaic.data.collators import EncoderDecoderCollator
 from moesaic.data.language_tag import FirstTargetToken
+from moesaic.data.train_tokenizer import TrainedTokenizer
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.head import LanguageModelHead
 from moesaic.moe.auxiliary_losses import FirstChoiceBalance, SwitchBalance
@@ -57,7 +58,9 @@ def nllb_shaped() -> Run:
     )
     assert isinstance(run.data, TextData)
     loader = run.data.loader.replace(collator=EncoderDecoderCollator(tag=FirstTargetToken()))
-    data = run.data.replace(loader=loader)
+    # other programs read a text as it is, without copy units
+    tokenizer = TrainedTokenizer(vocab_size=run.model.vocab_size)
+    data = run.data.replace(loader=loader, tokenizer=tokenizer)
     return run.replace(name="nllb-shaped", model=model, data=data)
 
 

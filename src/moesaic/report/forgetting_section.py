@@ -8,8 +8,13 @@ from moesaic.report.report_inputs import ReportInputs, lookup
 from moesaic.report.score_sections import format_signed
 
 
-def forgetting_section(inputs: ReportInputs) -> Html:
-    """Return a table of chrF++ before and after tuning, with the change and its interval."""
+def forgetting_section(inputs: ReportInputs) -> Html | None:
+    """Return a table of chrF++ before and after tuning, with the change and its interval.
+
+    None if nothing was scored before and after.
+    """
+    if not inputs.forgetting:
+        return None
     rows = list(_rows(inputs))
     head = ("not tuned", "sentences", "chrF++ before", "chrF++ after", "change", "95 % interval")
     scored = inputs.forgetting["languages"].values()

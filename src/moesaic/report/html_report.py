@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import UserError
@@ -20,6 +20,8 @@ from moesaic.report.score_sections import (
     samples_section,
 )
 from moesaic.report.training_sections import latest_value, run_section, training_section
+
+_Content = TypeVar("_Content", bound=Html | None)
 
 _SECTIONS = (
     ("scores", "Scores", quality_section),
@@ -49,15 +51,17 @@ def render_page(inputs: ReportInputs) -> str:
         f"{inputs.name} · moesaic report",
         header=_guarded(_header, inputs, name="The headline"),
         sections=[
-            (name, title, _guarded(build, inputs, name=title))
+            (name, title, content)
             for name, title, build in _SECTIONS
-            if name != "forgetting" or inputs.forgetting
+            if (content := _guarded(build, inputs, name=title)) is not None
         ],
     )
 
 
-def _guarded(build: Callable[[ReportInputs], Html], inputs: ReportInputs, *, name: str) -> Html:
-    """Build a section; values of other kinds than ours become a gap and never an exception."""
+def _guarded(
+    build: Callable[[ReportInputs], _Content], inputs: ReportInputs, *, name: str
+) -> _Content | Html:
+    """Build a section, None to leave it out; values of other kinds than ours become a gap."""
     try:
         return build(inputs)
     except _WRONG_KINDS as error:

@@ -106,34 +106,22 @@ def read_training_and_scores(run: RunDir) -> ReportInputs:
         config=config,
         config_text=text,
         metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
-        summary=_read_or_gap(
-            run.summary, lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)), {}, gaps
-        ),
-        forgetting=_read_or_gap(
-            run.forgetting,
-            lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)),
-            {},
-            gaps if run.forgetting.exists() else {},
-        ),
-        perplexity=_read_or_gap(
-            run.perplexity,
-            lambda path: check_perplexity(read_json_mapping(path, PERPLEXITY_FILE)),
-            {},
-            gaps if run.perplexity.exists() else {},
-        ),
-        head_scores=_read_or_gap(
-            run.head_scores,
-            lambda path: check_head_scores(read_json_mapping(path, HEAD_SCORES_FILE)),
-            {},
-            gaps if run.head_scores.exists() else {},
-        ),
-        quality_curve=_read_or_gap(
-            run.score_curve,
-            lambda path: check_score_curve(read_json_mapping(path, SCORE_CURVE_FILE)),
-            {},
-            gaps if run.score_curve.exists() else {},
-        ),
         gaps=gaps,
+        **{
+            name: _read_or_gap(
+                path,
+                lambda path, kind=kind, check=check: check(read_json_mapping(path, kind)),
+                {},
+                gaps if path.exists() or name == "summary" else {},
+            )
+            for name, path, kind, check in (
+                ("summary", run.summary, SUMMARY_FILE, check_summary),
+                ("forgetting", run.forgetting, SUMMARY_FILE, check_summary),
+                ("perplexity", run.perplexity, PERPLEXITY_FILE, check_perplexity),
+                ("head_scores", run.head_scores, HEAD_SCORES_FILE, check_head_scores),
+                ("quality_curve", run.score_curve, SCORE_CURVE_FILE, check_score_curve),
+            )
+        },
     )
 
 

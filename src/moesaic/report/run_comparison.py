@@ -7,6 +7,7 @@ said, and shown nevertheless.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,27 @@ class ComparedRun:
         found = [lookup(languages.get(key), "model", metric, "score") for key in chosen]
         numbers = [value for value in found if isinstance(value, int | float)]
         return sum(numbers) / len(numbers) if numbers and len(numbers) == len(found) else None
+
+    def facts(self, common: Sequence[str]) -> dict[str, str]:
+        """Return what is put side by side, by title; ``common`` are the languages of all runs."""
+        summary, shared = self.inputs.summary, f"mean of the {len(common)} languages in common"
+        newest = partial(latest_value, self.inputs)
+        return {
+            f"chrF++, {shared}": _number(self.score("chrf", common)),
+            f"BLEU, {shared}": _number(self.score("bleu", common)),
+            "chrF++, mean of the run's languages": _number(self.score("chrf")),
+            "BLEU, mean of the run's languages": _number(self.score("bleu")),
+            "languages scored": str(len(summary.get("languages") or ())),
+            "placeholders kept": _kept(summary),
+            "validation loss, nats per token": _number(newest("valid/loss"), 3),
+            "training loss, nats per token": _number(newest("train/loss"), 3),
+            "steps": _step(self.inputs),
+            "tokens trained on": _count(newest("train/tokens")),
+            "parameters": _count(lookup(summary, "counts", "parameters")),
+            "tokens per second": _count(newest("perf/tokens_per_s")),
+            "training time": _time(lookup(summary, "seconds", "train")),
+            "corpus": self.trained.corpus if self.trained else ABSENT,
+        }
 
     def strings(self, key: str) -> str:
         """Return what identifies the strings of a language's test set."""
@@ -84,41 +106,8 @@ class RunComparison:
 
     def facts(self) -> dict[str, list[str]]:
         """Return by title the values of every run as text; rows without any value are left out."""
-        common = self.common_languages
-        rows = {
-            f"chrF++, mean of the {len(common)} languages in common": [
-                _number(run.score("chrf", common)) if common else ABSENT for run in self.runs
-            ],
-            f"BLEU, mean of the {len(common)} languages in common": [
-                _number(run.score("bleu", common)) if common else ABSENT for run in self.runs
-            ],
-            "chrF++, mean of the run's languages": [_number(r.score("chrf")) for r in self.runs],
-            "BLEU, mean of the run's languages": [_number(r.score("bleu")) for r in self.runs],
-            "languages scored": [
-                str(len(r.inputs.summary.get("languages") or ())) for r in self.runs
-            ],
-            "placeholders kept": [_kept(run.inputs.summary) for run in self.runs],
-            "validation loss, nats per token": [
-                _number(latest_value(r.inputs, "valid/loss"), 3) for r in self.runs
-            ],
-            "training loss, nats per token": [
-                _number(latest_value(r.inputs, "train/loss"), 3) for r in self.runs
-            ],
-            "steps": [_step(run.inputs) for run in self.runs],
-            "tokens trained on": [
-                _count(latest_value(r.inputs, "train/tokens")) for r in self.runs
-            ],
-            "parameters": [
-                _count(lookup(r.inputs.summary, "counts", "parameters")) for r in self.runs
-            ],
-            "tokens per second": [
-                _count(latest_value(r.inputs, "perf/tokens_per_s")) for r in self.runs
-            ],
-            "training time": [
-                _time(lookup(r.inputs.summary, "seconds", "train")) for r in self.runs
-            ],
-            "corpus": [run.trained.corpus if run.trained else ABSENT for run in self.runs],
-        }
+        facts = [run.facts(self.common_languages) for run in self.runs]
+        rows = {title: [found[title] for found in facts] for title in facts[0]}
         return {title: row for title, row in rows.items() if set(row) != {ABSENT}}
 
     def scores(self) -> dict[str, list[str]]:

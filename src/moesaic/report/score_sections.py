@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moesaic.core.errors import listed
 from moesaic.report.charts import IntervalDot, dot_chart
 from moesaic.report.html import Html, HtmlChild, html_table, join_html, tag
 from moesaic.report.report_inputs import ReportInputs, language_name, lookup, to_text
@@ -292,8 +293,4 @@ def _with_article(name: str) -> str:
 
 
 def _list_languages(keys: Sequence[str]) -> str:
-    if not keys:
-        return ""
-    names = [language_name(key) for key in keys[:6]]
-    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-    return f" ({', '.join(names)}{more})"
+    return f" ({listed(map(language_name, keys), most=6)})" if keys else ""

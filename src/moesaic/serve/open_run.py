@@ -8,7 +8,6 @@ from typing import Any
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
-from moesaic.checkpoint.stored_weights import load_transformer, open_weights
 from moesaic.checkpoint.trained_directions import TrainedDirections, read_trained_directions
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError
@@ -21,7 +20,7 @@ from moesaic.model.head import LanguageModelHead
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import describe_nonfinite, require_fitting_weights
-from moesaic.nn.adapter import is_of_adapter
+from moesaic.parallel.trained_weights import TrainedWeights, find_weights
 from moesaic.serve.imported_generation import (
     ImportedGeneration,
     read_imported_generation,
@@ -82,7 +81,8 @@ def open_weights_alone(run: RunDir, *, weights: Path | None, device: str) -> Tra
         run.require_weights()
     require_plugins(run)
     require_unchanged(run)
-    return _load_model(read_model_config(run), weights or run.model, device=device).eval()
+    stored = find_weights(run, config=read_run_config(run), weights=weights)
+    return _load_model(read_model_config(run), stored, device=device).eval()
 
 
 def _require_language_model(run: RunDir) -> None:
@@ -139,18 +139,12 @@ def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
     return TranslationLimits(**limits)
 
 
-def _load_model(config: ModelConfig, where: Path, *, device: str) -> Transformer:
+def _load_model(config: ModelConfig, stored: TrainedWeights, *, device: str) -> Transformer:
     """Build a model once its weights fit: a config may ask for any size, a file has its own."""
-    with open_weights(where) as stored:
-        shapes = stored.shapes
-    if any(map(is_of_adapter, shapes)):
-        raise CheckpointError(
-            f"{where}: it has an adapter without the weights that it changes. When training has "
-            "ended, moesaic ckpt merge RUN makes one model of both"
-        )
+    where = stored.paths[-1]
     try:
-        _require_size(config, shapes)
-        model = load_transformer(config, where, device=device)
+        _require_size(config, stored.shapes)
+        model = stored.load(config, device=device)
     except CheckpointError as error:
         raise CheckpointError(f"{where} and config.yaml beside it: {error}") from error
     wrong = describe_nonfinite(model)

@@ -11,7 +11,7 @@ from typing import Literal, overload
 import numpy as np
 import torch
 
-from moesaic.core.errors import DataError
+from moesaic.core.errors import DataError, listed
 from moesaic.corpus.languages import ENGLISH, UNDETERMINED, resolve_language
 from moesaic.corpus.text_rules import GeneralText, TextRules
 from moesaic.data.batch import InputRows
@@ -190,8 +190,7 @@ class TextGenerator:
         usual = known if len(known) == 1 else [c for c in (UNDETERMINED, ENGLISH) if c in known]
         if not usual:
             raise DataError(
-                f"which language is the text in? The model has {', '.join(known[:12])}"
-                f"{', ...' if len(known) > 12 else ''} (--in LANGUAGE)"
+                f"which language is the text in? The model has {listed(known)} (--in LANGUAGE)"
             )
         return usual[0]
 

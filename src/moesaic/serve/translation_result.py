@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-_SHOWN_LINES = 8
+from moesaic.core.errors import listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,6 @@ def describe_results(results: Sequence[TranslationResult]) -> Iterator[str]:
     for what, is_true in _NOTES:
         lines = [number for number, result in enumerate(results, start=1) if is_true(result)]
         if lines:
-            shown = ", ".join(map(str, lines[:_SHOWN_LINES]))
-            more = f" and {len(lines) - _SHOWN_LINES} more" if len(lines) > _SHOWN_LINES else ""
             plural = "s" if len(lines) > 1 else ""
-            yield f"line{plural} {shown}{more} ({len(lines)} of {len(results)}): {what}"
+            shown = listed(map(str, lines))
+            yield f"line{plural} {shown} ({len(lines)} of {len(results)}): {what}"

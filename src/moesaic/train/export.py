@@ -1,9 +1,11 @@
 """Model export: final weights (``model.safetensors``) or adapter, and the model card of a run."""
 
+from pathlib import Path
+
 from moesaic.checkpoint.checkpoint_directory import CheckpointPaths
 from moesaic.checkpoint.model_card import ModelCard, card_parameters
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.run_record import read_run_record, weights_metadata, write_run_record
+from moesaic.checkpoint.run_record import rewrite_run_record, weights_metadata
 from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.checkpoint.streamed_export import export_checkpoint_weights
 from moesaic.core.files import atomic_write
@@ -12,6 +14,7 @@ from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import TARGET_LANGUAGE
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.train.trainer import Trainer
+from moesaic.train.warm_start import WeightsOfRun
 
 
 def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
@@ -34,9 +37,8 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
             write_tensors(path, tensors=parallel_model.saved_weights(), metadata=metadata)
         if run.trainable.keeps_base:  # merged with an earlier adapter
             run_dir.model.unlink(missing_ok=True)
-        before = read_run_record(run_dir)  # has the plug-ins as they were when they were loaded
-        plugins = () if before is None else before.plugins
-        write_run_record(run_dir, config=run.to_dict(), plugins=plugins)
+        # its plug-ins are recorded as they were when they were loaded
+        rewrite_run_record(run_dir, config=run.to_dict())
         atomic_write(run_dir.card, model_card(trainer, run_dir=run_dir, tokens=tokens).text())
 
     run_on_rank0(world, write)
@@ -51,6 +53,8 @@ def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard
         "training tokens (both sides)": show_count(tokens),
         "tasks": ", ".join(run.data.task_names()),
     }
+    if isinstance(run.initial_weights, WeightsOfRun):
+        facts["started from"] = Path(run.initial_weights.path).name
     if best.step:
         facts["best validation loss"] = f"{best.loss:.3f} at step {best.step:,}"
     return ModelCard(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.trained_directions import read_trained_directions
-from moesaic.core.errors import DataError
+from moesaic.core.errors import DataError, listed
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_manifest import CORPUS_MANIFEST
 from moesaic.corpus.data_home import corpora_dir, user_data_home
@@ -92,10 +92,9 @@ def _places(source: CorpusSource, *, run_dir: RunDir) -> Iterator[Path]:
 def _not_found(source: CorpusSource, *, run_dir: RunDir, searched: list[str]) -> str:
     folder = source.folder()
     name = folder.name if folder else type(source).__name__
-    shown = ", ".join(searched[:4]) + (f" and {len(searched) - 4} more" if searched[4:] else "")
     return (
         f"the corpus of {run_dir.path}, {name}, was not found"
-        + (f" (searched: {shown})" if searched else "")
+        + (f" (searched: {listed(searched, most=4)})" if searched else "")
         + ": give its directory with --corpus DIR, or build it with `moesaic data build`. Your own "
         "test set needs no corpus: --pairs FILE --from LANGUAGE --to LANGUAGE"
     )

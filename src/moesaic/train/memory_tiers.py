@@ -48,15 +48,17 @@ def use_memory_plan(
     optimizer.gradients = model.gradients
     if plan.optimizer_states.is_device:
         return RunAhead(optimizer, memory=torch.empty(0, dtype=torch.uint8))
+    stream = model.parameter_stream
     optimizer.tier = TieredStates(
-        opened(plan.optimizer_states, "optimizer-states"), plan.in_flight_bytes
+        opened(plan.optimizer_states, "optimizer-states"),
+        plan.in_flight_bytes,
+        at_rest=frozenset(stream.names if stream else ()),
     )
     late: dict[ExpertModule, list[ExpertBank]] = {}
     for group in optimizer.param_groups:
         for name in group["param_names"]:
             if name in banks and _can_be_late(name, group, optimizer=optimizer, model=model):
                 module, parameter = banks[name]
-                stream = model.parameter_stream
                 resting = None if stream is None else stream.resting(name)
                 bank = ExpertBank(name, parameter, group["name"], resting)
                 late.setdefault(module, []).append(bank)
@@ -70,7 +72,6 @@ def use_memory_plan(
 
 def _run_ahead(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: ParallelModel) -> RunAhead:
     size = min(plan.run_ahead_bytes, all_overwritten_bytes(optimizer))
-    size *= model.pipeline is None  # whose gradients are complete at the end of a step
     kept = HostMemory().open(device=model.mesh.device, label=f"rank{model.mesh.rank}-overwritten")
     kept.allocate("values", (size,), torch.uint8)
     ahead = RunAhead(optimizer, memory=kept.live("values"))

@@ -6,12 +6,12 @@ The other run is only read: the weights without the adapter stay as they are the
 import torch
 
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.run_record import read_run_record, weights_metadata, write_run_record
+from moesaic.checkpoint.run_record import rewrite_run_record, weights_metadata
 from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.checkpoint.stored_weights import open_weights
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
-from moesaic.train.adapter_choice import AdapterChoice
+from moesaic.parallel.adapter_choice import AdapterChoice
 from moesaic.train.run import Run
 from moesaic.train.warm_start import WeightsOfRun
 
@@ -53,7 +53,5 @@ def merge_adapter(run_dir: RunDir) -> int:
         }
         metadata = weights_metadata(run_dir, model=run.model.to_dict())
         write_tensors(run_dir.model, tensors=shapes, read=read, metadata=metadata)
-    before = read_run_record(run_dir)
-    plugins = () if before is None else before.plugins
-    write_run_record(run_dir, config=run.to_dict(), plugins=plugins)
+    rewrite_run_record(run_dir, config=run.to_dict())
     return merged

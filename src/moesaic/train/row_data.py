@@ -7,6 +7,8 @@ from pydantic import Field
 
 from moesaic.checkpoint.model_card import DataSource
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.data import images as images  # registers a RowSource
+from moesaic.data import series_rows as series_rows  # registers a RowSource
 from moesaic.data.batch_stream import DataReplica
 from moesaic.data.row_loader import RowDataset, RowLoader, RowSource
 from moesaic.distributed.rank0 import run_on_rank0

@@ -14,12 +14,11 @@ from moesaic.model.config import ModelConfig
 from moesaic.monitor.metric_writers import MetricWriter, TensorBoardWriter
 from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW, Optimizer
+from moesaic.parallel import trained_weights as trained_weights  # registers choices of adapters
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.precision import Float32, Precision
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
-from moesaic.train import low_rank_adaptation as low_rank_adaptation  # registers its members
 from moesaic.train import row_data as row_data  # registers its member of TrainingData
-from moesaic.train import sparse_adaptation as sparse_adaptation  # registers its members
 from moesaic.train import text_data as text_data  # registers its member of TrainingData
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
 from moesaic.train.training_data import TrainingData

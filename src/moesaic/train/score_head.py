@@ -8,13 +8,13 @@ import torch
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
-from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import DataError
 from moesaic.data.batch import Batch
 from moesaic.data.batch_stream import DataReplica
 from moesaic.distributed.world import SingleProcess
 from moesaic.evaluate.head_scores import HeadScores, RowSums, score_rows
 from moesaic.model.transformer import Transformer
+from moesaic.parallel.trained_weights import find_weights
 from moesaic.train.run import Run
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.training_data import BatchLoader, Preparation
@@ -30,7 +30,7 @@ def score_head(
     run_dir = RunDir.open(path)
     require_plugins(run_dir)
     require_unchanged(run_dir)
-    model = load_transformer(run.model, run_dir.model)
+    model = find_weights(run_dir, config=run.to_dict()).load(run.model)
     prepared = run.data.prepare(Preparation(run_dir, SingleProcess(), [].append))
     loader = prepared.make_loader(DataReplica(), seed=run.seed)
     try:

@@ -16,7 +16,7 @@ from moesaic.distributed.world import World
 from moesaic.nn.sparse_adapter import SparseValues
 from moesaic.optim.group_update import UpdateRule
 from moesaic.optim.update_rules import AdamWRule
-from moesaic.train.sparse_adaptation import SpIEL
+from moesaic.parallel.sparse_adaptation import SpIEL
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook
 

@@ -8,6 +8,9 @@ from moesaic.checkpoint.model_card import DataSource
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import DataError, UserError
 from moesaic.corpus.languages import resolve_language
+from moesaic.data import imported_tokenizer as imported_tokenizer  # registers a TokenizerSource
+from moesaic.data import preferences as preferences  # registers a Task
+from moesaic.data import train_tokenizer as train_tokenizer  # registers a TokenizerSource
 from moesaic.data.collators import DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import hash_weights
 from moesaic.checkpoint.stored_weights import StoredWeights, open_weights
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError, ConfigError
-from moesaic.core.files import copy_files, sha256
+from moesaic.core.files import copy_files
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.vocabulary_file import copy_tokenizer
@@ -93,14 +94,7 @@ class WeightsOfRun(InitialWeights):
     new_rows: NewRows = MeanOfRows()
 
     def pinned(self) -> Self:
-        source = self.open()
-        found = sha256(source.model)  # the file may have been replaced since its record
-        if self.sha256 not in (None, found):
-            raise CheckpointError(
-                f"{source.model}: it has the hash {found[:12]}, expected {str(self.sha256)[:12]}: "
-                "the adapters were trained beside other weights. Restore that file"
-            )
-        return self.replace(sha256=found)
+        return self.replace(sha256=hash_weights(self.open(), expected=self.sha256))
 
     def prepare(
         self, run_dir: RunDir, *, model: ModelConfig, trainable: TrainableParameters
@@ -175,5 +169,5 @@ class WeightsOfRun(InitialWeights):
     def open(self) -> RunDir:
         """Return the run directory. Raises CheckpointError if it has no weights."""
         source = RunDir.open(Path(self.path))
-        source.require_weights()
+        source.require_whole_weights()
         return source

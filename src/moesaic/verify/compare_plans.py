@@ -168,11 +168,6 @@ def _plan_result(
     return PlanResult(ranks, plan, parallel, differences, problems, min(outcome[0].seconds))
 
 
-def describe_machine() -> str:
-    """Return the machine and software that the plans ran on, in a few words."""
-    return f"{os.cpu_count()} CPU cores, torch {torch.__version__}, gloo"
-
-
 def count_dropped(trace: TrainingTrace) -> tuple[int, int]:
     """Return how many routed tokens of the recorded micro-batches were dropped, and all of them."""
     counts = [count for step in trace.expert_counts for count in step.values()]

@@ -1,6 +1,5 @@
 """Enumerate parallel plans: all plans of a number of ranks, and a pairwise cover of them."""
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -53,19 +52,6 @@ def enumerate_plans(world_sizes: Iterable[int], *, run: Run) -> PlanSet:
     return PlanSet(tuple(valid), {reason: tuple(plans) for reason, plans in rejected.items()})
 
 
-def sample_plan(world_size: int, *, run: Run, draw: random.Random) -> ParallelConfig | None:
-    """Return a random valid plan; None if there is none."""
-    model = meta_model(run)
-    plans = list(_plans(world_size))
-    draw.shuffle(plans)
-    for plan in plans:
-        options = {field: draw.choice(members) for field, members in _option_families(plan)}
-        parallel = run.parallel.replace(plan=plan, **options)
-        if not plan_problems(parallel, model=model, run=run):
-            return parallel
-    return None
-
-
 def meta_model(run: Run) -> Transformer:
     """Return a run's model without memory for its parameters."""
     with torch.device("meta"):
@@ -92,13 +78,14 @@ def describe_plan(parallel: ParallelConfig) -> str:
 
 
 def _parallel_configs(world_size: int, *, base: ParallelConfig) -> Iterator[ParallelConfig]:
-    for plan in _plans(world_size):
-        options = dict(_option_families(plan))
+    for plan in parallel_plans(world_size):
+        options = dict(option_families(plan))
         for chosen in product(*options.values()):
             yield base.replace(plan=plan, **dict(zip(options, chosen, strict=True)))
 
 
-def _plans(world_size: int) -> Iterator[ParallelPlan]:
+def parallel_plans(world_size: int) -> Iterator[ParallelPlan]:
+    """Yield every plan of a number of ranks, valid for a model or not."""
     for degrees in _factorizations(world_size, len(DENSE_AXES)):
         dense = ParallelPlan(**dict(zip(DENSE_AXES, degrees, strict=True)))
         replicas = (dense.data or 1) * dense.context
@@ -128,7 +115,7 @@ APPLIES_TO: dict[str, Callable[[ParallelPlan], bool]] = {
 }
 
 
-def _option_families(plan: ParallelPlan) -> Iterator[tuple[str, list[Choice]]]:
+def option_families(plan: ParallelPlan) -> Iterator[tuple[str, list[Choice]]]:
     """Yield the options that a plan uses, each with all members of its family.
 
     A member has its default values; required numbers are 2.
@@ -152,7 +139,7 @@ def _options(parallel: ParallelConfig) -> dict[str, object]:
     options: dict[str, object] = {name: n for name, n in degrees.items() if n > 1}
     if plan.zero:
         options["zero"] = plan.zero
-    return options | {f: type(getattr(parallel, f)).__name__ for f, _ in _option_families(plan)}
+    return options | {f: type(getattr(parallel, f)).__name__ for f, _ in option_families(plan)}
 
 
 def _pairwise_cover(plans: Sequence[ParallelConfig]) -> Iterator[ParallelConfig]:

@@ -73,7 +73,8 @@ def test_a_domain_is_of_the_folder_the_file_or_a_field():
         DocumentFiles(path="news", text_field="body", domain=DomainOfField(name="about")),
     )
     assert texts(found) == [("a", "news"), ("b\nc", "x")]
-    counts = corpus_stats(found).texts[0].domains
+    [text] = corpus_stats(found).texts.values()
+    counts = text.domains
     assert {domain: splits["train"] for domain, splits in counts.items()} == {"news": 1, "x": 1}
     others = build(DocumentFiles(path="news/a.txt", domain=DomainOfFile()), name="d")
     assert texts(others) == [("a", "a")]

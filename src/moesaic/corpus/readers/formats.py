@@ -8,7 +8,7 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.compressed import COMPRESSED, name_without_compression
-from moesaic.corpus.readers.gettext import CatalogueEntry, Entry, parse_mo, parse_po
+from moesaic.corpus.readers.gettext import CatalogueEntry, parse_mo, parse_po
 from moesaic.corpus.readers.jsonl import read_jsonl_pairs, read_jsonl_texts
 from moesaic.corpus.readers.moses import moses_file, read_moses
 from moesaic.corpus.readers.plain_text import refused_by_name, require_plain_text
@@ -89,32 +89,18 @@ def _read_tsv(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
         yield Pair(row.fields[0], row.fields[1], left.code, right.code)
 
 
-def _read_jsonl(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
-    return read_jsonl_pairs(path, source=source, target=target)
-
-
 def _read_tmx(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
     left, right = _both(path, source, target)
     return read_tmx(path, source=left, target=right)
 
 
-def _read_po(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+def _read_catalogue(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
     left, right = _both(path, source, target)
-    return _catalogue_pairs(parse_po(read_all_bytes(path), name=str(path)), left, right)
-
-
-def _read_mo(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
-    left, right = _both(path, source, target)
-    return _catalogue_pairs(parse_mo(read_all_bytes(path), name=str(path)), left, right)
-
-
-def _catalogue_pairs(
-    entries: Iterator[Entry], source: WantedLanguage, target: WantedLanguage
-) -> Iterator[Pair]:
-    for entry in entries:
+    is_text = name_without_compression(path).casefold().endswith(".po")
+    for entry in (parse_po if is_text else parse_mo)(read_all_bytes(path), name=str(path)):
         if not isinstance(entry, CatalogueEntry):
             raise DataError(entry.problem)
-        yield Pair(entry.source, entry.target, source.code, target.code)
+        yield Pair(entry.source, entry.target, left.code, right.code)
 
 
 def _read_other(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
@@ -133,9 +119,9 @@ def _read_other(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
 
 PAIR_READERS: dict[str, PairReader] = {
     ".tsv": _read_tsv,
-    ".jsonl": _read_jsonl,
-    ".po": _read_po,
-    ".mo": _read_mo,
+    ".jsonl": read_jsonl_pairs,
+    ".po": _read_catalogue,
+    ".mo": _read_catalogue,
     ".tmx": _read_tmx,
 }
 """The reader of each format of pairs, by suffix."""

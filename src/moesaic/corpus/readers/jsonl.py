@@ -28,7 +28,7 @@ _SHOWN = 60
 Wanted = WantedLanguage | None
 
 
-def read_jsonl_pairs(path: Path, *, source: Wanted, target: Wanted) -> Iterator[Pair]:
+def read_jsonl_pairs(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
     """Yield pairs. ``source`` and ``target`` are used where a line has no languages.
 
     With both given, the other languages of a line are left out, unknown ones too. Without them the

@@ -7,22 +7,23 @@ import shutil
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
-from moesaic.core.errors import DataError
+from moesaic.core.errors import DataError, listed
 from moesaic.corpus.data_home import packages_dir
+from moesaic.corpus.languages import Language, resolve_locale
 from moesaic.corpus.sources.package_archives import ArchiveMember
 from moesaic.corpus.sources.text_source import Progress, SourceFile
 
 _TIMEOUT_S = 3600
 _BATCH = 50
 _AR_HEADER = 60
-_MAX_NAMES_SHOWN = 5
 _MAX_LICENCES_SHOWN = 4
 _COPYRIGHT = re.compile(r"^\./usr/share/doc/[^/]+/copyright$")
 _LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)$", re.MULTILINE)
@@ -66,10 +67,7 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Source
     names_found = {source_file.name for source_file in found}
     left = {name: why for name, why in sorted(gone.items()) if name not in names_found}
     if left:
-        some = ", ".join(list(left)[:_MAX_NAMES_SHOWN]) + (
-            " ..." if len(left) > _MAX_NAMES_SHOWN else ""
-        )
-        progress(f"left out, not downloadable: {len(left)} Debian packages ({some})")
+        progress(f"left out, not downloadable: {len(left)} Debian packages ({listed(left)})")
     return found + tuple(SourceFile(n, folder / n, missing_reason=why) for n, why in left.items())
 
 
@@ -192,11 +190,30 @@ def _decompress(name: str, data: bytes) -> BinaryIO:
     return BytesIO(data)
 
 
-def packages_of_same_version(source_file: SourceFile, *, names: Iterable[str]) -> tuple[Path, ...]:
-    """Return the cached packages with ``names`` that have the version of ``source_file``."""
-    version = source_file.path.name.partition("_")[2]
-    paths = (source_file.path.with_name(f"{name}_{version}") for name in names)
-    return tuple(path for path in paths if version and path.is_file())
+@dataclass(frozen=True, slots=True)
+class LanguagePacks:
+    """The packages ``PREFIX-LOCALE`` of a program; ``english`` are the locales of one side."""
+
+    prefix: str
+    english: tuple[str, ...]
+
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
+        """Return them as local files. Raises DataError where no English one is among them."""
+        found = fetch_debs((f"{self.prefix}-*",), progress=progress)
+        if not any(self.english_packs(file) for file in found if not file.missing_reason):
+            wanted = " and ".join(f"{self.prefix}-{code}" for code in self.english)
+            raise DataError(f"{wanted} could not be downloaded: there is no English side")
+        return found
+
+    def english_packs(self, file: SourceFile) -> tuple[Path, ...]:
+        """Return the cached English packages that have the version of ``file``."""
+        version = file.path.name.partition("_")[2]
+        paths = (file.path.with_name(f"{self.prefix}-{code}_{version}") for code in self.english)
+        return tuple(path for path in paths if version and path.is_file())
+
+    def language(self, file: SourceFile) -> Language | None:
+        """Return the language of a package; None for a variant."""
+        return resolve_locale(file.name.removeprefix(f"{self.prefix}-"))
 
 
 def debian_licence(source_file: SourceFile) -> str:

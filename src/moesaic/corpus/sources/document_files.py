@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from moesaic.core.config import Choice, Config
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError
 from moesaic.corpus.languages import UNDETERMINED, resolve_language
 from moesaic.corpus.pair import Text
 from moesaic.corpus.readers.compressed import name_without_compression
@@ -25,9 +25,9 @@ from moesaic.corpus.readers.text_lines import require_rows
 from moesaic.corpus.sources.local_files import printable_path
 from moesaic.corpus.sources.path_patterns import (
     FoundFile,
-    files_below,
-    find_matches,
-    is_pattern,
+    find_user_files,
+    nothing_found,
+    require_readable,
 )
 from moesaic.corpus.sources.text_source import (
     LanguageFilter,
@@ -119,15 +119,12 @@ class DocumentFiles(Config):
 
     def find(self) -> list[SourceFile]:
         """Return its files, sorted by path. Raises DataError: none, or an unknown language."""
-        path = Path(self.path)
-        if path.is_file():
-            found = [FoundFile(path)]
-        elif path.is_dir():
-            found = [FoundFile(inner) for inner in files_below(path) if _is_text_file(inner)]
+        if Path(self.path).is_file():
+            found = [FoundFile(Path(self.path))]
         else:
-            found = find_matches(self.path) if is_pattern(self.path) else []
+            found = find_user_files(self.path, readable=_is_text_file)
         if not found:
-            raise self._missing(path)
+            raise nothing_found(self.path, kinds=TEXT_SUFFIXES, expected="file or folder")
         return [self._source_file(file) for file in found]
 
     def read(self, source_file: SourceFile) -> Iterator[Text]:
@@ -155,14 +152,6 @@ class DocumentFiles(Config):
         code = file.languages.get("lang", code)
         return SourceFile(name, file.path, licence=self.licence, languages=(code,))
 
-    def _missing(self, path: Path) -> DataError:
-        if path.is_dir():
-            return DataError(f"{path}: no file of {', '.join(TEXT_SUFFIXES)} below this folder")
-        if is_pattern(self.path):
-            return DataError(f"{path}: no file matches this pattern")
-        names = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        return DataError(f"{path}: no such file or folder{did_you_mean(path.name, names)}")
-
 
 class Documents(TextSource):
     """Documents from the user's text and JSONL files, each file read once, by its first entry.
@@ -185,11 +174,7 @@ class Documents(TextSource):
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         found = self._files()
-        for source_file in found:
-            if source_file.missing_reason:
-                progress(f"{source_file.path} is left out: {source_file.missing_reason}")
-        if all(source_file.missing_reason for source_file in found):
-            raise DataError(f"no file can be read: {found[0].path}: {found[0].missing_reason}")
+        require_readable(found, progress=progress)
         return found
 
     def inputs(self) -> tuple[Path, ...]:

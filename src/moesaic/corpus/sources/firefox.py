@@ -13,17 +13,11 @@ from io import BytesIO
 from pathlib import Path
 
 from moesaic.core.errors import DataError
-from moesaic.corpus.languages import resolve_locale
 from moesaic.corpus.pair import Pair, RejectedPair
 from moesaic.corpus.readers.fluent import parse_fluent
 from moesaic.corpus.readers.keyed_text import KeyedText, merge_first_wins, pair_by_key
 from moesaic.corpus.readers.properties import parse_properties
-from moesaic.corpus.sources.apt import (
-    deb_members,
-    debian_licence,
-    fetch_debs,
-    packages_of_same_version,
-)
+from moesaic.corpus.sources.apt import LanguagePacks, deb_members, debian_licence
 from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceFile, TextSource
 
 _PACK = re.compile(r"/langpack-([\w-]+)@[^/]+\.xpi$")
@@ -42,39 +36,27 @@ class FirefoxMessages(TextSource):
     prefix: str = "firefox-esr-l10n"
     english: tuple[str, ...] = ("en-ca", "en-gb")
 
+    @property
+    def _packs(self) -> LanguagePacks:
+        return LanguagePacks(self.prefix, self.english)
+
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
-        source_files = fetch_debs((f"{self.prefix}-*",), progress=progress)
-        if not any(
-            self._english_packs(source_file)
-            for source_file in source_files
-            if not source_file.missing_reason
-        ):
-            wanted = " nor ".join(f"{self.prefix}-{code}" for code in self.english)
-            raise DataError(
-                f"neither {wanted} could be downloaded: without one there is no English side"
-            )
-        return tuple(u for u in source_files if resolve_locale(self._locale(u)) is not None)
+        files = self._packs.fetch(progress=progress)
+        return tuple(file for file in files if self._packs.language(file) is not None)
 
     def read(
         self, source_file: SourceFile, *, wanted: LanguageFilter
     ) -> Iterator[Pair | RejectedPair]:
-        found = resolve_locale(self._locale(source_file))
+        found = self._packs.language(source_file)
         if found is None or not wanted(found.code):
             return
-        english = _english_messages(self._english_packs(source_file))
+        english = _english_messages(self._packs.english_packs(source_file))
         licence = debian_licence(source_file)
         for key, target in _messages(source_file.path).items():
             if key in english:
                 yield pair_by_key(
                     english[key], target, code=found.code, origin=source_file.name, licence=licence
                 )
-
-    def _english_packs(self, source_file: SourceFile) -> tuple[Path, ...]:
-        names = (f"{self.prefix}-{code}" for code in self.english)
-        return packages_of_same_version(source_file, names=names)
-
-    def _locale(self, source_file: SourceFile) -> str:
-        return source_file.name.removeprefix(f"{self.prefix}-")
 
 
 @lru_cache(maxsize=1)

@@ -12,16 +12,10 @@ from pathlib import Path
 
 from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 
-from moesaic.core.errors import DataError
-from moesaic.corpus.languages import ENGLISH, resolve_locale
+from moesaic.corpus.languages import ENGLISH
 from moesaic.corpus.pair import Pair, RejectedPair
 from moesaic.corpus.readers.keyed_text import KeyedText, pair_by_key
-from moesaic.corpus.sources.apt import (
-    deb_members,
-    debian_licence,
-    fetch_debs,
-    packages_of_same_version,
-)
+from moesaic.corpus.sources.apt import LanguagePacks, deb_members, debian_licence
 from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceFile, TextSource
 
 _PAGE = re.compile(r"/help/[\w-]+/(text/.+\.html)$")
@@ -65,24 +59,21 @@ class LibreOfficeHelp(TextSource):
     prefix: str = "libreoffice-help"
     english: str = "en-us"
 
+    @property
+    def _packs(self) -> LanguagePacks:
+        return LanguagePacks(self.prefix, (self.english,))
+
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
-        source_files = fetch_debs((f"{self.prefix}-*",), progress=progress)
-        if not any(
-            self._english_packages(source_file)
-            for source_file in source_files
-            if not source_file.missing_reason
-        ):
-            raise DataError(
-                f"{self.prefix}-{self.english} could not be downloaded: it is the English side"
-            )
-        return tuple(u for u in source_files if self._code(u) not in ("", ENGLISH))
+        files = self._packs.fetch(progress=progress)
+        found = ((file, self._packs.language(file)) for file in files)
+        return tuple(file for file, language in found if language and language.code != ENGLISH)
 
     def read(
         self, source_file: SourceFile, *, wanted: LanguageFilter
     ) -> Iterator[Pair | RejectedPair]:
-        code = self._code(source_file)
-        packages = self._english_packages(source_file)
-        if not wanted(code) or not packages:
+        found = self._packs.language(source_file)
+        packages = self._packs.english_packs(source_file)
+        if found is None or not wanted(found.code) or not packages:
             return
         english, licence = _english_paragraphs(packages[0]), debian_licence(source_file)
         for key, target in _paragraphs(source_file.path):
@@ -90,18 +81,11 @@ class LibreOfficeHelp(TextSource):
                 yield pair_by_key(
                     english[key],
                     target,
-                    code=code,
+                    code=found.code,
                     origin=source_file.name,
                     licence=licence,
                     compare_numbers=True,
                 )
-
-    def _english_packages(self, source_file: SourceFile) -> tuple[Path, ...]:
-        return packages_of_same_version(source_file, names=[f"{self.prefix}-{self.english}"])
-
-    def _code(self, source_file: SourceFile) -> str:
-        found = resolve_locale(source_file.name.removeprefix(f"{self.prefix}-"))
-        return found.code if found else ""
 
 
 @lru_cache(maxsize=1)

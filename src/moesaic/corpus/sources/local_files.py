@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from moesaic.core.config import Config
-from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.errors import DataError
 from moesaic.corpus.languages import ENGLISH, precise_tag, resolve_language
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.compressed import COMPRESSED, name_without_compression
@@ -18,9 +18,9 @@ from moesaic.corpus.readers.text_lines import require_rows
 from moesaic.corpus.readers.tsv import read_rows
 from moesaic.corpus.sources.path_patterns import (
     FoundFile,
-    files_below,
-    find_matches,
-    is_pattern,
+    find_user_files,
+    nothing_found,
+    require_readable,
 )
 from moesaic.corpus.sources.text_source import (
     AllowedSplit,
@@ -59,29 +59,21 @@ class LocalFile(Config):
 
     def find(self) -> list[SourceFile]:
         """Return its files, each with its languages; a pattern's unfit ones with the reason."""
-        path = Path(self.path)
-        if self._exists(path):
-            found = [FoundFile(path)]
-        elif path.is_dir():
-            found = [FoundFile(inner) for inner in files_below(path) if self._is_readable(inner)]
+        if self._exists(Path(self.path)):
+            found = [FoundFile(Path(self.path))]
         else:
-            found = find_matches(self.path) if is_pattern(self.path) else []
+            found = find_user_files(self.path, readable=self._is_readable)
         return [self._source_file(file) for file in found]
 
     def missing(self) -> DataError:
         """Return the error of a path without a file."""
         path = Path(self.path)
-        if path.is_dir():
-            kinds = "text" if self.language else ", ".join(PAIR_FORMATS)
-            return DataError(f"{path}: no file of {kinds} below this folder")
-        if is_pattern(self.path):
-            return DataError(f"{path}: no file matches this pattern")
-        if path.exists() or path.is_symlink():
+        if not path.is_dir() and (path.exists() or path.is_symlink()):
             return DataError(f"{path}: not a regular file (a device, a pipe or a link to nothing)")
-        neighbours = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        return DataError(
-            f"{path}: no such file (nor {path.name}.<language> beside it)"
-            f"{did_you_mean(path.name, neighbours)}"
+        return nothing_found(
+            self.path,
+            kinds=["text"] if self.language else PAIR_FORMATS,
+            expected=f"file (nor {path.name}.<language> beside it)",
         )
 
     def contradicts(self, other: SourceFile) -> bool:
@@ -159,14 +151,8 @@ class LocalFiles(TextSource):
             if not files:
                 raise file.missing()
         found = _distinct_files(by_entry)
-        for source_file in found:
-            if source_file.missing_reason:
-                progress(f"{source_file.path} is left out: {source_file.missing_reason}")
-        readable = [source_file for source_file in found if not source_file.missing_reason]
-        if not readable:
-            raise DataError(f"no file can be read: {found[0].path}: {found[0].missing_reason}")
         licences: dict[str, SourceFile] = {}
-        for source_file in readable:
+        for source_file in require_readable(found, progress=progress):
             known = licences.setdefault(source_file.name, source_file)
             if known.licence != source_file.licence:
                 raise DataError(

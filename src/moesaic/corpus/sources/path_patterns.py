@@ -8,12 +8,13 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import resolve_locale
+from moesaic.corpus.sources.text_source import Progress, SourceFile
 
 LANGUAGE_PLACES = ("source", "target", "lang")
 MAX_FOUND_FILES = 100_000  # by one pattern
@@ -67,6 +68,39 @@ def find_matches(pattern: str) -> list[FoundFile]:
         if readings:
             found.append(_with_languages(Path(path), readings))
     return found
+
+
+def find_user_files(text: str, *, readable: Callable[[Path], bool]) -> list[FoundFile]:
+    """Return the files of a folder that are ``readable``, or those that a pattern matches."""
+    path = Path(text)
+    if path.is_dir():
+        return [FoundFile(inner) for inner in files_below(path) if readable(inner)]
+    return find_matches(text) if is_pattern(text) else []
+
+
+def nothing_found(text: str, *, kinds: Iterable[str], expected: str) -> DataError:
+    """Return the error of a path, folder or pattern without a file of these ``kinds``."""
+    path = Path(text)
+    if path.is_dir():
+        return DataError(f"{path}: no file of {', '.join(kinds)} below this folder")
+    if is_pattern(text):
+        return DataError(f"{path}: no file matches this pattern")
+    names = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    return DataError(f"{path}: no such {expected}{did_you_mean(path.name, names)}")
+
+
+def require_readable(files: Sequence[SourceFile], *, progress: Progress) -> list[SourceFile]:
+    """Return the files that can be read; say why each other is left out.
+
+    Raises DataError: none can be read.
+    """
+    for file in files:
+        if file.missing_reason:
+            progress(f"{file.path} is left out: {file.missing_reason}")
+    readable = [file for file in files if not file.missing_reason]
+    if not readable:
+        raise DataError(f"no file can be read: {files[0].path}: {files[0].missing_reason}")
+    return readable
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -10,10 +10,10 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.low_rank_experts import LowRankExperts
 from moesaic.nn.adapter import LowRankLinear, adapter_name, add_adapter
-from moesaic.train.adapter_choice import AdapterChoice
+from moesaic.parallel.adapter_choice import MatrixAdapter
 
 
-class LoRA(AdapterChoice):
+class LoRA(MatrixAdapter):
     """Trains ``W + alpha / rank * B A`` with W frozen, for each matrix of ``targets``.
 
     A is [rank, inputs], drawn as other matrices are; B is [outputs, rank], zeros at the start. Of

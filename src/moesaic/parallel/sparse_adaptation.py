@@ -16,8 +16,8 @@ from moesaic.moe.sparse_experts import ChosenExperts, SparseExperts
 from moesaic.monitor.expert_usage import LayerUsage, read_usage
 from moesaic.nn.adapter import adapter_name, add_adapter
 from moesaic.nn.sparse_adapter import SparseLinear, scatter_values
+from moesaic.parallel.adapter_choice import AdapterChoice, MatrixAdapter, declare_adapters
 from moesaic.parallel.config import ParallelConfig
-from moesaic.train.adapter_choice import AdapterChoice, declare_adapters
 
 
 class PlacedAdapter(AdapterChoice):
@@ -39,7 +39,7 @@ class PlacedAdapter(AdapterChoice):
                 )
 
 
-class RandomSparse(PlacedAdapter):
+class RandomSparse(PlacedAdapter, MatrixAdapter):
     """Trains a share ``density`` of the values of each matrix of ``targets``, at random places.
 
     The control of ``SpIEL``: as many parameters, states and saved values.
@@ -62,7 +62,7 @@ class RandomSparse(PlacedAdapter):
         return weight.float() + scatter_values(values.float(), index=index, like=weight)
 
 
-class SpIEL(PlacedAdapter):
+class SpIEL(RandomSparse):
     """Sparse fine-tuning whose places move to the largest gradients (2401.16405, section 3).
 
     As ``RandomSparse``, and every ``every`` steps: at the first step the places of the largest
@@ -79,7 +79,6 @@ class SpIEL(PlacedAdapter):
         "context",
         "zero",
     )
-    density: float = Field(default=0.01, gt=0, le=1)
     every: int = Field(default=100, ge=2)
     select_steps: int = Field(default=5, ge=1)
     drop: float = Field(default=0.2, ge=0, le=1)
@@ -90,14 +89,6 @@ class SpIEL(PlacedAdapter):
             raise ValueError(f"select_steps={self.select_steps} to be at most every={self.every}")
         return self
 
-    def attach(self, model: Transformer) -> None:
-        self._places().attach(model)
-
-    def merged(
-        self, weight: Float[Tensor, "*E M N"], *, name: str, adapter: Mapping[str, Tensor]
-    ) -> Float[Tensor, "*E M N"]:
-        return self._places().merged(weight, name=name, adapter=adapter)
-
     def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
         yield from super().parallel_problems(parallel)
         if not parallel.memory.optimizer_states.is_device:
@@ -105,9 +96,6 @@ class SpIEL(PlacedAdapter):
                 "trainable=SpIEL with parallel.memory.optimizer_states on a tier: its states move "
                 "with its places: keep them on the device"
             )
-
-    def _places(self) -> RandomSparse:
-        return RandomSparse(density=self.density, targets=self.targets)
 
 
 class ExpertsOfLanguage(PlacedAdapter):
@@ -120,7 +108,6 @@ class ExpertsOfLanguage(PlacedAdapter):
 
     language: str
     share: float = Field(default=0.5, gt=0, le=1)
-    targets: tuple[str, ...] = ("experts",)
     experts: dict[str, tuple[int, ...]] = Field(default={})
 
     def resolved(self, start: RunDir | None) -> Self:
@@ -138,8 +125,6 @@ class ExpertsOfLanguage(PlacedAdapter):
         return self.replace(experts={name: own for name, own in chosen.items() if own})
 
     def problems(self, model: Transformer) -> Iterator[str]:
-        if self.targets != ("experts",):
-            yield f"trainable.targets={list(self.targets)}: expected experts, alone"
         numbers = {
             layer.name: layer.router.config.experts
             for layer in moe_layers(model)

@@ -1,5 +1,6 @@
 """Adapter choices: what is trained beside frozen matrices, whichever kind of adapter it is."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -21,31 +22,41 @@ BANK_MATRICES = ("up", "down")
 
 
 class AdapterChoice(TrainableParameters):
-    """Base of the choices that train adapters: matrices of linear maps and of experts.
+    """Base of the choices that train adapters."""
+
+    keeps_base: ClassVar[bool] = True
+
+    def includes(self, name: str) -> bool:
+        return is_of_adapter(name)
+
+    @abstractmethod
+    def merged(
+        self, weight: Float[Tensor, "*E M N"], *, name: str, adapter: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*E M N"]:
+        """Return a matrix with its adapter added, in float32; the matrix itself if it has none.
+
+        ``name`` is that of the matrix, ``adapter`` has the tensors of all adapters by name.
+        """
+
+
+class MatrixAdapter(AdapterChoice):
+    """Base of the choices that train adapters of matrices, of linear maps and of experts.
 
     ``targets`` are patterns of the names of matrices, or words for parts of the model, as in
     ``MatchingParameters``.
     """
 
-    keeps_base: ClassVar[bool] = True
     targets: Patterns = ("experts", "attention")
-
-    def includes(self, name: str) -> bool:
-        return is_of_adapter(name)
 
     def problems(self, model: Transformer) -> Iterator[str]:
         yield from unmatched_patterns(
             self.targets, adaptable_matrices(model), key="trainable.targets"
         )
 
-    def is_target(self, name: str) -> bool:
-        """Whether the matrix of this name has an adapter, if it can have one."""
-        return matches(name, self.targets)
-
     def attach(self, model: Transformer) -> None:
         named, targets = dict(model.named_modules()), {}
         for name in adaptable_matrices(model):
-            if self.is_target(name):
+            if matches(name, self.targets):
                 path, _, matrix = name.rpartition(".")
                 targets.setdefault(path, []).append(matrix)
         for path, matrices in targets.items():
@@ -56,22 +67,13 @@ class AdapterChoice(TrainableParameters):
                 self.adapt_linear(module, path=path)
         declare_adapters(model)
 
+    @abstractmethod
     def adapt_experts(self, experts: GroupedExperts, matrices: list[str], *, path: str) -> None:
         """Add an adapter of ``matrices`` (``up``, ``down``) to the experts at ``path``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adapt_linear(self, linear: nn.Linear, *, path: str) -> None:
         """Add an adapter to a linear map."""
-        raise NotImplementedError
-
-    def merged(
-        self, weight: Float[Tensor, "*E M N"], *, name: str, adapter: Mapping[str, Tensor]
-    ) -> Float[Tensor, "*E M N"]:
-        """Return a matrix with its adapter added, in float32; the matrix itself if it has none.
-
-        ``name`` is that of the matrix, ``adapter`` has the tensors of all adapters by name.
-        """
-        raise NotImplementedError
 
 
 def declare_adapters(model: Transformer) -> None:
