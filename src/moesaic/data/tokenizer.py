@@ -85,7 +85,7 @@ class Tokenizer:
     def with_ends(self, ids: Iterable[int]) -> "Tokenizer":
         """Return the tokenizer of a model that may end a text with several tokens.
 
-        Those that it has no token for are left out. It is not in the file: the model knows it.
+        Those that it has no token for are left out. The file of the tokenizer does not have them.
         """
         known = self._vocabulary
         others = tuple(sorted({i for i in ids if i < known.size} - {known.eos}))
