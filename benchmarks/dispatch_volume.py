@@ -10,11 +10,30 @@ Letters: n ranks that share the experts, k experts per token, M nodes.
 from dataclasses import dataclass
 from math import comb
 
-from moesaic.parallel.communication_volume import (
-    DispatchedTokens,
-    all_to_all_bytes,
-    expert_tensor_bytes,
-)
+
+@dataclass(frozen=True, slots=True)
+class DispatchedTokens:
+    """What a rank dispatches in a layer: ``tokens`` rows of ``dim`` numbers, each to k experts."""
+
+    tokens: int
+    experts_per_token: int
+    dim: int
+    itemsize: int
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes of one copy of a row for each of its experts."""
+        return float(self.tokens * self.experts_per_token * self.dim * self.itemsize)
+
+
+def all_to_all_bytes(tokens: DispatchedTokens, *, ranks: int) -> float:
+    """Return the bytes of dispatch and combine over n ranks: ``2 k (n-1)/n`` rows per token."""
+    return 2 * tokens.total_bytes * (ranks - 1) / ranks
+
+
+def expert_tensor_bytes(tokens: DispatchedTokens, *, expert_tensor: int) -> float:
+    """Return the bytes of the all-gather over an expert's slices and the reduce-scatter back."""
+    return 2 * tokens.total_bytes * (expert_tensor - 1)
 
 
 def all_to_all_inter_node_bytes(

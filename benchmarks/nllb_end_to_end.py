@@ -25,6 +25,7 @@ from support import write_result
 
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.languages import resolve_language
+from moesaic.exchange.compare_with_transformers import compare_with_transformers
 from moesaic.exchange.transformers_repairs import repair_forward
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.serve.translator import Translator
@@ -37,12 +38,26 @@ TRANSLATION = "data.mixture.tasks.0"
 
 def main() -> None:
     options = _options()
-    shutil.rmtree(options.runs, ignore_errors=True)
-    options.runs.mkdir(parents=True)
     place = options.runs.resolve()
     os.environ["MOESAIC_HOME"] = str(place / "home")
+    record = place / "made.json"
+    if not options.again:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        record.write_text(json.dumps(_make(place, options)))
+    found = {
+        "trained here": _compare(place / "first", place / "theirs", rows=options.rows),
+        "made there, tuned here": _compare(place / "tuned", place / "back", rows=options.rows),
+    }
+    question = "are translations the same in transformers?"
+    made = json.loads(record.read_text())
+    write_result(options.out, {"question": question, **found, **made})
+
+
+def _make(place: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and export one model, import, tune and export the other. Returns steps and seconds."""
     text = {"name": "text", "languages": ["en", *LANGUAGES]}
-    source = {"kind": "PresplitFolder", "folder": str(options.corpus)}
+    source = {"kind": "PresplitFolder", "folder": str(options.corpus.resolve())}
     (place / "text.yaml").write_text(json.dumps(text | {"source": source}))
     seconds = {"corpus": _moesaic("data", "build", str(place / "text.yaml"))}
     corpus = f'data.corpus=CorpusFolder(path="{place / "home/corpora/text"}")'
@@ -55,8 +70,6 @@ def main() -> None:
         *("--set", f"data.languages=[en,{','.join(LANGUAGES)}]"),
     )
     seconds["export"] = _moesaic("export", str(first), "--to", "hf", "--out", str(theirs))
-    found: dict[str, Any] = {"trained here": _compare(first, theirs, rows=options.rows)}
-
     _random_model(place / "random", tokenizer=theirs)
     imported, tuned, back = place / "imported", place / "tuned", place / "back"
     seconds["import"] = _moesaic("import", str(place / "random"), "--out", str(imported))
@@ -68,15 +81,14 @@ def main() -> None:
         ranks=2,
     )
     seconds["export again"] = _moesaic("export", str(tuned), "--to", "hf", "--out", str(back))
-    found["made by transformers, tuned here"] = _compare(tuned, back, rows=options.rows)
-    found |= {"steps": options.steps, "tuning_steps": options.tuning_steps, "seconds": seconds}
-    write_result(options.out, {"question": "are translations the same in transformers?", **found})
+    return {"steps": options.steps, "tuning_steps": options.tuning_steps, "seconds": seconds}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True, help="LANGUAGE.train.tsv, .valid.tsv")
     parser.add_argument("--runs", type=Path, default=Path("build/nllb-end-to-end"), help="emptied")
+    parser.add_argument("--again", action="store_true", help="compare what --runs has")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--tuning-steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=60, help="held-out sentences of a direction")
@@ -127,11 +139,12 @@ def _compare(ours: Path, theirs: Path, *, rows: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "transformers": transformers.__version__,
         "repaired": repaired,
+        "logit_difference": compare_with_transformers(theirs, ours=ours).logit_difference,
         **{name: sorted(loading[name]) for name in ("missing_keys", "unexpected_keys")},
         "directions": {},
     }
     for source, target in PAIRS:
-        texts = _held_out(source, target, rows=rows)
+        texts = _held_out(source, target, translator, rows=rows)
         row: dict[str, Any] = {"sentences": len(texts)}
         for name, beams, search in (
             ("greedy", 1, Greedy()),
@@ -150,12 +163,14 @@ def _compare(ours: Path, theirs: Path, *, rows: int) -> dict[str, Any]:
     return result
 
 
-def _held_out(source: str, target: str, *, rows: int) -> list[str]:
-    """Return test sentences of a direction that have from 4 to 16 words."""
+def _held_out(source: str, target: str, translator: Translator, *, rows: int) -> list[str]:
+    """Return test sentences of a direction, of four words or more and not too long to be whole."""
+    longest, encode = translator.limits.max_source - 2, translator.tokenizer.encode
     corpus = Corpus.open(Path(os.environ["MOESAIC_HOME"]) / "corpora/text")
     codes = resolve_language(source).code, resolve_language(target).code
     texts = (pair.source for pair in corpus.iter_pairs(*codes, split="test"))
-    return [text for text in dict.fromkeys(texts) if 4 <= len(text.split()) <= 16][:rows]
+    long_enough = (text for text in dict.fromkeys(texts) if len(text.split()) >= 4)
+    return [text for text in long_enough if len(encode(text)) <= longest][:rows]
 
 
 def _in_transformers(

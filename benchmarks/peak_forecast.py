@@ -39,6 +39,7 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
+from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.pipeline import LossSettings
 from moesaic.parallel.pipeline_schedules import (
@@ -111,6 +112,7 @@ CASES = {
     "MoE, biases": settings(MODEL.replace(bias=True), PAIRS),
     "MoE, 32 experts": settings(MODEL.replace(moe=MoE(experts=32, select=TopK(k=4))), PAIRS),
     "MoE, 3 micro-batches": settings(MODEL, PAIRS, micro_batches=3),
+    "MoE, LoRA": settings(MODEL, PAIRS, trainable=LoRA(rank=4)),
     "MoE, bfloat16": settings(MODEL, PAIRS, precision=BFloat16()),
     "MoE, bfloat16 autocast": settings(MODEL, PAIRS, precision=BFloat16Autocast()),
     "Z3 of 2, bfloat16": settings(TEXT, ROWS, world=2, plan={"zero": 3}, precision=BFloat16()),
@@ -180,6 +182,7 @@ def _run(case: CostSettings, *, rank: int) -> MeasuredPeak:
     before, meter = _rss_anon(), AllocationMeter()
     with meter, meter.ledger.watch_resizes(), _RssGauge() as gauge:
         model = Transformer.without_values(model_config)
+        case.trainable.attach(model)
         mesh = Mesh(
             case.parallel.plan.resolve(case.world),
             rank=rank,
@@ -190,6 +193,8 @@ def _run(case: CostSettings, *, rank: int) -> MeasuredPeak:
             model, parallel=case.parallel, mesh=mesh, precision=case.precision
         )
         draw_shards(parallel_model, seed=0)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(case.trainable.includes(name))
         kinds = model.parameter_kinds()
         optimizer = case.optimizer.build(
             model.named_parameters(), kinds=kinds, master_weights=case.precision.master_weights

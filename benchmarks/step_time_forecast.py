@@ -2,14 +2,15 @@
 
 The machine is calibrated, every plan of every cell (model x memory limit x micro-batch, on one and
 two ranks, with even and skewed routing) is forecast, and the forecasts are written and hashed.
-Then every plan runs, in two passes over all; the faster pass counts, since what else a shared host
-does only makes a step longer, and what other processes computed meanwhile is recorded. Printed: the
-error of each forecast, and for each cell the time of the plan that the forecast chose over that of
-the fastest plan measured.
+Then every plan runs, in three passes over all; the fastest pass counts, since what else a shared
+host does only makes a step longer, for some seconds, and what other processes computed meanwhile is
+recorded. Printed: the error of each forecast, and for each cell the time of the plan that the
+forecast chose over that of the fastest plan measured.
 
     python benchmarks/step_time_forecast.py [--quick] [--only forecasts|runs]
 
-Each half takes two to three minutes on two cores; ``--only runs`` takes the forecasts on disk.
+Forecasts take a minute on two cores, runs three to four; ``--only runs`` takes the forecasts on
+disk. ``step_time_page.py`` then writes the page and the machine file.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 from support import write_result
 
+from moesaic.core.freed_memory import keep_freed_memory
 from moesaic.data.batch import Batch
 from moesaic.distributed.forked_ranks import RankError, run_cases_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
@@ -53,7 +56,10 @@ from moesaic.train.run_training import seeded_trainer
 
 OUT = Path(__file__).parent / "results" / "step_time_forecast.json"
 FORECASTS = Path(__file__).parent / "results" / "step_time_forecasts_before.json"
-TOKENS, WARM_STEPS, STEPS, PASSES = 64, 2, 5, 2
+MACHINE = "cpu-2-cores"
+RECEIPTS = OUT.with_name(f"{MACHINE}.receipts.json")
+TOKENS, PASSES, WARM_STEPS, MAX_OTHERS = 64, 3, 2, 0.05
+MIN_STEPS, MAX_STEPS, SECONDS = 2, 5, 0.3  # timed in a pass
 
 
 def model(dim: int, *, layers: int, experts: int, k: int) -> ModelConfig:
@@ -173,25 +179,26 @@ class FullRows(TinyStream):
         return self._batch
 
 
-def measure_all(group: Sequence[Case], *, steps: int) -> Iterator[dict[str, Any] | str]:
+def measure_all(group: Sequence[Case]) -> Iterator[dict[str, Any] | str]:
     """Yield for each case, all on equally many ranks, its steps' seconds, or why it did not run."""
     world = group[0].world
-    for found in run_cases_on_ranks(world, partial(_steps, steps=steps), group, timeout_s=120):
+    for found in run_cases_on_ranks(world, _steps, group, timeout_s=120):
         if isinstance(found, RankError):
             yield str(found).strip().splitlines()[-1][:200]
             continue
         seconds = [max(each) for each in zip(*(rank["seconds"] for rank in found), strict=True)]
         others = found[0]["busy"] - sum(rank["cpu"] for rank in found)
-        cores = len(os.sched_getaffinity(0))
         yield {
             "median": statistics.median(seconds),
             "seconds": seconds,
-            "other_processes": max(0.0, others / (sum(seconds) * cores)),
+            "other_processes": max(0.0, others / (sum(seconds) * cores())),
+            "page_faults": max(rank["page_faults"] for rank in found),
         }
 
 
-def _steps(case: Case, *, steps: int) -> dict[str, Any]:
+def _steps(case: Case) -> dict[str, Any]:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as ``train`` does
     settings = case.settings
     config = with_round_robin_routing(settings.model, busiest_share=settings.busiest_share)
     run = tiny_run(
@@ -203,9 +210,11 @@ def _steps(case: Case, *, steps: int) -> dict[str, Any]:
     world = SingleProcess() if case.world == 1 else ProcessGroupWorld()
     batch = dummy_batch(config, settings.sizes)
     trainer = seeded_trainer(run, make_loader=lambda _: FullRows(batch), world=world)
-    for _ in range(WARM_STEPS):
-        trainer.train_step()
+    last = [trainer.train_step() for _ in range(WARM_STEPS)][-1]
+    wanted = max(MIN_STEPS, min(MAX_STEPS, round(SECONDS / last.seconds)))
+    steps = world.broadcast_object(wanted)
     busy, cpu, found = busy_seconds(), time.process_time(), list[float]()
+    faults = page_faults()
     for _ in range(steps):
         started = time.perf_counter()
         trainer.train_step()
@@ -214,13 +223,28 @@ def _steps(case: Case, *, steps: int) -> dict[str, Any]:
         "seconds": found,
         "cpu": time.process_time() - cpu,
         "busy": busy_seconds() - busy,
+        "page_faults": (page_faults() - faults) / steps,
     }
+
+
+def page_faults() -> int:
+    """Return the page faults of this process so far: memory that it had given back before."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def busy_seconds() -> float:
     """Return the seconds that all cores have computed since the machine started."""
     user, nice, system, *_ = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds() -> float:
+    """Return the seconds that this process and its children that ended have computed."""
+    return sum(os.times()[:4])
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def product_seconds() -> float:
@@ -256,15 +280,23 @@ def regrets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write_forecasts(path: Path, *, quick: bool) -> None:
     """Calibrate the machine and write the forecasts of all cases."""
-    found = calibrate(quick=quick, notify=lambda what: print("measured", what, flush=True))
+    notify = partial(print, "measured", flush=True)
+    busy, cpu = busy_seconds(), cpu_seconds()
+    found = calibrate(quick=quick, name=MACHINE, notify=notify)
+    others = (busy_seconds() - busy - cpu_seconds() + cpu) / (found.seconds * cores())
+    if others > MAX_OTHERS:
+        print(f"other processes had {others:.0%} of the cores: the machine looks too slow")
     forecasts = [forecast(case, found.machine) for case in cases(quick=quick)]
     written = {
         "machine": found.machine.to_dict(),
         "product_seconds": product_seconds(),
         "calibration_seconds": found.seconds,
+        "calibration_other_processes": max(0.0, others),
         "forecasts": forecasts,
     }
     path.write_text(json.dumps(written, indent=1) + "\n")
+    if not quick:
+        RECEIPTS.write_text(json.dumps(found.receipts(), indent=1) + "\n")
 
 
 Passes = dict[Case, list[dict[str, Any] | str]]
@@ -277,7 +309,7 @@ def run_passes(*, quick: bool) -> Iterator[Passes]:
     for _ in range(1 if quick else PASSES):
         for world in (2, 1):
             group = [case for case in every if case.world == world]
-            for case, found in zip(group, measure_all(group, steps=STEPS), strict=True):
+            for case, found in zip(group, measure_all(group), strict=True):
                 passes[case].append(found)
         yield passes
 

@@ -1,21 +1,26 @@
 """Write docs/planner.md from ``step_time_forecast.py``, ``peak_forecast.py``, ``known_plans.py``.
 
+The machine that the forecasts are of is written too, as the machine file of its name.
+
 python benchmarks/step_time_page.py
 """
 
+import hashlib
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 from moesaic.core.markdown import markdown_table
+from moesaic.planner.machine import Machine
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
 HEADER = ("model", "ranks", "rows", "plan", "forecast s", "measured s", "error", "others")
 DISTURBED = 0.1
 RESULTS = FOLDER / "step_time_forecast.json"
+FORECASTS = FOLDER / "step_time_forecasts_before.json"
+MACHINES = ROOT / "src" / "moesaic" / "planner" / "machines"
 
 
 def peaks(found: dict[str, Any]) -> str:
@@ -143,7 +148,7 @@ to a file (sha256 `{found["forecasts_sha256"][:16]}...`), and then every plan ra
 {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, {found["date"]}, commit
 {found["commit"]}.{drift} "Others" is the share of both cores that other processes had meanwhile: a
 step that they disturb is longer than any forecast. Passes over all plans: {found["passes"]}; the
-faster one counts.
+fastest counts.
 
 Error of a step's time: {found["error_median"]:.1%} in the median, {found["error_worst"]:.0%} at
 worst; {len(found["misses"])} of {len(runs)} are off by more than 15 %. "Skewed" sends 45 % of a
@@ -171,6 +176,16 @@ is {found["regret_worst"]:.0%}; in {sum(cell["regret"] <= 0.1 for cell in found[
 {sections}"""
 
 
+def write_machine(digest: str) -> None:
+    """Write the machine file of the forecasts that were compared, whose sha256 is ``digest``."""
+    before = FORECASTS.read_bytes()
+    if hashlib.sha256(before).hexdigest() != digest:
+        raise SystemExit(f"{FORECASTS.name} is not what {RESULTS.name} compares: run it again")
+    machine = Machine.from_dict(json.loads(before)["machine"])
+    (MACHINES / f"{machine.name}.yaml").write_text(machine.to_yaml())
+
+
 if __name__ == "__main__":
-    results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    (ROOT / "docs" / "planner.md").write_text(page(json.loads(results.read_text())).rstrip() + "\n")
+    results = json.loads(RESULTS.read_text())
+    (ROOT / "docs" / "planner.md").write_text(page(results).rstrip() + "\n")
+    write_machine(results["forecasts_sha256"])

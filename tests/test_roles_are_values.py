@@ -11,35 +11,33 @@ ROLE_NAMES = {"PAD", "BOS", "EOS", "UNK", "MASK"}
 ID_NAMES = {"ids", "token", "tokens", "label", "labels", "target_in", "target_out"}
 
 
-def _modules() -> Iterator[tuple[str, ast.Module]]:
+def _nodes() -> Iterator[tuple[str, ast.AST]]:
     for path in sorted(Path(moesaic.__file__).parent.rglob("*.py")):
-        yield str(path), ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            yield str(path), node
 
 
-def test_no_module_has_a_constant_for_the_id_of_a_role() -> None:
-    found = [
-        (path, node.id)
-        for path, tree in _modules()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and node.id in ROLE_NAMES
-    ]
-    assert found == []
-
-
-def test_no_id_is_compared_with_a_number() -> None:
-    found = [
-        (path, ast.unparse(node))
-        for path, tree in _modules()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Compare)
+def _compares_an_id(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Compare)
         and all(isinstance(op, ast.Eq | ast.NotEq) for op in node.ops)
         and _name(node.left) in ID_NAMES
         and any(
             isinstance(other, ast.Constant) and isinstance(other.value, int)
             for other in node.comparators
         )
-    ]
-    assert found == []
+    )
+
+
+def test_no_module_has_a_constant_for_the_id_of_a_role_or_compares_an_id_with_a_number() -> None:
+    constants, comparisons = [], []
+    for path, node in _nodes():
+        if isinstance(node, ast.Name) and node.id in ROLE_NAMES:
+            constants.append((path, node.id))
+        elif _compares_an_id(node):
+            comparisons.append((path, ast.unparse(node)))
+    assert constants == []
+    assert comparisons == []
 
 
 def _name(node: ast.expr) -> str:

@@ -1,10 +1,9 @@
 """The names and the prose of the project are the field's: no old name, no personification."""
 
 import ast
-import io
 import re
 import tokenize
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,23 +52,27 @@ PERSON = re.compile(
 )
 
 
-def words_of_code(path: Path) -> Iterator[tuple[int, str]]:
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline):
-        if token.type == tokenize.NAME:
-            yield token.start[0], token.string
+@cache
+def read_module(path: Path) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Return the old names in a module, and the lines that are no code, each with its number."""
+    names, lines = [], []
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            line = token.start[0]
+            if token.type == tokenize.NAME and token.string in OLD_NAMES:
+                names.append((line, token.string))
+            elif token.type in (tokenize.COMMENT, tokenize.STRING):
+                lines += enumerate(token.string.splitlines(), start=line)
+    return names, lines
 
 
-def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that a reader reads: of a page all but code, of a module what is no code."""
+def prose(path: Path) -> list[tuple[int, str]]:
+    """Return the lines that a reader reads: of a page all but code, of a module what is no code."""
+    if path.suffix == ".py":
+        return read_module(path)[1]
     text = path.read_text("utf-8")
-    if path.suffix != ".py":
-        blank = re.sub(r"```.*?```", lambda m: "\n" * m.group().count("\n"), text, flags=re.S)
-        yield from enumerate(blank.splitlines(), start=1)
-        return
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in (tokenize.COMMENT, tokenize.STRING):
-            for offset, line in enumerate(token.string.splitlines()):
-                yield token.start[0] + offset, line
+    blank = re.sub(r"```.*?```", lambda m: "\n" * m.group().count("\n"), text, flags=re.S)
+    return list(enumerate(blank.splitlines(), start=1))
 
 
 def where(path: Path, line: int, what: str) -> str:
@@ -86,8 +89,7 @@ def test_no_old_name_is_left_in_code():
         where(path, line, f"{word}: {OLD_NAMES[word]}")
         for path in CODE
         if path not in OWN
-        for line, word in words_of_code(path)
-        if word in OLD_NAMES
+        for line, word in read_module(path)[0]
     ]
     assert left == []
 

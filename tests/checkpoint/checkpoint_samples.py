@@ -1,17 +1,17 @@
 """A small checkpoint in each form, and a way to change its files under a valid manifest."""
 
 import json
-from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import save_checkpoint
-from moesaic.checkpoint.manifest import MANIFEST_FILE, FileEntry, read_manifest
+from moesaic.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver
 from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.core.file_reader import FileEntry
 from moesaic.core.files import sha256
 
 EXPERT_PARAMETERS = {"up": 4, "up_bias": 4}
@@ -49,8 +49,8 @@ def rewritten(path, name, change):
     else:
         file.write_text(json.dumps(change(json.loads(file.read_text()))))
     manifest = read_manifest(path)
-    entry = FileEntry(file.stat().st_size, sha256(file))
-    changed = replace(manifest, files=manifest.files | {name: entry})
+    entry = FileEntry(bytes=file.stat().st_size, sha256=sha256(file))
+    changed = manifest.model_copy(update={"files": manifest.files | {name: entry}})
     (path / MANIFEST_FILE).write_text(changed.to_json())
 
 

@@ -8,8 +8,9 @@ from checkpoint_samples import snapshot
 
 from moesaic.checkpoint.checkpoint_directory import list_checkpoints
 from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint, save_checkpoint
-from moesaic.checkpoint.manifest import FileEntry, Manifest, read_manifest
+from moesaic.checkpoint.manifest import Manifest, read_manifest
 from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import FileEntry
 
 
 def best_is_a_directory(root: Path) -> None:
@@ -90,7 +91,9 @@ def test_resuming_takes_the_checkpoint_before_and_says_why(
 
 def test_a_manifest_may_not_name_files_outside(tmp_path: Path) -> None:
     for name in ("/etc/passwd", "../../x", "a\0b"):
-        entry = FileEntry(1, "0" * 64)
-        (tmp_path / "manifest.json").write_text(Manifest(1, 1, {name: entry}, {}).to_json())
+        entry = FileEntry(bytes=1, sha256="0" * 64)
+        (tmp_path / "manifest.json").write_text(
+            Manifest(step=1, serial=1, files={name: entry}, versions={}).to_json()
+        )
         with pytest.raises(CheckpointError, match=r"found .*expected"):
             read_manifest(tmp_path)

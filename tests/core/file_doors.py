@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
 
+import torch
+import torch.distributed.checkpoint as dcp
 from checkpoint_samples import snapshot
 from fake_run import write_fake_run
 
@@ -52,6 +54,7 @@ from moesaic.data.tokenizer_file import TOKENIZER_FILE
 from moesaic.data.vocabulary_file import VOCABULARY_FILE
 from moesaic.evaluate.head_scores import HeadScore, HeadScores
 from moesaic.evaluate.perplexity import DocumentLoss, PerplexitySummary, group_perplexities
+from moesaic.exchange.dcp_files import METADATA_FILE, read_metadata
 from moesaic.exchange.hf_directory import (
     HF_CONFIG_FILE,
     HF_INDEX_FILE,
@@ -151,6 +154,7 @@ def make_files(folder: Path) -> Made:
     (theirs / "adapter_config.json").write_text(json.dumps(adapter))
     (theirs / "generation_config.json").write_text(json.dumps({"num_beams": 2}))
     (theirs / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    dcp.save({"a": torch.ones(2, 3)}, checkpoint_id=theirs / "dcp", no_dist=True)
     index = {"weight_map": {"a.weight": "model-00001-of-00001.safetensors"}}
     (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
     return Made(folder, keep.trainer)
@@ -264,7 +268,7 @@ def _read_index(made: Made) -> None:
 
 
 def _read_plugin(made: Made) -> None:  # text that is stored, and never parsed
-    plugin = Plugin("gate.py", "0" * 64, ("Gate",), stored=True)
+    plugin = Plugin(name="gate.py", sha256="0" * 64, choices=("Gate",), stored=True)
     require_loaded((plugin,), run=made.folder, folder=made.folder / "plugins")
 
 
@@ -305,6 +309,8 @@ DOORS = (
     Door(INDEX_KIND, f"sharded/{STEP}/index.json", "json", _read_index),
     Door(INSIGHT_FILE, "run/insight.json", "json", _report),
     Door(LOCK_FILE, "run.lock", "json", _read_lock),
+    Door(METADATA_FILE, "theirs/dcp/.metadata", "bytes",
+         lambda made: read_metadata(made.folder / "theirs/dcp")),
     Door(MACHINE_FILE, "machine.yaml", "yaml",
          lambda made: read_machine(made.folder / "machine.yaml")),
     Door(MANIFEST_KIND, f"run/checkpoints/{STEP}/manifest.json", "json",

@@ -28,7 +28,7 @@ def base(tmp_path):
     run.plugins.mkdir()
     for name in BESIDE[1:]:
         (run.path / name).write_text("{}")
-    plugin = Plugin("gate.py", sha256(run.plugins / "gate.py"), choices=(), stored=True)
+    plugin = Plugin(name="gate.py", sha256=sha256(run.plugins / "gate.py"), choices=(), stored=True)
     write_run_record(run, config=read_yaml_file(run.config), plugins=(plugin,))
     return run
 

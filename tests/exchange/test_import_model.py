@@ -152,7 +152,6 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path):
 @pytest.mark.parametrize(
     ("file", "program"),
     [
-        (".metadata", "torchtitan, Megatron-Core"),
         ("mp_rank_00_model_states.pt", "DeepSpeed or Megatron-LM"),
         ("layer_0_expert_3_mp_rank_00_model_states.pt", "DeepSpeed-MoE"),
         ("checkpoint_last.pt", "fairseq"),

@@ -109,14 +109,11 @@ RULES = {
     **{name: mixture("top2", name) for name in LIMITS},  # of one rank
 }
 NUMBER_OF_EDGES = {"moe/routing.py:from_mask": 1}  # how many edges a variable number of experts has
-NUMBER_OF_ROWS = {"moe/auxiliary_losses.py:_global_rows": 2}  # here and of all ranks
 VARIABLE = ("top-p", "top-p-capped", "threshold")
-READS_OF_RULES = dict.fromkeys((*VARIABLE, "expert-choice"), NUMBER_OF_EDGES) | dict.fromkeys(
-    ("sequence", "bias-and-sequence"), NUMBER_OF_ROWS
-)
+READS_OF_RULES = dict.fromkeys((*VARIABLE, "expert-choice"), NUMBER_OF_EDGES)
 
 
-def test_a_rule_waits_for_no_device_but_for_the_number_of_edges_or_rows() -> None:
+def test_a_rule_waits_for_no_device_but_for_the_number_of_edges() -> None:
     found = {}
     for name, rule in RULES.items():
         made, x = layer(rule), torch.randn(20, DIM)

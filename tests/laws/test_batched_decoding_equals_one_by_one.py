@@ -20,7 +20,7 @@ SEARCHES = {
     "beam": Beam(size=3, n_best=3),
     "beam-long": Beam(size=4, length_penalty=2.0, early_stopping="never", no_repeat_ngram_size=2),
 }
-LENGTHS = [3, 9, 1]
+LENGTHS = [3, 9, 1]  # one that fills the width, one token, one between; each ends at its own limit
 LIMITS = torch.tensor([8, 3, 10])
 CAPPED = BASE.replace(moe=MoE(experts=4, limit=Capacity(factor=0.5, minimum=0)))
 

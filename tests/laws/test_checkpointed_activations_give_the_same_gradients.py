@@ -1,5 +1,7 @@
-"""Law: activation checkpointing changes no gradient, for every dispatch and every
-ZeRO stage."""
+"""Law: activation checkpointing changes no gradient, for every dispatch without ZeRO and in ZeRO 3.
+
+ZeRO 1 and 2, which change what is sent for gradients alone, are run with one dispatch.
+"""
 
 from collections.abc import Iterator
 from itertools import product

@@ -23,6 +23,9 @@ from moesaic.moe.expert_selection import TopK
 from moesaic.moe.router_gate import HiddenStateAndTag
 from moesaic.moe.shared_experts import GatedSharedExperts
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.qk_norm import AcrossHeadsQKNorm
+from moesaic.nn.rotary_scaling import LongRoPE
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parallelize import parallelize
@@ -50,7 +53,14 @@ def _model(moe: MoE) -> ModelConfig:
 MODELS = {
     "encoder-decoder": _model(CAPPED),
     "decoder": _model(CAPPED).replace(encoder=Stack(layers=0)),
-    "decoupled": _model(CAPPED.replace(cross_layer=DecoupledRouting(dim=8, heads=4))),
+    "decoupled": _model(CAPPED.replace(cross_layer=DecoupledRouting(dim=8, heads=4))).replace(
+        attention=AttentionConfig(heads=4, kv_heads=2, qk_norm=AcrossHeadsQKNorm()),
+        position=Rotary(
+            scaling=LongRoPE(
+                factor=2, original_length=4, short_factors=(1.0, 1.5), long_factors=(1.3, 2.0)
+            )
+        ),
+    ),
     "attention experts": _model(CAPPED.replace(router_input=HiddenStateAndTag())).replace(
         mixers={"attention": MixtureOfAttention()}
     ),

@@ -25,6 +25,7 @@ from moesaic.moe.expert_capacity import (
     PositionPriority,
     Priority,
     RandomPriority,
+    RowCapacity,
     WeightPriority,
 )
 from moesaic.moe.expert_selection import Hash, NullTopK, SigmoidTopK, Top2, TopGroups, TopK
@@ -64,6 +65,7 @@ VARIANTS = {
     "by-weight": _capped(WeightPriority()),
     "by-token": _capped(BatchPriority()),
     "random-token-selection": _capped(RandomPriority()),
+    "by-row": BALANCED_TOP1.replace(limit=RowCapacity(number=2)),
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
     "sigmoid": MoE(experts=4, select=SigmoidTopK(k=2)),

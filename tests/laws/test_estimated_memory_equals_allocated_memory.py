@@ -45,7 +45,13 @@ class SquaresModule(SequenceMixerModule):
 
 
 OWN = MODEL.replace(mixers={"squares": Squares()}, encoder=Stack(layers=3, pattern="squares"))
-ONE_PROCESS = ("dense", "MoE, biases", "MoE, 3 micro-batches", "MoE, every second recomputed")
+ONE_PROCESS = (
+    "dense",
+    "MoE, biases",
+    "MoE, 3 micro-batches",
+    "MoE, LoRA",
+    "MoE, every second recomputed",
+)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

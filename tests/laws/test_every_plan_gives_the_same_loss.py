@@ -11,16 +11,17 @@ from mixer_cases import hybrid, names_allowed_by
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.block_layout import SequentialResidual
 from moesaic.model.config import Stack
-from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import FirstChoiceBalance, RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
-from moesaic.moe.expert_selection import SwitchTop1, TopK
+from moesaic.moe.expert_selection import SwitchTop1, Top2, TopK
 from moesaic.moe.router_gate import IndependentRouters
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import ClampedSwiGLU, FeedForwardConfig
-from moesaic.nn.positional_encoding import RelativeBias
+from moesaic.nn.feed_forward import GEGLU, ClampedSwiGLU, FeedForwardConfig
+from moesaic.nn.positional_encoding import RelativeBias, Rotary
+from moesaic.nn.rotary_scaling import DynamicNTKScaling
 from moesaic.optim.master_weights import StochasticRounding
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
@@ -43,14 +44,21 @@ HEADS = AttentionConfig(heads=4, kv_heads=2)
 
 def translator() -> Run:
     """An encoder-decoder: top-1 with a capacity, random token selection, relative positions."""
-    position = RelativeBias(buckets=8, max_distance=6)
-    model = tiny_model_config(moe=CAPPED).replace(attention=HEADS, dropout=0.1, position=position)
+    model = tiny_model_config(moe=CAPPED).replace(
+        attention=HEADS,
+        dropout=0.1,
+        position=RelativeBias(buckets=8, max_distance=6),
+        feed_forward=FeedForwardConfig(hidden=32, activation=GEGLU(form="tanh")),
+    )
     return tiny_run(model=model, optimizer=AdamW(lr=0.01))
 
 
 def language_model() -> Run:
-    """A decoder: dropless top-2 and a shared expert."""
-    model = tiny_model_config(moe=SHARED, layers=2).replace(attention=HEADS)
+    """A decoder: GShard's second experts, a shared expert, angles that depend on the row."""
+    select = Top2(second="random", normalise="after", scale=0.8)
+    moe = SHARED.replace(select=select, balance=(FirstChoiceBalance(), RouterZLoss()))
+    position = Rotary(scaling=DynamicNTKScaling(factor=2, original_length=3))
+    model = tiny_model_config(moe=moe, layers=2).replace(attention=HEADS, position=position)
     decoder_only = model.replace(encoder=model.encoder.replace(layers=0))
     return tiny_run(model=decoder_only, optimizer=AdamW(lr=0.01))
 
@@ -59,7 +67,7 @@ def multiplied() -> Run:
     """A decoder: router bias, clamped experts, weighted inputs, multipliers, sparse layers."""
     moe = SHARED.replace(
         cross_layer=IndependentRouters(bias=True),
-        select=TopK(scores="probabilities"),
+        select=TopK(scores="probabilities", scale=2.5),
         weights_on="inputs",
     )
     model = tiny_model_config(moe=moe).replace(

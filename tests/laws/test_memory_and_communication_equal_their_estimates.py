@@ -19,7 +19,9 @@ from moesaic.model.transformer import Transformer
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
+from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.cost_entries import DEVICE, Purpose
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import (
@@ -34,14 +36,17 @@ from parallel.communication_cases import BIASED, BOTH, DECODER, SIZES, parallel
 
 Lines = dict[tuple[str, str], int]
 STATE = (Purpose.WEIGHTS, Purpose.GRADIENTS, Purpose.STATES)
-REAL: dict[str, tuple[ModelConfig, ParallelConfig]] = {
-    "E": (BOTH, parallel(expert=4)),
-    "E+D": (BIASED, parallel(expert=2)),
-    "E+Z": (DECODER, parallel(expert=2, zero=3)),
-    "E+Z+M": (BOTH, parallel(expert=2, tensor=2, zero=1)),
-    "E+M": (DECODER, parallel(expert=2, expert_tensor=2, tensor=2)),
-    "E+C": (BOTH, parallel(expert=4, context=2)),
-    "E+Z2": (BIASED, parallel(expert=2, zero=2, tensor=2)),
+ALL, LOW_RANK = AllParameters(), LoRA(rank=2)
+REAL: dict[str, tuple[ModelConfig, ParallelConfig, TrainableParameters]] = {
+    "E": (BOTH, parallel(expert=4), ALL),
+    "E+D": (BIASED, parallel(expert=2), ALL),
+    "E+Z": (DECODER, parallel(expert=2, zero=3), ALL),
+    "E+Z+M": (BOTH, parallel(expert=2, tensor=2, zero=1), ALL),
+    "E+M": (DECODER, parallel(expert=2, expert_tensor=2, tensor=2), ALL),
+    "E+C": (BOTH, parallel(expert=4, context=2), ALL),
+    "E+Z2": (BIASED, parallel(expert=2, zero=2, tensor=2), ALL),
+    "E+D, LoRA": (DECODER, parallel(expert=2), LOW_RANK),
+    "E+Z+M, LoRA": (BOTH, parallel(expert=2, tensor=2, zero=1), LOW_RANK),
 }
 SIMULATED: dict[str, tuple[ModelConfig, ParallelConfig, int, int]] = {
     "E+D of 64": (BIASED, parallel(expert=4), 64, 63),
@@ -78,11 +83,14 @@ def _group_names(mesh: Mesh) -> dict[str, str]:
 def _step() -> dict[str, tuple[list[int], Lines, dict[str, str]]]:
     """Take a step under every plan; return memory, communication and the names of groups."""
     rank, results = distributed.get_rank(), {}
-    for name, (config, parallel_config) in REAL.items():
+    for name, (config, parallel_config, trainable) in REAL.items():
         model = Transformer(with_round_robin_routing(config))
+        trainable.attach(model)
         plan = parallel_config.plan.resolve(4)
         mesh = Mesh(plan, rank=rank, device=torch.device("cpu"), expert_counts=expert_counts(model))
         parallel_model = parallelize_on_mesh(model, parallel=parallel_config, mesh=mesh)
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable.includes(path))
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
             parallel_model.before_backward(last=True)
             output = model(dummy_batch(config, SIZES))
@@ -106,8 +114,14 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 def test_memory_and_communication_of_real_ranks_equal_their_estimates() -> None:
     for rank, results in enumerate(run_on_ranks(4, _step)):
         for name, (memory, lines, groups) in results.items():
-            config, parallel_config = REAL[name]
-            case = CostSettings(model=config, parallel=parallel_config, world=4, sizes=SIZES)
+            config, parallel_config, trainable = REAL[name]
+            case = CostSettings(
+                model=config,
+                parallel=parallel_config,
+                world=4,
+                sizes=SIZES,
+                trainable=trainable,
+            )
             cost = step_cost(case, rank=rank)
             state = [cost.held_bytes(purpose=purpose) for purpose in STATE]
             assert memory == state, f"rank {rank} of {name}"

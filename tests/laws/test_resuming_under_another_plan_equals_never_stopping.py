@@ -25,7 +25,7 @@ from moesaic.train.loop import training_loop
 from moesaic.train.run import Run
 from moesaic.train.training_hooks import CheckpointHook
 
-STEPS, HALF = 4, 2
+STEPS, HALF = 4, 2  # moments of two steps are saved, and what they give is used in a second one
 STATEFUL = MoE(
     experts=4,
     select=TopK(k=2),

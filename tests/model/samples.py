@@ -21,6 +21,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.adaptive_auxiliary_losses import NullBalance
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.auxiliary_losses import (
+    FirstChoiceBalance,
     MutualInformationBalance,
     RouterZLoss,
     SwitchBalance,
@@ -29,6 +30,7 @@ from moesaic.moe.auxiliary_losses import (
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.cross_layer_router import DecoupledRouting, PreGatedRouting, RecurrentRouting
 from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.expert_capacity import RowCapacity
 from moesaic.moe.expert_selection import (
     Hash,
     NullTopK,
@@ -52,11 +54,14 @@ from moesaic.moe.router_gate import (
 from moesaic.moe.router_noise import StochasticWarmup
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
 from moesaic.moe.soft_moe import SoftMoE
+from moesaic.nn.attention import Attention
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import (
+    GEGLU,
     ClampedSwiGLU,
     FeedForwardConfig,
+    ReGLU,
     ReLU,
     SquaredReLU,
     SwiGLU,
@@ -66,9 +71,11 @@ from moesaic.nn.positional_encoding import (
     LearnedPositions,
     NoPositionalEncoding,
     RelativeBias,
+    Rotary,
     Sinusoidal,
 )
 from moesaic.nn.qk_norm import AcrossHeadsQKNorm
+from moesaic.nn.rotary_scaling import DynamicNTKScaling, LinearScaling, LongRoPE, NTKScaling
 
 VOCABULARY = 40
 BASE = ModelConfig(
@@ -194,6 +201,25 @@ VARIANTS["residual-pyramid-bias"] = BASE.replace(
     block_layout=SequentialResidual(residual_multiplier=0.5),
     bias=True,
 )
+SCALINGS = {
+    "linear": LinearScaling(factor=3),
+    "ntk": NTKScaling(factor=3),
+    "dynamic": DynamicNTKScaling(factor=3, original_length=32),  # longer rows keep cached keys
+    "long": LongRoPE(
+        factor=2, original_length=32, short_factors=(1.0, 1.5), long_factors=(1.3, 2.0)
+    ),
+}
+VARIANTS["scaled-angles-limited-rows"] = BASE.replace(
+    mixers={name: Attention(position=Rotary(scaling=each)) for name, each in SCALINGS.items()},
+    decoder=BASE.decoder.replace(pattern="linear > ntk, dynamic > long"),
+    feed_forward=FeedForwardConfig(hidden=24, activation=ReGLU()),
+    moe=MoE(
+        experts=4,
+        select=Top2(second="random", normalise="after", scale=0.8),
+        limit=RowCapacity(number=64),  # in steps each token is a row
+        balance=(FirstChoiceBalance(),),
+    ),
+)
 VARIANTS |= {f"mixer-{name}": alone(BASE, name) for name in MIXERS}
 VARIANTS["mixers-of-all-kinds"] = hybrid(BASE)
 VARIANTS["mixers-parallel-residual"] = hybrid(BASE).replace(
@@ -201,6 +227,8 @@ VARIANTS["mixers-parallel-residual"] = hybrid(BASE).replace(
 )
 
 VARIANTS["relative-bias"] = BASE.replace(
+    moe=MIXTURE.replace(select=TopK(k=2, scale=2.5)),
+    feed_forward=FeedForwardConfig(hidden=24, activation=GEGLU(form="tanh")),
     attention=AttentionConfig(heads=4, qk_norm=AcrossHeadsQKNorm(), clip=0.7, scale=1.0),
     position=RelativeBias(buckets=8, max_distance=6),
 )

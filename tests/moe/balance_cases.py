@@ -9,7 +9,7 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.moe.auxiliary_losses import Balance, BalanceInputs
-from moesaic.moe.batch_group import GatheredRows, SingleRankBatch
+from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.expert_selection import Select, TopK
 from moesaic.moe.router_context import RouterContext, TokenContext
 
@@ -41,10 +41,6 @@ class ThreadBatchGroup(SingleRankBatch):
     def sum(self, counts: Tensor) -> Tensor:
         return torch.stack(self._meeting.exchange(counts, rank=self._rank)).sum(0)
 
-    def gather(self, rows: Tensor) -> GatheredRows:
-        parts = self._meeting.exchange(rows, rank=self._rank)
-        return GatheredRows(torch.cat(parts), sum(len(part) for part in parts[: self._rank]))
-
 
 def balance_inputs(
     logits: Tensor,
@@ -61,7 +57,8 @@ def balance_inputs(
     """
     rule = select or TopK(k=2)
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths).long())
-    context = replace(TokenContext.unbatched(len(logits)), row=row, row_key=row + first)
+    one = TokenContext.unbatched(len(logits))
+    context = replace(one, row=row, row_key=row + first, num_rows=len(lengths))
     state = term.initial_state(logits.shape[1]) if term else {}
     gate = RouterContext(logits, context, training=True, state=state)
     routing = rule(gate)

@@ -1,21 +1,19 @@
-"""Gathering rows over ranks, and the capacity scope: which tokens compete for expert capacity."""
+"""The capacity scope: which tokens compete for expert capacity."""
 
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from moesaic.distributed.forked_ranks import run_cases_on_ranks, run_on_ranks
+from moesaic.distributed.forked_ranks import run_cases_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.transformer import Transformer
-from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
 from moesaic.moe.edge_queues import QueuedEdges, keep_first, keep_first_over_ranks
 from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.parallel.batch_ranks import (
-    BatchRanks,
     CapacityScope,
     DataParallelRank,
     EachRow,
@@ -29,25 +27,6 @@ from moesaic.verify.synthetic_batches import shard_batch
 
 TIGHT = MoE(experts=4, select=SwitchTop1(), limit=Capacity(factor=0.6, minimum=1))
 BATCH = random_batch(8, seed=3)
-
-
-def _gather(sizes):
-    world = ProcessGroupWorld()
-    rows = torch.full((sizes[world.rank], 2), world.rank)
-    gathered = BatchRanks(world).gather(rows)
-    return gathered.rows[:, 0].tolist(), gathered.start
-
-
-def test_uneven_rows_are_gathered_in_rank_order():
-    results = run_on_ranks(3, _gather, [2, 0, 1])
-    assert [rows for rows, _ in results] == [[0, 0, 2]] * 3
-    assert [start for _, start in results] == [0, 2, 2]
-
-
-def test_one_rank_gathers_nothing():
-    ranks, rows = BatchRanks(SingleProcess()), torch.ones(3, 2, dtype=torch.long)
-    assert isinstance(ranks, BatchGroup)
-    assert ranks.gather(rows).rows is rows
 
 
 ORDERS = {"random": (64,), "by position": (16, 64, 32), "by weight": (32, 16, 64, 32)}

@@ -8,6 +8,7 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
+from moesaic.moe.expert_capacity import RowCapacity
 from moesaic.moe.expert_selection import TopK
 from moesaic.moe.expert_selection_dynamic import ExpertChoice
 from moesaic.moe.soft_moe import SoftMoE
@@ -22,6 +23,7 @@ ONE = ParallelPlan(data=1)
 BY_ROW: dict[str, SparseLayer] = {
     "ExpertChoice": MoE(experts=4, select=ExpertChoice(), balance=()),
     "SoftMoE": SoftMoE(experts=2),
+    "RowCapacity": MoE(experts=4, limit=RowCapacity(number=2)),
 }
 
 

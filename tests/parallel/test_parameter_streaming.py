@@ -15,9 +15,10 @@ from moesaic.memory.tier import DiskStorage, HostMemory
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.layer import moe_layers
 from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.optim.optimizer_state import live_state
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks, NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.expert_dispatch import ChunkedAllToAll
+from moesaic.parallel.expert_dispatch import AdaptiveExperts, ChunkedAllToAll
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.step_cost import step_cost
@@ -95,15 +96,15 @@ def test_streamed_training_equals_resident_training_bit_for_bit(name, tier):
         assert any(share < 1 for share in chain(*shares.values())) == (name == "few rows")
 
 
-def _chunked(memory):
+def _on_two_ranks(dispatch, memory):
     """Train on two ranks that share experts; return weights, bytes fetched and expected."""
     plan = ParallelPlan(expert=2)
-    parallel = ParallelConfig(plan=plan, dispatch=ChunkedAllToAll(), memory=memory)
+    parallel = ParallelConfig(plan=plan, dispatch=dispatch, memory=memory)
     trainer = tiny_trainer(RUNS["few rows"].replace(parallel=parallel), world=ProcessGroupWorld())
     shares, used = defaultdict(list), defaultdict(set)
 
-    def note(number, groups):
-        used[number] |= set(groups.rows_per_expert.nonzero().flatten().tolist())
+    def note(number, rows_per_expert):
+        used[number] |= set(rows_per_expert.nonzero().flatten().tolist())
 
     def note_pass(number, layer, *_):
         shares[number].append(len(used.pop(number, ())) / layer.experts.up.shape[0])
@@ -111,7 +112,9 @@ def _chunked(memory):
     for number, layer in enumerate(moe_layers(trainer.model)):
         layer.experts.call_before_use(partial(note, number))
         layer.register_forward_hook(partial(note_pass, number))
-    trainer.train_step()
+    for _ in range(STEPS):
+        trainer.train_step()
+    live_state(trainer.optimizer)  # the last updates of experts that are late
     stream, expected = trainer.parallel_model.parameter_stream, 0
     if stream is not None:
         expected = streamed_bytes(trainer, shares)
@@ -120,9 +123,11 @@ def _chunked(memory):
     return [p.detach().clone() for p in trainer.model.parameters()], fetched, expected
 
 
-def test_chunked_dispatch_fetches_used_experts_for_backward_and_trains_to_the_same_bits():
-    on_host = MemoryPlan(parameters=HostMemory())
-    ranks = (run_on_ranks(2, _chunked, memory) for memory in (MemoryPlan(), on_host))
+@pytest.mark.parametrize("dispatch", [ChunkedAllToAll(), AdaptiveExperts(weight_byte_s=0)])
+def test_a_dispatch_fetches_used_experts_for_backward_and_trains_to_the_same_bits(dispatch):
+    host = HostMemory()
+    late = MemoryPlan(parameters=host, optimizer_states=host, late_steps=8)
+    ranks = (run_on_ranks(2, _on_two_ranks, dispatch, memory) for memory in (MemoryPlan(), late))
     for resident, streamed in zip(*ranks, strict=True):
         assert all(map(torch.equal, resident[0], streamed[0]))
         assert streamed[1] == streamed[2] > 0

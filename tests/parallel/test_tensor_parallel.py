@@ -7,6 +7,7 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.qk_norm import AcrossHeadsQKNorm
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.testing.tiny_models import tiny_model_config
@@ -15,6 +16,10 @@ MODEL = tiny_model_config()
 REFUSED = {
     "has 2 heads": (MODEL, 4),
     "has 1 kv_heads": (MODEL.replace(attention=AttentionConfig(heads=2, kv_heads=1)), 2),
+    "normalises .* all heads": (
+        MODEL.replace(attention=AttentionConfig(heads=2, qk_norm=AcrossHeadsQKNorm())),
+        2,
+    ),
     "belong to attention experts.*set tensor to 1": (
         MODEL.replace(mixers={"attention": MixtureOfAttention()}),
         2,

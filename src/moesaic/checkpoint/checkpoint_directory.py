@@ -23,9 +23,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest, read_manifest
+from moesaic.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from moesaic.core.errors import CheckpointError
-from moesaic.core.file_reader import KIB, FileKind, read_text
+from moesaic.core.file_reader import KIB, FileEntry, FileKind, read_text
 from moesaic.core.units import show_bytes
 
 Buffer = bytes | memoryview
@@ -173,10 +173,10 @@ def write_manifest(
         STATE_FILE: write_hashed(paths.staging / STATE_FILE, [metadata.state], disk=disk),
     }
     manifest = Manifest(
-        metadata.step,
-        serial,
-        files,
-        _package_versions(),
+        step=metadata.step,
+        serial=serial,
+        files=files,
+        versions={name: version(name) for name in ("moesaic", "torch", "safetensors")},
         expert_parameters=dict(metadata.expert_parameters),
         plan=dict(metadata.plan),
     )
@@ -251,16 +251,12 @@ def write_hashed(path: Path, chunks: Iterable[Buffer], *, disk: Disk) -> FileEnt
             yield chunk
 
     disk.write(path, chunks=hashed())
-    return FileEntry(size, digest.hexdigest())
+    return FileEntry(bytes=size, sha256=digest.hexdigest())
 
 
 def encode_state(state: dict[str, Any]) -> bytes:
     """Return ``state`` as the content of ``state.json``."""
     return json.dumps(state, ensure_ascii=False, indent=1).encode()
-
-
-def _package_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("moesaic", "torch", "safetensors")}
 
 
 def _write_pointer(pointer: Path, name: str, *, disk: Disk) -> None:

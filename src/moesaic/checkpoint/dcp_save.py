@@ -55,10 +55,10 @@ from moesaic.checkpoint.checkpoint_directory import (
     write_hashed,
     write_manifest,
 )
-from moesaic.checkpoint.manifest import FileEntry
 from moesaic.checkpoint.safetensors_io import serialize_tensors
 from moesaic.checkpoint.snapshot import Shard, ShardBlock, ShardFiles, as_shard
 from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import FileEntry
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import World
 

@@ -23,7 +23,6 @@ from moesaic.checkpoint.checkpoint_directory import (
     write_hashed,
 )
 from moesaic.checkpoint.manifest import (
-    FileEntry,
     file_problems,
     raise_if_damaged,
     read_manifest,
@@ -36,7 +35,7 @@ from moesaic.checkpoint.tensor_reader import open_reader
 from moesaic.core.config_text import iter_leaves
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, UserError
-from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
+from moesaic.core.file_reader import MIB, FileEntry, FileKind, read_json_mapping
 from moesaic.core.shapes import Tensor
 
 MAX_SHOWN_DIFFERENCES = 8

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from moesaic.core.errors import CheckpointError
 from moesaic.core.file_reader import (
     MIB,
     Count,
-    FileEntryShape,
+    FileEntry,
     FileKind,
     FileShape,
     parse_json,
@@ -37,41 +36,28 @@ MAX_EXPERTS = 1 << 20  # of one layer
 HASH_THREADS = 8  # faster on a network file system
 
 
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file of a checkpoint."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(FileShape):
     """``files`` by name, package versions; ``expert_parameters`` and ``plan`` as in
     ``Snapshot``."""
 
-    step: int
-    serial: int
-    files: dict[str, FileEntry]
-    versions: dict[str, str]
-    expert_parameters: dict[str, int] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
-    format: int = MANIFEST_FORMAT
-
-    def to_json(self) -> str:
-        body = asdict(self)
-        return json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n"
-
-
-class _ManifestShape(FileShape):
     kind: ClassVar[FileKind] = MANIFEST_KIND
     step: Count
     serial: Count
-    files: dict[str, FileEntryShape]
+    files: dict[str, FileEntry]
     versions: dict[str, str]
     expert_parameters: dict[str, int] = Field(default_factory=dict)
-    banks: dict[str, int] = Field(default_factory=dict)  # format 1
     plan: dict[str, Any] = Field(default_factory=dict)
+    format: int = MANIFEST_FORMAT
+
+    def to_json(self) -> str:
+        body = self.model_dump()
+        return json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n"
+
+
+class _FirstManifest(Manifest):
+    """A manifest of format 1."""
+
+    banks: dict[str, int] = Field(default_factory=dict)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -91,18 +77,17 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path}: format {show_value(version)}, expected at most {MANIFEST_FORMAT}: it is of "
             "a newer version of moesaic; load it with that version"
         )
-    shape = parse_shape(data, _ManifestShape, kind=MANIFEST_KIND, where=path)
-    experts = shape.expert_parameters
+    found = parse_shape(data, _FirstManifest, kind=MANIFEST_KIND, where=path)
     if version == 1:
-        experts = {current_name(name, file_format=1): n for name, n in shape.banks.items()}
-    for name, count in experts.items():
+        experts = {current_name(name, file_format=1): n for name, n in found.banks.items()}
+        found = found.model_copy(update={"expert_parameters": experts})
+    for name, count in found.expert_parameters.items():
         if not 0 < count <= MAX_EXPERTS:
             expected = f"expected 1 to {MAX_EXPERTS:,} experts"
             raise CheckpointError(f"{path}: {show_value(name)} has {count}, {expected}")
-    for name in shape.files:
+    for name in found.files:
         require_inside(directory, name, kind=MANIFEST_KIND, where=path)
-    files = {name: FileEntry(entry.bytes, entry.sha256) for name, entry in shape.files.items()}
-    return Manifest(shape.step, shape.serial, files, shape.versions, experts, shape.plan, version)
+    return Manifest(**found.model_dump(exclude={"banks"}))
 
 
 def verify_checkpoint(directory: Path) -> Manifest:

@@ -7,12 +7,13 @@ small. A stored plug-in is never run unless it is given with ``--use`` again.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import Field
 
 from moesaic.core.config import Choice, Config
 from moesaic.core.errors import CheckpointError, printable
-from moesaic.core.file_reader import KIB, FileKind, read_bytes
+from moesaic.core.file_reader import KIB, FileKind, FileShape, Sha256, read_bytes
 from moesaic.core.files import atomic_write, sha256
 
 MAX_STORED_BYTES = 64 * KIB
@@ -21,12 +22,11 @@ PLUGIN_FILE = FileKind(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Plugin:
+class Plugin(FileShape):
     """A Python file, the classes of the config that it defines, and whether a run has its text."""
 
-    name: str
-    sha256: str
+    name: str = Field(pattern=r"^[\w.-]{1,100}\.py$")
+    sha256: Sha256
     choices: tuple[str, ...]
     stored: bool
 
@@ -95,4 +95,4 @@ def _record(file: Path, choices: tuple[str, ...], folder: Path) -> Plugin:
     stored = file.stat().st_size <= MAX_STORED_BYTES
     if stored and (folder / file.name).resolve() != file.resolve():
         atomic_write(folder / file.name, read_bytes(file, PLUGIN_FILE))
-    return Plugin(file.name, sha256(file), choices, stored)
+    return Plugin(name=file.name, sha256=sha256(file), choices=choices, stored=stored)

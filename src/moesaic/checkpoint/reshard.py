@@ -32,10 +32,11 @@ from moesaic.checkpoint.checkpoint_directory import (
     write_hashed,
 )
 from moesaic.checkpoint.full_checkpoint import read_state
-from moesaic.checkpoint.manifest import FileEntry, Manifest, raise_if_damaged, verify_checkpoint
-from moesaic.checkpoint.safetensors_io import serialize_lazily
+from moesaic.checkpoint.manifest import Manifest, raise_if_damaged, verify_checkpoint
+from moesaic.checkpoint.safetensors_io import serialize_tensors
 from moesaic.checkpoint.tensor_reader import TensorReader, open_reader
 from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import FileEntry
 from moesaic.core.shapes import Tensor
 
 
@@ -181,7 +182,7 @@ class ReshardSource:
             return self.reader.read_expert(output.stored, output.expert)
 
         likes = {key: output.like for key, output in by_key.items()}
-        return write_hashed(path, serialize_lazily(likes, read=read), disk=disk)
+        return write_hashed(path, serialize_tensors(likes, read=read), disk=disk)
 
 
 def _assign_to_files(outputs: Sequence[_OutputTensor], *, names: Sequence[str]) -> dict[str, str]:

@@ -42,50 +42,36 @@ ROUTES_FILE = FileKind(
 )
 
 
-class _LayerShape(FileShape):
-    layer: str = Field(min_length=1, max_length=200)
-    experts: int = Field(ge=1, le=MAX_EXPERTS)
-    spare: int = Field(ge=0, le=MAX_EXPERTS)
-    per_token: int = Field(ge=0, le=MAX_EXPERTS)
-
-
-class _RoutesShape(FileShape):
-    languages: tuple[str, ...] = Field(min_length=1, max_length=1 << 15)
-    about: dict[str, Any]
-    layers: tuple[_LayerShape, ...]
-    batches: Count
-
-
-@dataclass(frozen=True, slots=True)
-class LayerHeader:
+class LayerHeader(FileShape):
     """Properties of a layer in every batch. ``per_token`` as in ``Routing``."""
 
-    layer: str
-    experts: int
-    null_experts: int
-    per_token: int
+    layer: str = Field(min_length=1, max_length=200)
+    experts: int = Field(ge=1, le=MAX_EXPERTS)
+    null_experts: int = Field(ge=0, le=MAX_EXPERTS, alias="spare")
+    per_token: int = Field(ge=0, le=MAX_EXPERTS)
 
     @staticmethod
     def of(routes: LayerRoutes) -> "LayerHeader":
         """Return the header of the routes of one batch."""
         routing = routes.routing
         return LayerHeader(
-            routes.layer, routing.num_experts, routes.num_null_experts, routing.per_token
+            layer=routes.layer,
+            experts=routing.num_experts,
+            spare=routes.num_null_experts,
+            per_token=routing.per_token,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the header as it is in the file."""
-        return {
-            "layer": self.layer,
-            "experts": self.experts,
-            "spare": self.null_experts,
-            "per_token": self.per_token,
-        }
 
     @property
     def dtype(self) -> torch.dtype:
         """The smallest dtype for expert numbers, and ``experts`` for a dropped edge."""
         return torch.uint8 if self.experts < 256 else torch.int16
+
+
+class _RoutesShape(FileShape):
+    languages: tuple[str, ...] = Field(min_length=1, max_length=1 << 15)
+    about: dict[str, Any]
+    layers: tuple[LayerHeader, ...]
+    batches: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +148,7 @@ class RoutesWriter:
                 kind, _, column_name = name.rpartition("/")
                 if column_name == ("expert" if kind.startswith("edges/") else "token"):
                     tensors[f"{kind}/ends"] = torch.tensor(column.ends)
-            layers = [head.to_json() for head in self._layers.values()]
+            layers = [head.model_dump(by_alias=True) for head in self._layers.values()]
             header = self._head | {"layers": layers, "batches": self._batches}
             metadata = {_KEY: str(VERSION), "routes": json.dumps(header, ensure_ascii=False)}
             write_tensors(self.path, tensors=tensors, metadata=metadata)
@@ -209,10 +195,7 @@ class RoutesFile:
         header = parse_shape(text, _RoutesShape, kind=ROUTES_FILE, where=self.path)
         self.languages = header.languages
         self.about = header.about
-        self.layers = tuple(
-            LayerHeader(head.layer, head.experts, head.spare, head.per_token)
-            for head in header.layers
-        )
+        self.layers = header.layers
         self._batches = header.batches
         self._check_columns(found)
 

@@ -11,23 +11,19 @@ that files copied one by one are checked too.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from moesaic.checkpoint.full_checkpoint import MAX_SHOWN_DIFFERENCES, config_differences
-from moesaic.checkpoint.manifest import FileEntry, file_problem
+from moesaic.checkpoint.manifest import file_problem
 from moesaic.checkpoint.plugins import Plugin, require_loaded
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_header
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, UserError, printable
-from moesaic.core.file_reader import MIB, FileEntryShape, FileKind, FileShape, Sha256, parse_json
+from moesaic.core.file_reader import MIB, FileEntry, FileKind, FileShape, parse_json
 from moesaic.core.files import copy_files, sha256, write_json
 from moesaic.core.yaml_reader import read_yaml_file
 
-RUN_RECORD_FORMAT = 1
 RUN_RECORD_FILE = FileKind(
     name="record of a run",
     max_bytes=16 * MIB,
@@ -45,40 +41,24 @@ RECORDED_FILES = (
 TOKENIZER_KEY, MODEL_KEY = "moesaic_tokenizer", "moesaic_model_config"
 
 
-@dataclass(frozen=True, slots=True)
-class RunRecord:
+class RunRecord(FileShape):
     """The config (plain), the entries of files by name, and the plug-ins of a run."""
 
+    kind: ClassVar[FileKind] = RUN_RECORD_FILE
+    format: Literal[1] = 1
     config: dict[str, Any]
     files: dict[str, FileEntry]
     plugins: tuple[Plugin, ...] = ()
-
-
-class _PluginShape(FileShape):
-    name: str = Field(pattern=r"^[\w.-]{1,100}\.py$")
-    sha256: Sha256
-    choices: tuple[str, ...]
-    stored: bool
-
-
-class _RunRecordShape(FileShape):
-    kind: ClassVar[FileKind] = RUN_RECORD_FILE
-    format: Literal[1]  # RUN_RECORD_FORMAT
-    config: dict[str, Any]
-    files: dict[str, FileEntryShape]
-    plugins: tuple[_PluginShape, ...] = ()
 
 
 def read_run_record(run: RunDir) -> RunRecord | None:
     """Return the record of a run; None for a run of an older version, which has none."""
     if not run.record.exists():
         return None
-    found = _RunRecordShape.read(run.record)
+    found = RunRecord.read(run.record)
     if unknown := sorted(set(found.files) - set(RECORDED_FILES)):
         raise RUN_RECORD_FILE.problem(run.record, f"files.{unknown[0]}: no file of a run")
-    files = {name: FileEntry(entry.bytes, entry.sha256) for name, entry in found.files.items()}
-    plugins = tuple(Plugin(**dict(plugin)) for plugin in found.plugins)
-    return RunRecord(found.config, files, plugins)
+    return found
 
 
 def write_run_record(
@@ -93,13 +73,13 @@ def write_run_record(
     ``known`` has entries of files that are not looked at; None for one that has no entry.
     """
     files = {
-        name: FileEntry((run.path / name).stat().st_size, sha256(run.path / name))
+        name: FileEntry(bytes=(run.path / name).stat().st_size, sha256=sha256(run.path / name))
         for name in RECORDED_FILES
         if name not in (known or {}) and (run.path / name).is_file()
     }
     files |= {name: entry for name, entry in (known or {}).items() if entry is not None}
-    record = RunRecord(dict(config), files, plugins)
-    write_json(run.record, {"format": RUN_RECORD_FORMAT, **asdict(record)})
+    record = RunRecord(config=dict(config), files=files, plugins=plugins)
+    write_json(run.record, record.model_dump())
     return record
 
 

@@ -56,27 +56,20 @@ PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05
 
 
 def serialize_tensors(
-    tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor],
+    *,
+    read: Callable[[str], Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[Buffer]:
     """Yield the bytes of a safetensors file, one tensor at a time.
 
     Tensors may be on any device and need not be contiguous. They are ordered by item size
-    (largest first) and name, so every tensor is aligned and equal tensors give equal files.
+    (largest first) and name, so every tensor is aligned and equal tensors give equal files. With
+    ``read``, which returns the values of a tensor as it is written, ``tensors`` give shapes and
+    dtypes alone (they may be on ``meta``).
     """
-    return serialize_lazily(tensors, read=tensors.__getitem__, metadata=metadata)
-
-
-def serialize_lazily(
-    tensors: Mapping[str, Tensor],
-    *,
-    read: Callable[[str], Tensor],
-    metadata: Mapping[str, str] | None = None,
-) -> Iterator[Buffer]:
-    """Like ``serialize_tensors``, for tensors that are read one by one as they are written.
-
-    ``tensors`` give shapes and dtypes (they may be on ``meta``), ``read`` the values.
-    """
-    return serialize_chunks(tensors, read=lambda name: (read(name),), metadata=metadata)
+    one = read or tensors.__getitem__
+    return serialize_chunks(tensors, read=lambda name: (one(name),), metadata=metadata)
 
 
 def serialize_chunks(
@@ -85,7 +78,7 @@ def serialize_chunks(
     read: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> Iterator[Buffer]:
-    """Like ``serialize_lazily``, for tensors whose values are read some at a time, in order."""
+    """Like ``serialize_tensors``, for tensors whose values are read some at a time, in order."""
     layout = TensorFileLayout.of(tensors, metadata=metadata)
     yield layout.header
     for name in layout.starts:
@@ -140,12 +133,12 @@ def write_tensors(
     read: Callable[[str], Tensor] | None = None,
     disk: Disk | None = None,
 ) -> None:
-    """Write one safetensors file atomically; with ``read`` as ``serialize_lazily`` does."""
-    disk, read = disk or Disk(), read or tensors.__getitem__
+    """Write one safetensors file atomically; with ``read`` as ``serialize_tensors`` does."""
+    disk = disk or Disk()
     part = path.with_name(f".{path.name}.part")
     try:
         disk.make_dir(path.parent)
-        disk.write(part, chunks=serialize_lazily(tensors, read=read, metadata=metadata))
+        disk.write(part, chunks=serialize_tensors(tensors, read=read, metadata=metadata))
         disk.rename(part, new=path)
     except OSError as error:
         with suppress(OSError):

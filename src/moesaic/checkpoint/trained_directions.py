@@ -11,7 +11,7 @@ A stream whose source and target are one language is no translation (denoising, 
 A stream of share 0 was trained by the run that this one started from (``train --init``), not here.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -31,17 +31,16 @@ DIRECTIONS_FILE = FileKind(
 LanguageDirection = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainedStream:
+class TrainedStream(FileShape):
     """Rows of one task in one direction and domain, and their expected share of the samples."""
 
     task: str
     source: str
     target: str
-    rows: int
-    valid_rows: int
-    test_rows: int
-    share: float
+    rows: Count
+    valid_rows: Count
+    test_rows: Count
+    share: float = Field(ge=0, le=1.001)  # a sum of shares may be rounded
     domain: str = ""
 
 
@@ -69,7 +68,7 @@ class TrainedDirections:
         """Return this record with the other streams of an earlier one, as streams of share 0."""
         own = {(s.task, s.source, s.target, s.domain) for s in self.streams}
         added = (
-            replace(s, share=0.0, valid_rows=0, test_rows=0)
+            s.model_copy(update={"share": 0.0, "valid_rows": 0, "test_rows": 0})
             for s in earlier.streams
             if (s.task, s.source, s.target, s.domain) not in own
         )
@@ -93,20 +92,9 @@ class TrainedDirections:
         value = {
             "format": DIRECTIONS_FORMAT,
             "corpus": {"name": self.corpus, "fingerprint": self.fingerprint},
-            "streams": [asdict(stream) for stream in self.streams],
+            "streams": [stream.model_dump() for stream in self.streams],
         }
         write_json(path, value)
-
-
-class _StreamShape(FileShape):
-    task: str
-    source: str
-    target: str
-    rows: Count
-    valid_rows: Count
-    test_rows: Count
-    share: float = Field(ge=0, le=1.001)  # a sum of shares may be rounded
-    domain: str = ""
 
 
 class _CorpusShape(FileShape):
@@ -118,7 +106,7 @@ class _DirectionsShape(FileShape):
     kind: ClassVar[FileKind] = DIRECTIONS_FILE
     format: Literal[1]  # DIRECTIONS_FORMAT
     corpus: _CorpusShape
-    streams: tuple[_StreamShape, ...]
+    streams: tuple[TrainedStream, ...]
 
 
 def read_trained_directions(path: Path) -> TrainedDirections | None:
@@ -132,5 +120,5 @@ def read_trained_directions(path: Path) -> TrainedDirections | None:
     return TrainedDirections(
         corpus=found.corpus.name,
         fingerprint=found.corpus.fingerprint,
-        streams=tuple(TrainedStream(**dict(stream)) for stream in found.streams),
+        streams=found.streams,
     )

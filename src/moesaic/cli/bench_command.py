@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
+from moesaic.cli.shared_options import Result, command_app, print_table
 from moesaic.cli.styled_text import styled
 
 with deferred():
@@ -46,8 +46,7 @@ def layer(
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of all tensors.")] = (
         "float32"
     ),
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Time an MoE layer, a dense layer with the same number of rows, and other libraries.
 
     Example: [cyan]moesaic bench layer --shape B --against hf,deepspeed --threads 2[/]
@@ -63,7 +62,7 @@ def layer(
         rounds=rounds,
     )
     found = run_layer_benchmark(settings)
-    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
+    return Result(found, lambda console: _show(found, console))
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

@@ -7,13 +7,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    JsonOption,
-    command_app,
-    print_result,
-    print_table,
-    show_progress,
-)
+from moesaic.cli.shared_options import Result, command_app, print_table, show_progress
 
 with deferred():
     from moesaic.core.files import atomic_write, write_json
@@ -39,8 +33,7 @@ def calibrate_machine(
         typer.Option(metavar="NAME|FILE", help="A machine for what cannot be measured here."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The machine's name in the file.")] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Measure products, memory, collectives, copies, disk and what slows down beside what.
 
     It takes less than a minute on a machine that does nothing else. The raw timings are written
@@ -59,10 +52,8 @@ def calibrate_machine(
     atomic_write(out, found.machine.to_yaml())
     write_json(receipts, found.receipts())
     result = {"machine": str(out), "receipts": str(receipts), "seconds": found.seconds}
-    print_result(
-        result | {"numbers": found.machine.to_dict()},
-        as_json=as_json,
-        show=lambda console: _show(found, result, console),
+    return Result(
+        result | {"numbers": found.machine.to_dict()}, lambda console: _show(found, result, console)
     )
 
 

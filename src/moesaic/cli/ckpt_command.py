@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
+from moesaic.cli.shared_options import Result, command_app, print_table
 from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
@@ -45,24 +45,18 @@ def inspect(
     path: CheckpointPath,
     *,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Show the contents of a checkpoint: step, parallel plan, tensors, experts, file sizes.
 
     Example: [cyan]moesaic ckpt inspect runs/demo[/]
     """
     directory = find_checkpoint(path)
     value = describe_checkpoint(directory, tensors=tensors)
-    print_result(value, as_json=as_json, show=lambda console: _show(value, console))
+    return Result(value, lambda console: _show(value, console))
 
 
 @app.command("diff")
-def diff(
-    path: CheckpointPath,
-    other: CheckpointPath,
-    *,
-    as_json: JsonOption = False,
-) -> None:
+def diff(path: CheckpointPath, other: CheckpointPath) -> Result:
     """Compare two checkpoints tensor by tensor, of any form and parallel plan.
 
     Example: [cyan]moesaic ckpt diff runs/a runs/b[/]
@@ -74,9 +68,7 @@ def diff(
         "same": len(found) - len(differ),
         "differences": [asdict(d) for d in differ],
     }
-    print_result(
-        value, as_json=as_json, show=lambda console: _show_diff(differ, len(found), console)
-    )
+    return Result(value, lambda console: _show_diff(differ, len(found), console))
 
 
 @app.command()
@@ -86,8 +78,7 @@ def verify(
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Do not fail on experts that are zero or identical.")
     ] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Check file hashes, that the shards cover every tensor and expert once, and all values.
 
     Of a run also what translation opens: that tokenizer, config and exported weights are those
@@ -100,19 +91,11 @@ def verify(
     checked, found = _check(path)
     wrong = [f for f in found if not (lenient and f.uncertain)]
     value = {"path": checked, "sound": not wrong, "findings": [asdict(f) for f in found]}
-    print_result(
-        value, as_json=as_json, show=lambda console: _show_findings(checked, found, console)
-    )
-    if wrong:
-        raise typer.Exit(2)
+    return Result(value, lambda console: _show_findings(checked, found, console), 2 * bool(wrong))
 
 
 @app.command()
-def adopt(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    *,
-    as_json: JsonOption = False,
-) -> None:
+def adopt(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> Result:
     """Accept the present files of a run: tokenizer, config and weights that you exchanged.
 
     Writes their hashes to run.json. A run whose files differ from that record is not opened.
@@ -122,15 +105,13 @@ def adopt(
     record = adopt_files(RunDir.open(path))
     value = {"path": str(path), "files": sorted(record.files)}
     text = f"{path}: recorded {', '.join(value['files'])} and config.yaml as they are now"
-    print_result(value, as_json=as_json, show=lambda console: console.print(text))
+    return Result(value, lambda console: console.print(text))
 
 
 @app.command()
 def merge(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="A run that trained an adapter.")],
-    *,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Write the weights of a run that trained an adapter: those it began with, and the adapter.
 
     The run that it began with is only read. A run is usable without; merged, it needs no other.
@@ -140,7 +121,7 @@ def merge(
     run = RunDir.open(path)
     value = {"path": str(run.model), "matrices": merge_adapter(run)}
     text = f"{run.model}: {value['matrices']} matrices have their adapter added"
-    print_result(value, as_json=as_json, show=lambda console: console.print(text))
+    return Result(value, lambda console: console.print(text))
 
 
 @app.command("reshard")
@@ -152,8 +133,7 @@ def reshard_checkpoint(
     unsharded: Annotated[
         bool, typer.Option("--full", help="One file for model, one for optimizer, ...")
     ] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Rewrite a checkpoint in another form, with one tensor in memory at a time.
 
     Resuming does not need it: any number of ranks loads any form. It is for other tools
@@ -166,7 +146,7 @@ def reshard_checkpoint(
     form: CheckpointForm = FullForm() if shards is None else ShardedForm(shards)
     written = reshard(find_checkpoint(path), root=out, form=form)
     value = {"path": str(written), "files": sorted(p.name for p in written.iterdir())}
-    print_result(value, as_json=as_json, show=lambda console: console.print(str(written)))
+    return Result(value, lambda console: console.print(str(written)))
 
 
 def _check(path: Path) -> tuple[str, list[IntegrityProblem]]:

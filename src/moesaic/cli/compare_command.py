@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
+from moesaic.cli.shared_options import Result, command_app, print_table
 from moesaic.cli.styled_text import styled
 
 with deferred():
@@ -24,8 +24,7 @@ def compare(
     ],
     *,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Compare runs: scores on the same strings, overlaid curves, config differences, in one page.
 
     What cannot be compared (losses of different tokenizers, scores on different strings) is said.
@@ -35,7 +34,7 @@ def compare(
     comparison = RunComparison.read(runs)
     page = write_comparison(comparison, out)
     value = comparison.to_dict() | {"page": str(page)}
-    print_result(value, as_json=as_json, show=lambda console: _show(comparison, page, console))
+    return Result(value, lambda console: _show(comparison, page, console))
 
 
 def _show(comparison: RunComparison, page: Path, console: Console) -> None:

@@ -10,12 +10,11 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
-    JsonOption,
     RecipeArgument,
+    Result,
     SetOption,
     UseOption,
     command_app,
-    print_result,
     print_table,
 )
 from moesaic.cli.styled_text import styled
@@ -35,41 +34,29 @@ app = command_app(no_args_is_help=True, help="Recipes and configs as text.")
 
 
 @app.command()
-def recipes(*, files: UseOption = None, as_json: JsonOption = False) -> None:
+def recipes(*, files: UseOption = None) -> Result:
     """List the recipes (whole runs) and the presets (published models), those of --use too.
 
     Example: [cyan]moesaic config recipes[/]
     """
     import_user_files(files)
     value = {"recipes": RECIPES.descriptions(), "presets": PRESETS.descriptions()}
-    print_result(value, as_json=as_json, show=lambda console: _show(value, console))
+    return Result(value, lambda console: _show(value, console))
 
 
 @app.command()
-def show(
-    which: RecipeArgument,
-    *,
-    changes: SetOption = None,
-    files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def show(which: RecipeArgument, *, changes: SetOption = None, files: UseOption = None) -> Result:
     """Print a resolved config as YAML: save it, edit it, train it.
 
     Example: [cyan]moesaic config show demo > mine.yaml[/]
     """
     import_user_files(files)
     run = find_recipe(which, changes=changes or [])
-    print_result(run.to_dict(), as_json=as_json, show=lambda _: sys.stdout.write(run.to_yaml()))
+    return Result(run.to_dict(), lambda _: sys.stdout.write(run.to_yaml()))
 
 
 @app.command()
-def diff(
-    first: RecipeArgument,
-    second: RecipeArgument,
-    *,
-    files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def diff(first: RecipeArgument, second: RecipeArgument, *, files: UseOption = None) -> Result:
     """Print the keys that differ between two configs.
 
     Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]
@@ -78,7 +65,7 @@ def diff(
     before, after = find_recipe(first).to_flat_lines(), find_recipe(second).to_flat_lines()
     lines = [x for x in difflib.ndiff(before, after) if x[0] in "+-"]
     text = "".join(f"{line}\n" for line in lines)
-    print_result({"lines": lines}, as_json=as_json, show=lambda _: sys.stdout.write(text))
+    return Result({"lines": lines}, lambda _: sys.stdout.write(text))
 
 
 @app.command()
@@ -96,9 +83,7 @@ def upgrade(
         Path,
         typer.Argument(metavar="FILE|RUN", help="A config.yaml, a corpus recipe or a run."),
     ],
-    *,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Rewrite a config of an earlier version with the present names of keys and kinds.
 
     The original is kept beside it as config.yaml.old.
@@ -117,11 +102,8 @@ def upgrade(
         text = config.from_dict(upgraded).to_yaml()
         atomic_write(file.with_name(f"{file.name}.old"), file.read_bytes())
         atomic_write(file, text)
-    print_result(
-        {"path": str(file), "renamed": renamed},
-        as_json=as_json,
-        show=lambda console: _show_renamed(file, renamed, console),
-    )
+    value = {"path": str(file), "renamed": renamed}
+    return Result(value, lambda console: _show_renamed(file, renamed, console))
 
 
 def _show_renamed(file: Path, renamed: dict[str, str], console: Console) -> None:

@@ -8,11 +8,10 @@ from rich.console import Console
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     CorpusOption,
-    JsonOption,
+    Result,
     RunArgument,
     UseOption,
     command_app,
-    print_result,
     print_table,
     show_progress,
 )
@@ -36,8 +35,7 @@ def curve(
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
     corpus_folder: CorpusOption = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Score every kept checkpoint (chrF++), beside copying and a translation memory.
 
     Works during a run; checkpoints are scored once. Writes curve.json into the run directory, which
@@ -55,7 +53,7 @@ def curve(
     found = learning_curve(
         run, tests=chosen.tests, corpus=corpus.corpus, limit=limit, on_point=_print_point
     )
-    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
+    return Result(found, lambda console: _show(found, console))
 
 
 def _print_point(point: Any) -> None:

@@ -9,12 +9,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    JsonOption,
-    command_app,
-    print_result,
-    show_progress,
-)
+from moesaic.cli.shared_options import Result, command_app, show_progress
 from moesaic.cli.show_corpus import (
     show_built,
     show_dropped_rows,
@@ -70,8 +65,7 @@ def build_command(
         int | None,
         typer.Option(min=1, max=1024, help="Processes; the result is the same for any number."),
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Build a corpus from software packages or from your own files.
 
     Example: [cyan]moesaic data build catalogues-small[/]
@@ -86,7 +80,7 @@ def build_command(
         "pairs": corpus.manifest["pairs"],
         "languages": len(corpus.languages),
     }
-    print_result(value, as_json=as_json, show=lambda console: show_built(corpus, console))
+    return Result(value, lambda console: show_built(corpus, console))
 
 
 @app.command()
@@ -94,8 +88,7 @@ def stats(
     which: CorpusArgument,
     *,
     every: Annotated[bool, typer.Option("--all", help="Every direction and source.")] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Count pairs by direction and split, and dropped pairs by reason.
 
     Example: [cyan]moesaic data stats catalogues-small[/]
@@ -113,9 +106,7 @@ def stats(
             for code, entry in found.texts.items()
         ],
     }
-    print_result(
-        value, as_json=as_json, show=lambda console: show_stats(corpus, found, console, every=every)
-    )
+    return Result(value, lambda console: show_stats(corpus, found, console, every=every))
 
 
 @app.command()
@@ -132,8 +123,7 @@ def show(
     split: Annotated[str, typer.Option(help="train, valid, test or a domain.")] = "train",
     count: Annotated[int, typer.Option("-n", min=1, help="How many pairs or texts.")] = 10,
     seed: Annotated[int, typer.Option(help="Which random ones.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Show random pairs of one direction, with the package of each, or random texts.
 
     Example: [cyan]moesaic data show catalogues-small --to de -n 5[/]
@@ -145,21 +135,15 @@ def show(
         code = resolve_language(language).code if language else ""
         texts = sample_texts(corpus, language=code, split=split, count=count, seed=seed)
         shown = [{"text": t.text, "language": t.language, "domain": t.domain} for t in texts]
-        print_result(
-            {"split": split, "texts": shown},
-            as_json=as_json,
-            show=lambda console: show_texts(shown, console),
-        )
-        return
+        return Result({"split": split, "texts": shown}, lambda console: show_texts(shown, console))
     codes = resolve_language(source or "en").code, resolve_language(target).code
     chosen = sample_pairs(
         corpus, source=codes[0], target=codes[1], split=split, count=count, seed=seed
     )
     rows = [{"source": p.source, "target": p.target, "origin": p.origin} for p in chosen]
-    print_result(
+    return Result(
         {"direction": "-".join(codes), "split": split, "pairs": rows},
-        as_json=as_json,
-        show=lambda console: show_pairs(rows, codes, console),
+        lambda console: show_pairs(rows, codes, console),
     )
 
 
@@ -171,8 +155,7 @@ def dropped(
     source: Annotated[str, typer.Option("--from", help="Only rows from this language.")] = "",
     target: Annotated[str, typer.Option("--to", help="Only rows into this language.")] = "",
     count: Annotated[int, typer.Option("-n", min=1, help="How many rows of a reason.")] = 5,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Show rows that a corpus dropped, with the reason of each.
 
     The first 50 of each direction and reason are kept beside a corpus.
@@ -193,10 +176,9 @@ def dropped(
         resolve_language(target).code if target else "",
     )
     rows = [asdict(row) for row in sample_dropped(corpus, chosen, count=count)]
-    print_result(
+    return Result(
         {"corpus": corpus.name, "dropped": rows},
-        as_json=as_json,
-        show=lambda console: show_dropped_rows(rows, reasons, console),
+        lambda console: show_dropped_rows(rows, reasons, console),
     )
 
 

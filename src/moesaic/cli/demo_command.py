@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +12,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    JsonOption,
-    SetOption,
-    command_app,
-    print_result,
-    show_progress,
-    stderr,
-)
+from moesaic.cli.shared_options import Result, SetOption, command_app, show_progress, stderr
 from moesaic.cli.styled_text import styled
 
 with deferred():
@@ -64,9 +58,6 @@ class PhaseTimer:
     def end(self, name: str) -> None:
         self.seconds[name] = time.monotonic() - self._started
 
-    def print_note(self, sentence: str) -> None:
-        show_progress(sentence)
-
 
 @app.command()
 def demo(
@@ -74,8 +65,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
     recipe: Annotated[str, typer.Option(help="Which recipe.")] = "demo",
     changes: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Build a corpus, train a small multilingual MoE on it, score it, write a report.
 
     An interrupted demo continues when it is started again.
@@ -85,7 +75,7 @@ def demo(
     run, phases = find_recipe(recipe, changes=changes or []), PhaseTimer()
     phases.start("1/4  data: translations from software packages")
     corpus = require_text(run.data, what="moesaic demo").corpus.open()
-    phases.print_note(
+    show_progress(
         f"{corpus.name}: {corpus.manifest['pairs']:,} pairs, {len(corpus.languages)} languages"
     )
     phases.end("data")
@@ -99,8 +89,7 @@ def demo(
     try:
         chosen = EvaluatedRun.open(out).held_out_tests(FoundCorpus(corpus))
     except DataError as error:  # e.g. a language model: there is nothing to translate
-        _finish_without_scores(out, reason=str(error), as_json=as_json)
-        return
+        return _finish_without_scores(out, reason=str(error))
     summary = score_run(
         out,
         tests=chosen.tests,
@@ -115,11 +104,8 @@ def demo(
     report = write_evaluation(out, summary=summary, tests=chosen.tests)
     phases.end("report")
     value = summary.to_dict() | {"report": str(report), "run_directory": str(out)}
-
-    def show(console: Console) -> None:
-        _show(out, corpus=corpus, summary=summary, phases=phases, console=console)
-
-    print_result(value, as_json=as_json, show=show)
+    shown = partial(_show, out, corpus=corpus, summary=summary, phases=phases)
+    return Result(value, lambda console: shown(console=console))
 
 
 def run_counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
@@ -133,16 +119,12 @@ def run_counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
     }
 
 
-def _finish_without_scores(out: Path, *, reason: str, as_json: bool) -> None:
+def _finish_without_scores(out: Path, *, reason: str) -> Result:
     """Write the report of a run that cannot be scored, and say why."""
     report = write_report(out)
     value = {"report": str(report), "run_directory": str(out), "not_scored": reason}
-
-    def show(console: Console) -> None:
-        console.print(f"not scored: {reason}")
-        console.print(f"report:     {report}")
-
-    print_result(value, as_json=as_json, show=show)
+    text = f"not scored: {reason}\nreport:     {report}"
+    return Result(value, lambda console: console.print(text))
 
 
 def _show(

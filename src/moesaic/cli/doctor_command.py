@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
+from moesaic.cli.shared_options import Result, command_app, print_table
 from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
@@ -39,7 +39,7 @@ OPTIONAL_PACKAGES = {
 
 
 @app.command()
-def doctor(*, as_json: JsonOption = False) -> None:
+def doctor() -> Result:
     """Show cores, memory, devices, versions, and which kernel each op uses and why.
 
     Example: [cyan]moesaic doctor[/]
@@ -60,7 +60,7 @@ def doctor(*, as_json: JsonOption = False) -> None:
             for kernel in selected_kernels(device)
         ],
     }
-    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
+    return Result(found, lambda console: _show(found, console))
 
 
 def _machine() -> dict[str, Any]:

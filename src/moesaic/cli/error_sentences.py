@@ -26,6 +26,7 @@ def sentence_of(error: BaseException) -> str | None:
 
 def _describe_usage(error: BaseException) -> str:
     message = str(error.format_message()).strip().rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
+    message = message.replace(": Value error, ", ": ")  # of an enum's member
     context = vars(error).get("ctx")
     hint = f" ({context.command_path} --help)" if context else ""
     return f"{message[:1].lower()}{message[1:]}{hint}"

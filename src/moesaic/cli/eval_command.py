@@ -10,12 +10,11 @@ from rich.console import Console
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     CorpusOption,
-    JsonOption,
+    Result,
     RoutesOption,
     RunArgument,
     UseOption,
     command_app,
-    print_result,
 )
 from moesaic.cli.user_files import import_user_files
 
@@ -74,8 +73,7 @@ def evaluate(
     corpus_folder: CorpusOption = None,
     routes: RoutesOption = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Score translations: chrF++ and BLEU with 95 % intervals, beside trivial systems.
 
     Another head than a vocabulary's is scored by its loss and metrics (head-scores.json), a
@@ -94,8 +92,8 @@ def evaluate(
     evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
     request = TextRequest(texts, source or "", split, limit, resamples)
     rest = {"--pairs": pairs, "--moses": moses, "--testset": testset, "--to": target}
-    if _print_other_scores(evaluated, request, refused=[*filter(rest.get, rest)], as_json=as_json):
-        return
+    if other := _other_scores(evaluated, request, refused=[*filter(rest.get, rest)]):
+        return other
     wanted = WantedTests(
         pairs=pairs,
         moses=moses,
@@ -114,7 +112,7 @@ def evaluate(
         write_evaluation(run, summary=summary, tests=chosen.tests, routes=routes)
     elif routes is not None:
         record_routing(run, tests=chosen.tests, out=routes)
-    print_result(summary.to_dict(), as_json=as_json, show=lambda console: _show(summary, console))
+    return Result(summary.to_dict(), lambda console: _show(summary, console))
 
 
 def _score(
@@ -130,9 +128,9 @@ def _score(
     ).with_notes(chosen.notes)
 
 
-def _print_other_scores(
-    evaluated: EvaluatedRun, request: TextRequest, *, refused: list[str], as_json: bool
-) -> bool:
+def _other_scores(
+    evaluated: EvaluatedRun, request: TextRequest, *, refused: list[str]
+) -> Result | None:
     """Score a run that translates nothing, by its head's metrics or by perplexity."""
     if not isinstance(evaluated.config.model.head, LanguageModelHead):
         split, limit, resamples = request.split, request.limit, request.resamples
@@ -147,13 +145,11 @@ def _print_other_scores(
         if request.is_headline:
             scores.write(RunDir(path).head_scores)
             write_report(path)
-        print_result(scores.to_dict(), as_json=as_json, show=partial(show_head_scores, scores))
-        return True
+        return Result(scores.to_dict(), partial(show_head_scores, scores))
     if request.path is None and not is_language_model(evaluated):
-        return False
+        return None
     found = score_texts(evaluated, request, refused=refused)
-    print_result(found.to_dict(), as_json=as_json, show=partial(show_perplexities, found))
-    return True
+    return Result(found.to_dict(), partial(show_perplexities, found))
 
 
 def write_evaluation(

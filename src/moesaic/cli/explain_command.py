@@ -8,12 +8,11 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
-    JsonOption,
     ModelArgument,
+    Result,
     SetOption,
     UseOption,
     command_app,
-    print_result,
     print_table,
 )
 from moesaic.cli.styled_text import styled
@@ -51,8 +50,7 @@ def explain(
         typer.Option(metavar="NAME|FILE", help="Does a step fit this machine, not the one here?"),
     ] = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Count parameters (total and active), FLOPs per token and bytes; nothing is allocated.
 
     Example: [cyan]moesaic explain demo --set model.moe.experts=64[/]
@@ -74,7 +72,7 @@ def explain(
         "memory": device.memory,
         "fits": peak <= device.memory,
     }
-    print_result(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
+    return Result(found, lambda console: _show(found, console, config=config))
 
 
 def _explain_preset(name: str, changes: list[str] | None, *, device: DeviceSize) -> Explained:

@@ -1,23 +1,16 @@
 """``moesaic export``: write a model in the files of another program."""
 
 from dataclasses import asdict
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.import_command import VerifyOption
-from moesaic.cli.shared_options import (
-    JsonOption,
-    RunArgument,
-    command_app,
-    print_result,
-    show_progress,
-)
+from moesaic.cli.shared_options import Result, RunArgument, command_app, show_progress
 from moesaic.cli.styled_text import cyan
 
 with deferred():
@@ -40,29 +33,12 @@ with deferred():
 app = command_app()
 
 
-class ExportFormat(StrEnum):
-    """Whose files are written."""
-
-    HF = "hf"
-    GGUF = "gguf"
-    CTRANSLATE2 = "ctranslate2"
-    PEFT = "peft"
-
-
-class MatrixType(StrEnum):
-    """The dtype of matrices in a GGUF file."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
 @app.command()
 def export(
     run: RunArgument,
     *,
     to: Annotated[
-        ExportFormat,
+        Literal["hf", "gguf", "ctranslate2", "peft"],
         typer.Option("--to", help="hf: transformers; gguf: llama.cpp; ctranslate2; peft: adapter."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new directory.")],
@@ -70,30 +46,29 @@ def export(
         str | None, typer.Option(metavar="NAME", help="Names of experts: per-expert or fused.")
     ] = None,
     dtype: Annotated[
-        MatrixType | None, typer.Option(help="Of matrices (gguf; default: as they are).")
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Of matrices (gguf; default: as they are)."),
     ] = None,
     verify: VerifyOption = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Write a model in the files of another program: transformers, llama.cpp or CTranslate2.
 
     With --to peft: the adapter of a run of LoRA, for PeftModel.from_pretrained.
 
     Example: [cyan]moesaic export models/qwen3-tuned --to hf --out exported[/]
     """
-    if to is ExportFormat.PEFT:
+    if to == "peft":
         if verify or (layout, dtype) != (None, None):
             raise UserError("--to peft takes no --verify, --layout or --dtype")
-        _export_adapter(run, out=out, as_json=as_json)
-        return
-    hf, gguf = to is ExportFormat.HF, to is ExportFormat.GGUF
+        return _export_adapter(run, out=out)
+    hf, gguf = to == "hf", to == "gguf"
     if (layout and not hf) or (dtype and not gguf):
         raise UserError("--layout belongs to --to hf, and --dtype to --to gguf")
     kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     agreement = None
-    if verify and to is not ExportFormat.CTRANSLATE2:
+    if verify and to != "ctranslate2":
         _ = require_transformers() if hf else require_llama_cpp()
-    if to is ExportFormat.CTRANSLATE2:
+    if to == "ctranslate2":
         found, agreement = export_ctranslate2(run, out=out, verify=verify)
     elif hf:
         found = export_model(run, out=out, layout=layout)
@@ -105,17 +80,17 @@ def export(
             agreement = compare_with_llama_cpp(out, ours=run, dtype=kind) if verify else None
     for note in found.notes:
         show_progress(note)
-    value: dict[str, Any] = {"directory": str(out), "format": to.value, **asdict(found)}
+    value: dict[str, Any] = {"directory": str(out), "format": to, **asdict(found)}
     if agreement is not None:
         add_to_card(out, "comparison", agreement.text())
         value["verify"] = asdict(agreement) | {"text": agreement.text()}
-    print_result(value, as_json=as_json, show=partial(_show, value))
+    return Result(value, partial(_show, value))
 
 
-def _export_adapter(run: Path, *, out: Path, as_json: bool) -> None:
+def _export_adapter(run: Path, *, out: Path) -> Result:
     value = {"directory": str(out), "tensors": export_adapter(run, out=out)}
     text = f"{out}: {value['tensors']} tensors of an adapter"
-    print_result(value, as_json=as_json, show=lambda console: console.print(text))
+    return Result(value, lambda console: console.print(text))
 
 
 def _show(value: dict[str, Any], console: Console) -> None:

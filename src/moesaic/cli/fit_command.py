@@ -8,13 +8,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    JsonOption,
-    UseOption,
-    command_app,
-    print_result,
-    print_table,
-)
+from moesaic.cli.shared_options import Result, UseOption, command_app, print_table
 from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 
@@ -38,8 +32,7 @@ def fit(
         float | None, typer.Option(min=1, metavar="FLOPS", help="Divide a budget by the law.")
     ] = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Fit ``L(N, D) = E + A / N^alpha + B / D^beta`` to the last validation losses of runs.
 
     N are active parameters without embeddings, D tokens. At least six runs of three sizes and three
@@ -59,7 +52,7 @@ def fit(
             "tokens": best.tokens,
             "loss": found.law.loss(best.parameters, tokens=best.tokens),
         }
-    print_result(value, as_json=as_json, show=partial(_show, found, value))
+    return Result(value, partial(_show, found, value))
 
 
 def _point(path: Path) -> RunPoint:

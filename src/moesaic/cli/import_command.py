@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import JsonOption, command_app, print_result, show_progress
+from moesaic.cli.shared_options import Result, command_app, show_progress
 from moesaic.cli.styled_text import cyan
 
 with deferred():
@@ -41,7 +41,7 @@ BaseOption = Annotated[
 @app.command("import")
 def import_(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A directory of Hugging Face transformers.")
+        Path, typer.Argument(metavar="DIR", help="A directory of transformers, or of DCP.")
     ],
     *,
     out: Annotated[Path, typer.Option("--out", metavar="MODEL", help="The new directory.")],
@@ -61,8 +61,7 @@ def import_(
         typer.Option(metavar="PATTERN", help='Tensors to leave out: "model.layers.61.*" (MTP).'),
     ] = None,
     verify: VerifyOption = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Read config, weights and tokenizer of a model of transformers, some rows at a time.
 
     Every tensor is accounted for, or nothing is written. Fine-tune it with `moesaic train --init`.
@@ -72,8 +71,7 @@ def import_(
     if base is not None:
         if verify or drop or languages or tokenizer is not None or layout != "auto":
             raise UserError("--base takes --out alone: the model has tokenizer and languages")
-        _import_adapter(directory, base=base, out=out, as_json=as_json)
-        return
+        return _import_adapter(directory, base=base, out=out)
     if verify:
         require_transformers()
     found = import_model(
@@ -98,7 +96,7 @@ def import_(
     }
     if verify:
         value["verify"] = _compared(directory, out=out)
-    print_result(value, as_json=as_json, show=partial(_show, value))
+    return Result(value, partial(_show, value))
 
 
 def _compared(directory: Path, *, out: Path) -> dict[str, Any]:
@@ -109,10 +107,10 @@ def _compared(directory: Path, *, out: Path) -> dict[str, Any]:
     return asdict(agreement) | {"text": agreement.text()}
 
 
-def _import_adapter(directory: Path, *, base: Path, out: Path, as_json: bool) -> None:
+def _import_adapter(directory: Path, *, base: Path, out: Path) -> Result:
     value = {"run": str(out), "matrices": import_adapter(directory, base=base, out=out)}
     text = f"{out}: an adapter of {value['matrices']} matrices; beside {base}"
-    print_result(value, as_json=as_json, show=lambda console: console.print(text))
+    return Result(value, lambda console: console.print(text))
 
 
 def _show(value: dict[str, Any], console: Console) -> None:

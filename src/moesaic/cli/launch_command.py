@@ -8,12 +8,11 @@ import typer
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
-    JsonOption,
     RecipeArgument,
+    Result,
     SetOption,
     UseOption,
     command_app,
-    print_result,
     stderr,
 )
 from moesaic.cli.user_files import import_user_files
@@ -59,8 +58,7 @@ def launch(
         bool, typer.Option("--print", help="Print the file (the default without --out).")
     ] = False,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Write the job file of a training run on many machines, with restarts and resuming.
 
     Example: [cyan]moesaic launch multilingual-50 --nodes 4 --gpus-per-node 8 --launcher slurm[/]
@@ -91,7 +89,7 @@ def launch(
     value = {"world": job.world_size, "nodes": nodes, "gpus_per_node": gpus, "file": text}
     value |= {"out": None if out is None else str(out), "launcher": type(launcher).__name__}
     printed = text if shown or out is None else ""
-    print_result(value, as_json=as_json, show=lambda _: sys.stdout.write(printed))
+    return Result(value, lambda _: sys.stdout.write(printed))
 
 
 def parse_launcher(text: str) -> Launcher:

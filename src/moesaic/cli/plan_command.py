@@ -11,12 +11,11 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
-    JsonOption,
     ModelArgument,
+    Result,
     SetOption,
     UseOption,
     command_app,
-    print_result,
     print_table,
     show_progress,
 )
@@ -92,8 +91,7 @@ def plan(
     keep: Annotated[int, typer.Option(min=1, max=50, help="How many plans to print.")] = 5,
     changes: SetOption = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Search all parallel plans, ZeRO stages, memory tiers, checkpointing and micro-batches.
 
     Example: [cyan]moesaic plan mixtral-8x22b --gpus 128 --machine h100[/]
@@ -104,8 +102,7 @@ def plan(
     """
     if budget is not None:
         proposal = propose_for_budget(budget)
-        print_result(proposal.to_dict(), as_json=as_json, show=partial(_show_proposal, proposal))
-        return
+        return Result(proposal.to_dict(), partial(_show_proposal, proposal))
     import_user_files(files)
     gpus = _require_both(which, gpus)
     request = _read_request(which, gpus=gpus, batch=batch, changes=changes)
@@ -114,14 +111,13 @@ def plan(
     limits = machine_limits(found, ranks=gpus, **sizes)
     if max_params:
         table = largest_models(request, machine=found, limits=limits)
-        print_result(table, as_json=as_json, show=lambda console: _show_largest(table, console))
-        return
+        return Result(table, lambda console: _show_largest(table, console))
     show_progress(f"{request.name}: one step of one row is measured on fake tensors, then searched")
     report = find_plans(request, machine=found, limits=limits, keep=keep)
     if timeline is not None:
         _write_timeline(report, timeline)
     result = _to_json(report, tokens=tokens)
-    print_result(result, as_json=as_json, show=lambda console: _show(report, result, console))
+    return Result(result, lambda console: _show(report, result, console))
 
 
 def _require_both(which: str, gpus: int | None) -> int:

@@ -3,16 +3,14 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     CorpusOption,
-    JsonOption,
+    Result,
     RunArgument,
     UseOption,
     command_app,
-    print_result,
     show_progress,
 )
 from moesaic.cli.user_files import import_user_files
@@ -35,8 +33,7 @@ def report(
     ] = False,
     corpus_folder: CorpusOption = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Write report.html: losses, scores, routing and router health. It opens offline.
 
     Example: [cyan]moesaic report runs/demo[/]
@@ -51,7 +48,5 @@ def report(
         show_progress(f"routed held-out text with {len(traced)} checkpoints")
     path = write_report(run)
 
-    def show(console: Console) -> None:
-        console.print(f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
-
-    print_result({"report": str(path)}, as_json=as_json, show=show)
+    text = f"{path} ({path.stat().st_size / 1024:.0f} KiB)"
+    return Result({"report": str(path)}, lambda console: console.print(text))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
+from moesaic.cli.shared_options import Result, command_app, print_table
 from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
@@ -38,8 +38,7 @@ def show(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A tokenizer.json: ids as text.")
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Show the contents of a file, and the experts of each token of one row.
 
     Example: [cyan]moesaic routes show out.routes --row 3[/]
@@ -50,18 +49,10 @@ def show(
         "about": file.about,
         "batches": len(file),
         "bytes": path.stat().st_size,
-        "layers": [
-            {
-                "layer": h.layer,
-                "experts": h.experts,
-                "null_experts": h.null_experts,
-                "per_token": h.per_token,
-            }
-            for h in file.layers
-        ],
+        "layers": [head.model_dump() for head in file.layers],
         "sides": _row_experts(file, batch=batch, row=row, tokenizer=tokenizer),
     }
-    print_result(value, as_json=as_json, show=lambda console: _show(value, console))
+    return Result(value, lambda console: _show(value, console))
 
 
 @app.command()
@@ -71,8 +62,7 @@ def stats(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A tokenizer.json: ids as text.")
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Count load and drops, and how far language, token and position determine the expert.
 
     Example: [cyan]moesaic routes stats out.routes[/]
@@ -89,11 +79,11 @@ def stats(
         "languages": describe_usage(analysis.usage),
         "insight": analysis.to_dict(show=text)["layers"],
     }
-    print_result(value, as_json=as_json, show=lambda console: _show_stats(value, console))
+    return Result(value, lambda console: _show_stats(value, console))
 
 
 @app.command("compare")
-def compare_files(path: RoutesPath, other: RoutesPath, *, as_json: JsonOption = False) -> None:
+def compare_files(path: RoutesPath, other: RoutesPath) -> Result:
     """Compare the routing of the same text by two models, or by two checkpoints.
 
     Example: [cyan]moesaic routes compare early.routes late.routes[/]
@@ -104,7 +94,7 @@ def compare_files(path: RoutesPath, other: RoutesPath, *, as_json: JsonOption = 
         "tokens": found.tokens,
         "layers": {x.layer: {"edges": x.edges, "tokens": x.tokens} for x in found.layers},
     }
-    print_result(value, as_json=as_json, show=lambda console: _show_agreement(found, console))
+    return Result(value, lambda console: _show_agreement(found, console))
 
 
 def _token_decoder(tokenizer: Path | None) -> Callable[[int], str]:
@@ -132,15 +122,8 @@ def _row_experts(
 
 
 def _load_numbers(layer: LayerUsage) -> dict[str, float]:
-    return {
-        "edges": layer.edges,
-        "load_entropy": layer.load_entropy,
-        "max_vio": layer.max_vio,
-        "min_load": layer.min_load,
-        "dead_experts": layer.dead_experts,
-        "drop_frac": layer.drop_frac,
-        "null_expert_frac": layer.null_expert_frac,
-    }
+    names = ("edges", "load_entropy", "max_vio", "min_load", "dead_experts", "drop_frac")
+    return {name: getattr(layer, name) for name in (*names, "null_expert_frac")}
 
 
 def _show(value: dict[str, Any], console: Console) -> None:
@@ -153,12 +136,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
                 " ".join(f"{expert}\u00d7{weight:.2f}" for expert, weight in tokens[i]) or "-"
                 for tokens in side["layers"].values()
             )
-            rows.append(
-                (
-                    styled("[bold]{token}[/]", token=token),
-                    *map(cyan, cells),
-                )
-            )
+            rows.append((styled("[bold]{token}[/]", token=token), *map(cyan, cells)))
         columns = ("token", *side["layers"])
         print_table(console, columns, rows, title=f"\n{name}", align="l" * len(columns))
 

@@ -9,12 +9,11 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
-    JsonOption,
     ModelArgument,
+    Result,
     SetOption,
     UseOption,
     command_app,
-    print_result,
     print_table,
 )
 from moesaic.cli.styled_text import styled
@@ -56,8 +55,7 @@ def scale(
     ] = False,
     changes: SetOption = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Compute the bytes that rank 0 holds, by kind, and sends, by collective and mesh axis.
 
     Example: [cyan]moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64[/]
@@ -72,7 +70,7 @@ def scale(
     if dry_run:
         step = simulate_step(settings)
         found["dry_run"] = asdict(step) | {"sent_total": sum(line.bytes for line in step.sent)}
-    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
+    return Result(found, lambda console: _show(found, console))
 
 
 def _read_config(which: str, changes: list[str] | None) -> ScaleConfig:

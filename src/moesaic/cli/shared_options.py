@@ -1,10 +1,12 @@
 """Options and output shared by all commands: results on stdout, progress on stderr."""
 
 import functools
+import inspect
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,19 +81,45 @@ def show_error(sentence: str) -> None:
     stderr.print(styled("[bold red]error:[/] {sentence}", sentence=sentence))
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a command ends with: a ``value`` for ``--json``, how else it is shown, the exit code."""
+
+    value: dict[str, Any]
+    show: Callable[[Console], object]
+    exit_code: int = 0
+
+
 class CommandApp(typer.Typer):
     """The Typer app of one command."""
 
     def command(self, *names: Any, **settings: Any) -> Callable[..., Any]:
-        """Register a function, which runs once the deferred imports of its module are done."""
+        """Register a function, which runs once the deferred imports of its module are done.
+
+        One that returns a ``Result`` has the option ``--json``; the result is printed by it.
+        """
         register = super().command(*names, **settings)
 
         def enter(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)
-            def run(*given: Any, **options: Any) -> Any:
+            def run(*given: Any, **options: Any) -> None:
                 finish_imports()
-                return function(*given, **options)
+                as_json = has_result and options.pop("as_json")
+                result = function(*given, **options)
+                if has_result:
+                    print_result(result.value, as_json=as_json, show=result.show)
+                    if result.exit_code:
+                        raise typer.Exit(result.exit_code)
 
+            signature = inspect.signature(function)
+            has_result = signature.return_annotation is Result
+            if has_result:
+                option = inspect.Parameter(
+                    "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JsonOption
+                )
+                options = [*signature.parameters.values(), option]
+                vars(run)["__signature__"] = signature.replace(parameters=options)
+                run.__annotations__ = function.__annotations__ | {"as_json": JsonOption}
             register(run)
             return function
 

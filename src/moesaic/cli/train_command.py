@@ -10,13 +10,7 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
-from moesaic.cli.shared_options import (
-    JsonOption,
-    SetOption,
-    UseOption,
-    command_app,
-    print_result,
-)
+from moesaic.cli.shared_options import JsonOption, SetOption, UseOption, command_app, print_result
 from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 

@@ -13,12 +13,11 @@ from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
-    JsonOption,
+    Result,
     RoutesOption,
     RunArgument,
     UseOption,
     command_app,
-    print_result,
     print_table,
     show_progress,
     stderr,
@@ -32,10 +31,7 @@ with deferred():
     from moesaic.core.errors import UserError
     from moesaic.model.beam_search import Beam, Greedy, Search
     from moesaic.serve.imported_generation import read_imported_generation
-    from moesaic.serve.translation_input import (
-        read_lines_to_translate,
-        read_stream_to_translate,
-    )
+    from moesaic.serve.translation_input import read_lines_to_translate, read_stream_to_translate
     from moesaic.serve.translation_result import TranslationResult, describe_results
     from moesaic.serve.translation_routing import translation_routes
     from moesaic.serve.translator import Translator
@@ -99,8 +95,7 @@ def translate(
     experts: ExpertsOption = False,
     routes: RoutesOption = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Translate lines to stdout, in the order of the input; empty lines stay empty.
 
     An imported model has the defaults of its generation_config.json.
@@ -138,10 +133,9 @@ def translate(
             for line, t in zip(lines, done, strict=True)
         ]
         rows = [row | {"experts": trace} for row, trace in zip(rows, traces, strict=True)]
-    print_result(
+    return Result(
         {"translations": rows, "notes": [*notes, *about_lines]},
-        as_json=as_json,
-        show=lambda console: _show(done, rows, console),
+        lambda console: _show(done, rows, console),
     )
 
 
@@ -235,10 +229,5 @@ def _show_side(side: dict[str, Any], console: Console) -> None:
     ]
     for layer, routed in side["layers"].items():
         used = ("+".join(str(expert) for expert, _ in pairs) or "-" for pairs in routed)
-        rows.append(
-            (
-                styled("[dim]{layer}[/]", layer=layer),
-                *map(cyan, used),
-            )
-        )
+        rows.append((styled("[dim]{layer}[/]", layer=layer), *map(cyan, used)))
     print_table(console, ("",) * len(rows[0]), rows, align="l" * len(rows[0]))

@@ -3,21 +3,18 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
-    JsonOption,
     RecipeArgument,
+    Result,
     SetOption,
     UseOption,
     command_app,
-    print_result,
     show_progress,
     stderr,
 )
@@ -49,14 +46,6 @@ with deferred():
 app = command_app()
 
 
-class PlanChoice(StrEnum):
-    """Which of the plans that fit the model are tried."""
-
-    PAIRS = "pairs"
-    ALL = "all"
-    CONFIG = "config"
-
-
 @app.command()
 def verify(
     which: RecipeArgument,
@@ -67,20 +56,19 @@ def verify(
     ] = 8,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps under each plan.")] = 3,
     choice: Annotated[
-        PlanChoice,
+        Literal["pairs", "all", "config"],
         typer.Option(
             "--plans",
             help="All plans, enough that any two degrees occur together, or that of the config.",
         ),
-    ] = PlanChoice.PAIRS,
+    ] = "pairs",
     changes: SetOption = None,
     timeout_s: Annotated[
         float, typer.Option(min=1, max=10**6, help="Seconds that one plan may take.")
     ] = 120,
     out: Annotated[Path | None, typer.Option(help="Write the matrix there, as Markdown.")] = None,
     files: UseOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Train a small copy of a config under every plan, and compare with one process.
 
     Widths and the vocabulary are reduced and the text is synthetic; layers, routing, heads, experts
@@ -95,10 +83,10 @@ def verify(
     setup = make_setup(shrunk.run, steps=steps, timeout_s=timeout_s)
     found = (
         configured_plan(shrunk.run, world_size=world_size)
-        if choice is PlanChoice.CONFIG
+        if choice == "config"
         else plans_up_to(shrunk.run, world_size=world_size)
     )
-    chosen = found.pairwise_cover() if choice is PlanChoice.PAIRS else found
+    chosen = found.pairwise_cover() if choice == "pairs" else found
     if not chosen.valid:
         raise UserError(
             f"no plan of {world_size} ranks fits: {'; '.join(rejection_lines(found.rejected))}"
@@ -109,9 +97,8 @@ def verify(
     if out is not None:
         out.write_text(text, encoding="utf-8")
     value = _to_json(verdicts) | {"changes": shrunk.changes, "plans that fit": len(found.valid)}
-    print_result(value, as_json=as_json, show=lambda console: _show(text, console))
-    if unequal_plans(verdicts):
-        raise typer.Exit(1)
+    exit_code = int(bool(unequal_plans(verdicts)))
+    return Result(value, lambda console: console.print(text, end=""), exit_code)
 
 
 def _compare(setup: VerifySetup, *, plans: Sequence[ParallelConfig]) -> list[PlanResult]:
@@ -145,10 +132,6 @@ def _to_markdown(verdicts: list[PlanResult], *, setup: VerifySetup, rejected: li
         rejections,
     ]
     return "\n\n".join(part for part in parts if part).rstrip() + "\n"
-
-
-def _show(text: str, console: Console) -> None:
-    console.print(text, end="")
 
 
 def _to_json(verdicts: list[PlanResult]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class FileShape(BaseModel):
         return parse_shape(read_bytes(path, cls.kind), cls, kind=cls.kind, where=path)
 
 
-class FileEntryShape(FileShape):
+class FileEntry(FileShape):
     """A file in a manifest: its size and its hash."""
 
     bytes: Count

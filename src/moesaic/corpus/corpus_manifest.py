@@ -11,7 +11,7 @@ from moesaic.core.errors import ConfigError, DataError, printable
 from moesaic.core.file_reader import (
     MIB,
     Count,
-    FileEntryShape,
+    FileEntry,
     FileKind,
     FileShape,
     parse_json,
@@ -39,7 +39,7 @@ class _Shape(FileShape):
     kind: ClassVar[FileKind] = CORPUS_MANIFEST_FILE
 
 
-class CorpusFileEntry(FileEntryShape):
+class CorpusFileEntry(FileEntry):
     """A file of the corpus: rows, size and hash."""
 
     rows: Count

@@ -10,7 +10,7 @@ from moesaic.core.errors import DataError, printable
 from moesaic.core.file_reader import (
     MIB,
     Count,
-    FileEntryShape,
+    FileEntry,
     FileKind,
     FileShape,
     parse_json,
@@ -61,7 +61,7 @@ class ShardsManifest(_Shape):
     token_type: Literal["<u2", "<u4"]
     texts: dict[str, TextRange]
     pairs: dict[str, PairRange]
-    files: dict[str, FileEntryShape]
+    files: dict[str, FileEntry]
     fingerprint: str
     corpus: str
     tokenizer: str

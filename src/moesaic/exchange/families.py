@@ -29,10 +29,11 @@ _ENCODER_DECODER = (NLLB_MOE, M2M100, SWITCH, T5)
 FAMILIES = {f.model_type: f for f in (*_SPARSE, *_DENSE, *_ENCODER_DECODER)}
 
 
-def family_of(model_type: object) -> Family:
-    """Return the family of a ``model_type``. Raises CheckpointError."""
+def family_of(model_type: object, *, where: str = "config.json") -> Family:
+    """Return the family of a ``model_type``. Raises CheckpointError that says ``where`` it is."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         hint = did_you_mean(str(model_type), FAMILIES)
-        raise CheckpointError(f"found model_type {model_type!r:.60}, expected one of {known}{hint}")
+        found = f"{where}: found model_type {model_type!r:.60}"
+        raise CheckpointError(f"{found}, expected one of {known}{hint}")
     return FAMILIES[model_type]

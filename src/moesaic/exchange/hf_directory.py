@@ -33,10 +33,8 @@ CARRIED = (
     "chat_template.jinja",
 )
 MAX_SHOWN = 20
-_TORCH = "a distributed checkpoint of torch (torchtitan, Megatron-Core), whose metadata are"
+DCP_METADATA = ".metadata"  # of torch.distributed.checkpoint
 FOREIGN_FILES = {  # of programs whose checkpoints are pickles, wholly or in part
-    ".metadata": _TORCH,
-    "*.distcp": _TORCH,
     "mp_rank_*.pt": "a checkpoint of DeepSpeed or Megatron-LM, whose files are",
     "*expert_*_model_states.pt": "a checkpoint of DeepSpeed-MoE, whose files are",
     "checkpoint*.pt": "a checkpoint of fairseq, whose files are",
@@ -58,7 +56,18 @@ class _TokenizerConfigShape(FileShape):
 def read_hf_config(directory: Path) -> dict[str, Any]:
     """Return the config of a directory. Raises CheckpointError."""
     path = directory / CONFIG
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such folder, expected that of a model with its {CONFIG}; a model of "
+            "the Hub is downloaded first: hf download OWNER/NAME --local-dir DIR"
+        )
     if not path.is_file():
+        if (directory / DCP_METADATA).is_file():
+            raise CheckpointError(
+                f"{directory}: a distributed checkpoint of torch, which has no {CONFIG}; expected "
+                "that of the model on Hugging Face in it (torchtitan has it where "
+                "hf_assets_path points), with its tokenizer"
+            )
         found = [kind for pattern, kind in FOREIGN_FILES.items() if any(directory.glob(pattern))]
         what = f": this is {found[0]} pickled objects, which can run code" if found else ""
         way = "; convert it where you trust it" if found else ""

@@ -31,6 +31,7 @@ from moesaic.data.tasks import CausalLM, Translation
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.tokenizer_source import TokenizerSource
 from moesaic.exchange.config_entries import LENGTH
+from moesaic.exchange.dcp_files import open_tensors
 from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
@@ -42,7 +43,6 @@ from moesaic.exchange.hf_directory import (
     read_hf_config,
     require_plausible_sizes,
     require_same_tensors,
-    weight_files,
 )
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.exchange.tensor_table import TensorPiece, source_shapes
@@ -81,7 +81,8 @@ def import_model(
     """Write the model directory ``out`` with the model of a Hugging Face directory.
 
     Args:
-        directory: Its config, safetensors files and tokenizer.
+        directory: Its config, tokenizer, and weights: safetensors files, or a distributed
+            checkpoint of torch with names of Hugging Face or torchtitan.
         out: Must not exist yet.
         layout: The names of expert tensors, ``fused`` or ``per-expert``; ``auto`` looks.
         tokenizer: Where the tokenizer is; None: in the directory, if there is one.
@@ -96,8 +97,8 @@ def import_model(
         DataError: The tokenizer cannot be read.
     """
     theirs = read_hf_config(directory)
-    family = family_of(theirs.get("model_type"))
-    files = TensorFiles(weight_files(directory))
+    family = family_of(theirs.get("model_type"), where=str(directory / CONFIG))
+    files = open_tensors(directory, theirs)
     require_plausible_sizes(family, files, theirs=theirs, where=directory / CONFIG)
     model = _read_config(family, theirs, where=directory / CONFIG)
     layout, pieces = find_pieces(family, model, files, layout=layout)
@@ -107,6 +108,7 @@ def import_model(
     unused = read_imported_generation(directory).unused
     unused = unused["translation" if model.encoder.layers else "texts"]
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
+    notes += files.notes
     notes += [f"left out on request: the tensors {pattern}" for pattern in drop]
     notes += [f"{GENERATION}: no search here uses {', '.join(unused)}"] if unused else []
     with new_directory(out) as path:

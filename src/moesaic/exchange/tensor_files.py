@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 
@@ -22,6 +22,18 @@ from moesaic.exchange.tensor_table import Region, Shape, TensorPiece
 
 BLOCK_BYTES = 64 * 2**20
 BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in MXFP4
+
+
+class StoredRows(Protocol):
+    """A tensor in files, of which rows are read at a time."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def read_rows(self, start: int, number: int) -> Tensor:
+        """Return rows, of a scalar its value."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +70,6 @@ class MXFP4Tensor:
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    def path(self) -> Path:
-        return self.blocks.path
-
-    @property
     def shape(self) -> Shape:
         experts, outputs, blocks, size = self.blocks.shape
         return experts, 2 * size * blocks, outputs
@@ -73,7 +81,12 @@ class MXFP4Tensor:
 
 
 class TensorFiles:
-    """The tensors of safetensors files by name; ``repeated`` names are in several of them."""
+    """The tensors of safetensors files by name; ``repeated`` names are in several of them.
+
+    ``notes`` say what is left out of what the files have.
+    """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, paths: Iterable[Path]) -> None:
         found: dict[str, FileTensor] = {}
@@ -101,9 +114,9 @@ class TensorFiles:
         return values
 
 
-def _join_mxfp4(found: Mapping[str, FileTensor]) -> dict[str, FileTensor | MXFP4Tensor]:
+def _join_mxfp4(found: Mapping[str, FileTensor]) -> dict[str, StoredRows]:
     """Return the tensors with those of blocks and scales as one, without the suffix."""
-    tensors: dict[str, FileTensor | MXFP4Tensor] = dict(found)
+    tensors: dict[str, StoredRows] = dict(found)
     for name, blocks in found.items():
         base = name.removesuffix(BLOCKS)
         scales = found.get(base + SCALES)

@@ -252,6 +252,7 @@ class Transformer(nn.Module):
             row_key=tokens.row_key if packing.is_single else tokens.row_key[row],
             token_embedding=embedded,
             tag_embedding=prompt,
+            num_rows=len(tokens.row_key),
         )
         gathered = tokens.position[packing.gathered_tokens]
         table = self.encoder_score_bias if tokens.stack == "encoder" else self.decoder_score_bias

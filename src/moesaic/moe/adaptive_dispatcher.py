@@ -19,7 +19,7 @@ import torch
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.distributed.collectives import all_gather_rows
-from moesaic.distributed.process_groups import Group, group_size, split_group
+from moesaic.distributed.process_groups import Group, group_rank, group_size, split_group
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.dispatcher import ExpertCompute, LocalDispatcher
 from moesaic.moe.experts import FunctionalExperts, GroupedExperts
@@ -107,8 +107,13 @@ class AdaptiveDispatcher:
     def choose(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: GroupedExperts
     ) -> GatherDegrees:
-        """Return the degrees of lowest cost, the same on every rank. Collective."""
+        """Return the degrees of lowest cost, the same on every rank. Collective.
+
+        Tells ``experts`` of the rows that all ranks have for each: all 1 if nothing is to choose.
+        """
+        own = experts.up.shape[0]
         if len(self._candidates) == 1:
+            experts.before_use(torch.ones(own, dtype=torch.long))
             return next(iter(self._candidates))
         ranks, slices = group_size(self._group), group_size(self._slice_group)
         local = routing.load()[None]
@@ -119,6 +124,7 @@ class AdaptiveDispatcher:
             row_bytes=x.shape[1] * x.element_size(),
             weight_bytes=(experts.up.numel() + experts.down.numel()) * x.element_size(),
         )
+        experts.before_use(step.load.sum((0, 1)).split(own)[group_rank(self._group)])
         return min(self._candidates, key=lambda degrees: step.seconds(degrees, costs=self._costs))
 
 

@@ -60,13 +60,6 @@ class MixtureOfAttention(SequenceMixer):
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         return Attention().mixing_flops(self._combined(shape), tokens=tokens)
 
-    def exchanged_values(
-        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        return Attention().exchanged_values(
-            self._combined(shape), tokens=tokens, ranks=ranks, tensor=tensor
-        )
-
     def _combined(self, shape: MixerShape) -> MixerShape:
         return replace(shape, attention=self.combined_attention(shape))
 

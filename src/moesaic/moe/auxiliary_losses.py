@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.expert_capacity import Limit
 from moesaic.moe.router_context import RouterContext, RuleState, StatefulRule
@@ -137,38 +137,32 @@ class SequenceBalance(LoadBalancingLoss, Balance):
 
     Within a row of t tokens, f_e is E times the fraction of its edges that chose expert e, and P_e
     its mean probability; ``weight`` when every row is balanced. The mean gives each row the same
-    weight and covers the rows of all ranks; several ranks may hold tokens of one row, which its key
-    identifies. The paper counts the experts of highest affinity without bias; here the selected
-    edges count, with ``BiasUpdate`` too.
+    weight and covers the rows of all ranks, of which several may hold tokens of one row. The paper
+    counts the experts of highest affinity without bias; here the selected edges count, with
+    ``BiasUpdate`` too.
     """
 
     weight: float = 0.0001
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         routing, probabilities = inputs.routing, inputs.probabilities
-        count, row = _global_rows(inputs)
+        rows, row = inputs.router.context.num_rows, inputs.router.context.row
         experts = probabilities.shape[1]
         edge = row[routing.token] * (experts + 1) + routing.expert  # dropped edges come last
-        # not bincount, which waits for a GPU; its last column counts the tokens instead
-        chosen = probabilities.new_zeros(count * (experts + 1), dtype=torch.float64)
-        chosen = chosen.index_add_(0, edge, torch.ones_like(edge).double())
-        chosen = chosen.view(count, experts + 1)
-        chosen[:, experts] = 0
-        chosen[:, experts].index_add_(0, row, torch.ones_like(row).double())
-        chosen, tokens = inputs.batch_group.sum(chosen).split([experts, 1], 1)
+        # not bincount, which waits for a GPU; the last column then counts the tokens
+        chosen = probabilities.new_zeros(rows * (experts + 1), dtype=torch.float64)
+        chosen = chosen.index_add_(0, edge, torch.ones_like(edge).double()).view(rows, experts + 1)
+        own = probabilities.new_zeros(rows, dtype=torch.float64)
+        own = own.index_add_(0, row, torch.ones_like(row).double())
+        chosen[:, experts] = own
+        chosen, tokens = inputs.batch_group.sum_rows(chosen).split([experts, 1], 1)
+        tokens = tokens.clamp(min=1)  # a row may have none
+        # ranks that share a row count their parts of it
+        count = inputs.batch_group.sum((own / tokens[:, 0]).sum(0, keepdim=True)).round()
         fraction = (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).float()
-        mean = probabilities.new_zeros(count, experts).index_add(0, row, probabilities) / tokens
-        return self.weight * experts * (fraction * mean.float()).sum() / max(count, 1)
-
-
-def _global_rows(inputs: BalanceInputs) -> tuple[int, Int[Tensor, "T"]]:
-    """Return the number of rows on all ranks, and the index of each local token's row in them."""
-    context = inputs.router.context
-    keys = torch.stack([context.row_key, context.row], 1)
-    local, row = keys.unique(dim=0, return_inverse=True)
-    gathered = inputs.batch_group.gather(local)
-    rows, index = gathered.rows.unique(dim=0, return_inverse=True)
-    return rows.shape[0], index[gathered.start + row]
+        mean = probabilities.new_zeros(rows, experts).index_add(0, row, probabilities) / tokens
+        total = (fraction * mean.float()).sum()
+        return self.weight * experts * total / count[0].clamp(min=1).float()
 
 
 class GlobalBatchBalance(LoadBalancingLoss, Balance):

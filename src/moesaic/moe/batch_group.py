@@ -5,22 +5,13 @@ batch, and the gradients its gradient. A mean over tokens is therefore a local s
 global count, and constants such as the load of an expert are global. That holds for cross-entropy
 and for every loss in a ``RoutingRecord``; nothing is divided by the number of ranks.
 
-Letters: C counters, N rows of this rank, M rows of all ranks.
+Letters: C counters, B rows of this rank, N edges.
 """
 
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from moesaic.core.shapes import Bool, Int, Shaped, Tensor
+from moesaic.core.shapes import Bool, Shaped, Tensor
 from moesaic.moe.edge_queues import CapacityOf, QueuedEdges, keep_first
-
-
-@dataclass(frozen=True, slots=True)
-class GatheredRows:
-    """The rows of all ranks in rank order, and the index of this rank's first row."""
-
-    rows: Int[Tensor, "M C"]
-    start: int
 
 
 @runtime_checkable
@@ -31,8 +22,8 @@ class BatchGroup(Protocol):
         """Return the sum over ranks."""
         ...
 
-    def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
-        """Return the rows of all ranks, whose numbers may differ."""
+    def sum_rows(self, counts: Shaped[Tensor, "B C"]) -> Shaped[Tensor, "B C"]:
+        """Return the sum over the ranks that hold tokens of the same rows of the batch."""
         ...
 
     def keep_first(self, edges: QueuedEdges, *, capacity: CapacityOf) -> Bool[Tensor, "N"]:
@@ -46,8 +37,8 @@ class SingleRankBatch:
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
         return counts
 
-    def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
-        return GatheredRows(rows, 0)
+    def sum_rows(self, counts: Shaped[Tensor, "B C"]) -> Shaped[Tensor, "B C"]:
+        return counts
 
     def keep_first(self, edges: QueuedEdges, *, capacity: CapacityOf) -> Bool[Tensor, "N"]:
         return keep_first(edges, capacity=capacity)

@@ -37,10 +37,6 @@ class Limit(Choice):
         """Return the routing with edges dropped. Collective over ``batch_group``."""
         raise NotImplementedError
 
-    def num_summed_integers(self, _num_experts: int, /) -> int:
-        """Return how many integers all ranks sum if no expert is full (for forecasts)."""
-        return 0
-
 
 class Dropless(Limit):
     """No limit: no edge is dropped (2211.15841)."""
@@ -157,9 +153,6 @@ class Capacity(Limit):
         edges = _queued(routing, router=router, priority=self.priority.of(router))
         capacity = partial(self.expert_capacity, num_experts=routing.num_experts, factor=factor)
         return routing.drop(~batch_group.keep_first(edges, capacity=capacity))
-
-    def num_summed_integers(self, num_experts: int, /) -> int:
-        return num_experts + 1
 
     def expert_capacity(
         self, edges: Int[Tensor, "Q"], *, num_experts: int, factor: float

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
-from moesaic.core.shapes import Float, Tensor
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.compiled_experts import is_compilable, run_compiled_experts
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.nn.fused_projections import FusedProjections, gate_and_value
@@ -77,16 +77,16 @@ class ExpertModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._users: list[Callable[[RowGroups], None]] = []
+        self._users: list[Callable[[Tensor], None]] = []
 
-    def call_before_use(self, user: Callable[[RowGroups], None]) -> None:
+    def call_before_use(self, user: Callable[[Tensor], None]) -> None:
         """Have ``user`` get the rows of each expert before each use of expert weights."""
         self._users.append(user)
 
-    def before_use(self, groups: RowGroups) -> None:
+    def before_use(self, rows_per_expert: Int[Tensor, "E"]) -> None:
         """Tell of the rows of each expert."""
         for user in self._users:
-            user(groups)
+            user(rows_per_expert)
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups become zero."""
@@ -177,11 +177,11 @@ class GroupedExperts(ExpertModule, FusedProjections):
         self.adapter: ExpertAdapter | None = None
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
-        self.before_use(groups)
+        self.before_use(groups.rows_per_expert)
         return self._functional()(rows, groups=groups)
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
-        self.before_use(edges.groups)
+        self.before_use(edges.groups.rows_per_expert)
         return self._functional().forward_edges(x, edges=edges)
 
     def _functional(self) -> DirectExperts:
@@ -198,7 +198,12 @@ class GroupedExperts(ExpertModule, FusedProjections):
 
 
 class ExpertAdapter(CustomInitializers):
-    """Base of what is trained beside the frozen weights of ``GroupedExperts``."""
+    """Base of what is trained beside the frozen weights of ``GroupedExperts``.
+
+    ``first_expert`` is the number of the first of the experts on this rank.
+    """
+
+    first_expert = 0
 
     def over(self, experts: "FunctionalExperts") -> DirectExperts:
         """Return the experts with what is trained added to them."""
@@ -277,7 +282,7 @@ class LoRAExperts(ExpertModule, CustomInitializers, FusedProjections):
         return {"up_b": gate_and_value(self.up_b.shape[2], hidden=self.down_a.shape[1])}
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
-        self.before_use(groups)
+        self.before_use(groups.rows_per_expert)
         rows = as_autocast(rows)
         product = partial(
             low_rank_product, scale=self.scale, groups=groups, gemm=select_grouped_gemm(rows)

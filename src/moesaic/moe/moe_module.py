@@ -187,7 +187,7 @@ class MoEModule(nn.Module):
         if self.training:
             key = torch.randint(-(2**62), 2**62, (rows,), device=x.device)
         token = torch.zeros_like(row) if token_ids is None else token_ids.reshape(-1)
-        return TokenContext(row, position, token, torch.zeros_like(row), key[row])
+        return TokenContext(row, position, token, torch.zeros_like(row), key[row], num_rows=rows)
 
 
 def aux_loss(model: nn.Module) -> Float[Tensor, ""]:
@@ -253,6 +253,7 @@ def _select_tokens(context: TokenContext, kept: Int[Tensor, "T"]) -> TokenContex
         context.token[kept],
         context.tag[kept],
         context.row_key[kept],
+        num_rows=context.num_rows,
     )
 
 

@@ -20,11 +20,11 @@ RuleState = Mapping[str, Tensor]
 class TokenContext:
     """The tokens of one forward pass without padding, and the source of their random numbers.
 
-    ``row`` and ``position`` locate a token in the batch, ``token`` is its vocabulary id, ``tag``
-    the id of the first token of its row (a language tag). ``row_key`` identifies the row on every
-    rank, so random numbers do not depend on the parallel layout. ``token_embedding`` and
-    ``tag_embedding`` are input embeddings, present where the router reads them
-    (``RouterInput.embedding_source``).
+    ``row`` and ``position`` locate a token in the batch of ``num_rows``, ``token`` is its
+    vocabulary id, ``tag`` the id of the first token of its row (a language tag). ``row_key``
+    identifies the row on every rank, so random numbers do not depend on the parallel layout.
+    ``token_embedding`` and ``tag_embedding`` are input embeddings, present where the router reads
+    them (``RouterInput.embedding_source``).
     """
 
     row: Int[Tensor, "T"]
@@ -35,6 +35,7 @@ class TokenContext:
     token_embedding: Float[Tensor, "T D"] | None = None
     tag_embedding: Float[Tensor, "T D"] | None = None
     salt: int = 0
+    num_rows: int = 1
 
     @staticmethod
     def unbatched(tokens: int, *, device: torch.device | str = "cpu") -> "TokenContext":

@@ -284,7 +284,19 @@ def read_usage(path: Path) -> RecordedUsage:
     for number, layer in enumerate(found.layers):
         if problem := layer.problem(groups=len(found.languages)):
             raise USAGE_FILE.problem(path, f"layers.{number}: {problem}")
-    return RecordedUsage(found.languages, tuple(map(_layer_from_shape, found.layers)))
+    layers = (
+        LayerUsage(
+            layer.layer,
+            np.array(layer.counts, dtype=np.int64),
+            np.array(layer.dropped, dtype=np.int64),
+            layer.dropped_late,
+            layer.router_entropy,
+            layer.logit_rms,
+            layer.num_null_experts,
+        )
+        for layer in found.layers
+    )
+    return RecordedUsage(found.languages, tuple(layers))
 
 
 def _layer_to_json(layer: LayerUsage) -> dict[str, Any]:
@@ -296,15 +308,3 @@ def _layer_to_json(layer: LayerUsage) -> dict[str, Any]:
         "dropped_late": layer.dropped_late,
         "null_experts": layer.num_null_experts,
     } | {n: x if x is not None and math.isfinite(x) else None for n, x in measured.items()}
-
-
-def _layer_from_shape(layer: _LayerShape) -> LayerUsage:
-    return LayerUsage(
-        layer=layer.layer,
-        counts=np.array(layer.counts, dtype=np.int64),
-        dropped=np.array(layer.dropped, dtype=np.int64),
-        dropped_late=layer.dropped_late,
-        router_entropy=layer.router_entropy,
-        logit_rms=layer.logit_rms,
-        num_null_experts=layer.num_null_experts,
-    )

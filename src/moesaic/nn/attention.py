@@ -104,13 +104,6 @@ class Attention(SequenceMixer):
         pairs = config.window.mask(causal=shape.causal).num_pairs(tokens)
         return 4.0 * config.widths(shape.dim)[0] * pairs
 
-    def exchanged_values(
-        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        return self.config(shape).exchanged_values(
-            shape.dim, queries=tokens, keys=tokens, ranks=ranks, tensor=tensor
-        )
-
     def shrink(self, shape: MixerShape, /) -> Self:
         width = self.head_dim and min(self.head_dim, shape.attention.head_width(shape.dim))
         return self.replace(head_dim=width, window=self.window and self.window.shrink())

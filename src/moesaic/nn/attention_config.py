@@ -69,20 +69,6 @@ class AttentionConfig(Config):
         factor = position.score_factor()
         return None if factor == 1 else self.head_width(dim) ** -0.5 * factor
 
-    def exchanged_values(
-        self, dim: int, *, queries: int, keys: int, ranks: int, tensor: int = 1
-    ) -> float:
-        """Return the values that a context rank sends in a forward pass of Ulysses (2309.14509).
-
-        ``ranks`` context ranks have so many tokens each on every one of ``tensor`` tensor ranks:
-        an all-to-all of tokens for heads, and back. Backward sends as many.
-        """
-        heads, kv_heads = self.heads // tensor, self.num_kv_heads() // tensor
-        # where a key/value head is read on several ranks it is sent to each
-        sent = sum(-(-(r + 1) * kv_heads // ranks) - r * kv_heads // ranks for r in range(ranks))
-        rows = 2 * (heads * queries + sent * keys) * (ranks - 1) / ranks
-        return tensor * rows * self.head_width(dim)
-
     def problems(self, dim: int, *, position: PositionalEncoding) -> str | None:
         """Return what these numbers of heads expect in a model of ``dim`` channels, or None."""
         if self.head_dim is None and dim % self.heads:

@@ -87,13 +87,6 @@ class GatedLinearAttention(SequenceMixer):
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         return 4.0 * tokens * self._widths(shape.dim)[0] * self.value_width(shape.dim)
 
-    def exchanged_values(
-        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        del tokens  # a span is sent as what it does to the state
-        keys, _ = self._widths(shape.dim)  # log decays and what is added, of one span
-        return (ranks - 1) * keys * (1 + self.value_width(shape.dim)) / tensor
-
     def shrink(self, _shape: MixerShape, /) -> Self:
         return self.replace(heads=2, key_dim=4, value_dim=4, gate_rank=min(self.gate_rank, 4))
 

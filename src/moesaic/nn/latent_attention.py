@@ -17,7 +17,6 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.nn.attention_backend import AttentionBackend, LocalAttention, QueryKeyValue
-from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.attention_parts import NoWindow, Window
 from moesaic.nn.attention_scores import AttentionScores
 from moesaic.nn.decode_state import DecodeState, KVState
@@ -105,14 +104,6 @@ class LatentAttention(SequenceMixer):
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         pairs = self.window.mask(causal=shape.causal).num_pairs(tokens)
         return 2.0 * self.num_heads(shape) * (self.key_dim + self.value_dim) * pairs
-
-    def exchanged_values(
-        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        heads = AttentionConfig(heads=self.num_heads(shape), head_dim=self.key_dim)
-        return heads.exchanged_values(
-            shape.dim, queries=tokens, keys=tokens, ranks=ranks, tensor=tensor
-        )
 
     def shrink(self, _shape: MixerShape, /) -> Self:
         rank = self.query_rank and min(self.query_rank, 6)

@@ -107,14 +107,6 @@ class Mamba2(SequenceMixer):
         inner, *_ = segments = self.segments(shape.dim)
         return tokens * (4.0 * inner * self.state + 2.0 * self.width * sum(segments[1:4]))
 
-    def exchanged_values(
-        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        del tokens  # a span is sent as what it does to the state
-        segments = self.segments(shape.dim)
-        state = segments[4] + segments[0] * self.state  # log decays and what is added, of one span
-        return (ranks - 1) * (state + (self.width - 1) * sum(segments[1:4])) / tensor
-
     def shrink(self, shape: MixerShape, /) -> Self:
         groups = min(self.groups, 2)
         small = self.replace(

@@ -150,20 +150,6 @@ class SequenceMixer(Choice):
         del tokens
         return 0.0
 
-    def tensor_exchanges(self, _shape: MixerShape, /) -> int:
-        """Return how often tensor ranks gather tokens, and scatter outputs, in a forward pass."""
-        return 1
-
-    def exchanged_values(
-        self, _shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        """Return the values that a context rank sends in a forward pass (backward: as many).
-
-        ``ranks`` context ranks have so many tokens each on every one of ``tensor`` tensor ranks.
-        """
-        del tokens, ranks, tensor
-        return 0.0
-
     def shrink(self, _shape: MixerShape, /) -> Self:
         """Return the same mixer with small sizes that fit ``shape``, for fast comparisons."""
         return self
@@ -196,17 +182,6 @@ class ParallelMixers(SequenceMixer):
 
     def mixing_flops(self, shape: MixerShape, /, *, tokens: int) -> float:
         return sum(mixer.mixing_flops(shape, tokens=tokens) for mixer in self.mixers)
-
-    def tensor_exchanges(self, shape: MixerShape, /) -> int:
-        return sum(mixer.tensor_exchanges(shape) for mixer in self.mixers)
-
-    def exchanged_values(
-        self, shape: MixerShape, /, *, tokens: int, ranks: int, tensor: int
-    ) -> float:
-        return sum(
-            mixer.exchanged_values(shape, tokens=tokens, ranks=ranks, tensor=tensor)
-            for mixer in self.mixers
-        )
 
     def shrink(self, shape: MixerShape, /) -> Self:
         return self.replace(mixers=tuple(mixer.shrink(shape) for mixer in self.mixers))

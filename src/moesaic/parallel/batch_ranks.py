@@ -10,7 +10,6 @@ from moesaic.core.shapes import Bool, Int, Shaped, Tensor
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.process_groups import Group
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.moe.batch_group import GatheredRows
 from moesaic.moe.edge_queues import (
     CapacityOf,
     QueuedEdges,
@@ -69,24 +68,26 @@ class EachRow(CapacityScope):
 class BatchRanks:
     """The ``BatchGroup`` of an MoE layer whose batch is sharded over the ranks of ``world``.
 
-    Expert capacity is that of ``scope``, whose tokens the ranks of ``capacity_world`` hold.
+    Ranks of ``row_world`` hold tokens of the same rows. Expert capacity is that of ``scope``, whose
+    tokens the ranks of ``capacity_world`` hold.
     """
 
     def __init__(
         self,
         world: World,
         *,
+        row_world: World | None = None,
         capacity_world: World | None = None,
         scope: CapacityScope = GlobalBatch(),  # noqa: B008
     ) -> None:
         self._world, self._capacity_world = world, capacity_world or world
-        self._scope = scope
+        self._row_world, self._scope = row_world, scope
 
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
         return self._world.all_reduce(counts)
 
-    def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
-        return _gather(rows, world=self._world)
+    def sum_rows(self, counts: Shaped[Tensor, "B C"]) -> Shaped[Tensor, "B C"]:
+        return counts if self._row_world is None else self._row_world.all_reduce(counts)
 
     def keep_first(self, edges: QueuedEdges, *, capacity: CapacityOf) -> Bool[Tensor, "N"]:
         world = self._capacity_world
@@ -99,23 +100,23 @@ class BatchRanks:
     def _keep_first_of_rows(self, edges: QueuedEdges, *, capacity: CapacityOf) -> Bool[Tensor, "N"]:
         """Gather the edges of the few ranks that share rows: their number is not that of ranks."""
         local = torch.stack([edges.expert, edges.row], 1)
-        found = _gather(torch.cat([local, edges.key], 1), world=self._capacity_world)
-        expert, row, *_ = found.rows.unbind(1)
-        whole = replace(edges, expert=expert, row=row, key=found.rows[:, 2:])
+        rows, start = _gather(torch.cat([local, edges.key], 1), world=self._capacity_world)
+        whole = replace(edges, expert=rows[:, 0], row=rows[:, 1], key=rows[:, 2:])
         kept = keep_first_of_rows(whole, capacity=capacity)
-        return kept[found.start : found.start + len(local)]
+        return kept[start : start + len(local)]
 
 
-def _gather(rows: Int[Tensor, "N C"], *, world: World) -> GatheredRows:
+def _gather(rows: Int[Tensor, "N C"], *, world: World) -> tuple[Int[Tensor, "M C"], int]:
+    """Return the rows of all ranks in rank order, and the index of this rank's first row."""
     if world.size == 1:
-        return GatheredRows(rows, 0)
+        return rows, 0
     count = torch.tensor([rows.shape[0]], device=rows.device)
     sizes = [int(size) for size in world.all_gather(count)]
     padded = rows.new_zeros(max(sizes), rows.shape[1])
     padded[: rows.shape[0]] = rows
     parts = world.all_gather(padded)
     gathered = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return GatheredRows(gathered, sum(sizes[: world.rank]))
+    return gathered, sum(sizes[: world.rank])
 
 
 def world_over(mesh: Mesh, *axes: str, num_experts: int | None = None) -> World:

@@ -184,15 +184,19 @@ def apply_context_parallel(model: Transformer, *, parallel: ParallelConfig, mesh
 
 def apply_expert_parallel(model: Transformer, *, parallel: ParallelConfig, mesh: Mesh) -> None:
     """Sum routing statistics over the batch's ranks, and dispatch tokens over expert ranks."""
-    stage, scope = world_over(mesh, *STAGE_AXES), parallel.capacity_scope
+    stage, rows = world_over(mesh, *STAGE_AXES), world_over(mesh, "context", "tensor")
+    scope = parallel.capacity_scope
     for layer in moe_layers(model):
         number = layer.router.config.experts
         experts = number if scope.of_experts else None
         capacity = world_over(mesh, *scope.axes, num_experts=experts)
-        layer.batch_group = BatchRanks(stage, capacity_world=capacity, scope=scope)
+        layer.batch_group = BatchRanks(stage, row_world=rows, capacity_world=capacity, scope=scope)
         expert, expert_tensor = (
             mesh.group(axis, num_experts=number) for axis in ("expert", "expert_tensor")
         )
+        if isinstance(layer.experts, GroupedExperts) and layer.experts.adapter is not None:
+            rank = mesh.coordinates(number)["expert"]
+            layer.experts.adapter.first_expert = rank * len(layer.experts.up)
         if expert is not None or expert_tensor is not None:
             groups = DispatchGroups(expert, expert_tensor, mesh.timeout_s)
             layer.dispatcher = parallel.dispatch.build(groups)

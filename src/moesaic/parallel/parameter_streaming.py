@@ -29,7 +29,6 @@ from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStor
 from moesaic.model.block import Block, BlockState
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, MoEOutput, moe_layers
-from moesaic.ops.permute import RowGroups
 
 
 @dataclass(eq=False, slots=True)
@@ -221,9 +220,9 @@ class ParameterStream:
             unit.noted = None
             self._use(unit)
 
-        def note(groups: RowGroups) -> None:
+        def note(rows_per_expert: Int[Tensor, "E"]) -> None:
             if not _in_backward():
-                unit.noted = [*(unit.noted or []), UsedExperts(groups.rows_per_expert)]
+                unit.noted = [*(unit.noted or []), UsedExperts(rows_per_expert)]
 
         def after(_module: nn.Module, _inputs: Any, output: MoEOutput | BlockState) -> None:
             if _in_backward():  # recomputed: the backward of the unit comes next

@@ -1,18 +1,21 @@
 """Block chain: the blocks of a model by kind, and the few of them whose cost stands for all.
 
-Two blocks are of one kind if they have the same mixers, the same dense or sparse feed-forward and
-the same activation checkpointing. A block's cost also depends on its neighbours (ZeRO gathers one
-block while another computes), and the first block makes what a stack shares. So one block is run
-for each kind between kinds of neighbours.
+Two blocks are of one kind if they have the same mixers, the same dense or sparse feed-forward, the
+same activation checkpointing, and the same parameters and adapters that are trained. A block's cost
+also depends on its neighbours (ZeRO gathers one block while another computes), and the first block
+makes what a stack shares. So one block is run for each kind between kinds of neighbours.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moesaic.model.config import ModelConfig
 from moesaic.parallel.activation_checkpointing import ActivationCheckpointing
+from moesaic.parallel.parameter_inventory import ParameterInfo
 
 STACKS = ("encoder", "decoder")
+AFTER_BLOCKS = ("decoder_norm", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,17 @@ class BlockChain:
     representative: Mapping[str, tuple[int, ...]]
 
     @staticmethod
-    def of(config: ModelConfig, *, checkpointing: ActivationCheckpointing) -> "BlockChain":
-        """Return the chain of a model."""
+    def of(
+        config: ModelConfig,
+        *,
+        checkpointing: ActivationCheckpointing,
+        parameters: Sequence[ParameterInfo] = (),
+    ) -> "BlockChain":
+        """Return the chain of a model, whose ``parameters`` say what is trained; (): all."""
+        trained = _trained(parameters)
         found = {}
         for side in STACKS:
-            kinds, first = _kinds(config, side=side, by=checkpointing), dict[object, int]()
+            kinds, first = _kinds(config, trained, side=side, by=checkpointing), dict[object, int]()
             padded = ["", *kinds, ""]
             context = [tuple(padded[i : i + 3]) for i in range(len(kinds))]
             found[side] = tuple(first.setdefault(key, i) for i, key in enumerate(context))
@@ -61,7 +70,35 @@ class BlockChain:
         return not (stack in STACKS and number.isdigit()) or int(number) in self.run[stack]
 
 
-def _kinds(config: ModelConfig, *, side: str, by: ActivationCheckpointing) -> list[str]:
+def _trained(parameters: Sequence[ParameterInfo]) -> Mapping[ChainPlace, str]:
+    """Return a text for each block: its parameters, and whether its input needs a gradient."""
+    inside: defaultdict[ChainPlace, list[ParameterInfo]] = defaultdict(list)
+    needs_gradient = False
+    for each in parameters:
+        stack, _, rest = each.name.partition(".")
+        number = rest.partition(".")[0]
+        if stack in STACKS and number.isdigit():
+            inside[ChainPlace(stack, int(number))].append(each)
+        else:
+            needs_gradient |= each.trained and stack not in AFTER_BLOCKS
+    found = {}
+    for place in sorted(inside, key=lambda each: (STACKS.index(each.stack), each.block)):
+        names = [
+            (each.name.split(".", 2)[2], each.placement.shape, each.trained)
+            for each in inside[place]
+        ]
+        found[place] = f"{names} {needs_gradient}"
+        needs_gradient |= any(each.trained for each in inside[place])
+    return found
+
+
+def _kinds(
+    config: ModelConfig,
+    trained: Mapping[ChainPlace, str],
+    *,
+    side: str,
+    by: ActivationCheckpointing,
+) -> list[str]:
     """Return a text for each block of a stack, equal where the blocks are."""
     stack = config.stack_of(side)
     kinds = []
@@ -69,5 +106,6 @@ def _kinds(config: ModelConfig, *, side: str, by: ActivationCheckpointing) -> li
         sparse = repr(config.moe_of_layer(stack, layer=layer))
         mixers = repr(config.mixers_of_layer(stack, layer=layer))
         feed_forward = stack.block_pattern(layer).feed_forward
-        kinds.append(f"{mixers} {sparse} {feed_forward} {layer % by.period}")
+        changed = trained.get(ChainPlace(side, layer), "")
+        kinds.append(f"{mixers} {sparse} {feed_forward} {layer % by.period} {changed}")
     return kinds

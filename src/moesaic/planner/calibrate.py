@@ -4,7 +4,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moesaic.bench.machine_info import git_commit, machine_info
+from moesaic.core.freed_memory import keep_freed_memory
 from moesaic.planner.machine import (
     ContendedPairs,
     LinkSpeed,
@@ -37,11 +38,13 @@ from moesaic.planner.measured_rates import (
     memory_bound,
     optimizer_update,
 )
-from moesaic.planner.synthetic_steps import ratio, step_call, step_over_parts
+from moesaic.planner.synthetic_steps import MIDDLE, over_parts, ratio, step_call, synthetic_step
 
 FULL_POINT_S, QUICK_POINT_S = 0.1, 0.02
+FULL_ROUNDS, QUICK_ROUNDS = 3, 1  # of calls on one device
 COPY_SIZES = (2**14, 2**20, 2**25)
-MIB = 2**20
+DTYPES = (torch.float32, torch.bfloat16)
+Timings = Mapping[str, Sequence[Measurement]]  # by what is timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +88,18 @@ def calibrate(
     """
     started = time.perf_counter()
     cuda = torch.cuda.device_count() > 0
+    if not cuda:
+        keep_freed_memory()  # as training does
     sizes = torch.cuda.device_count() if cuda else 2
-    run = _Run(QUICK_POINT_S if quick else FULL_POINT_S, cuda=cuda, notify=notify)
+    point_s, rounds = (QUICK_POINT_S, QUICK_ROUNDS) if quick else (FULL_POINT_S, FULL_ROUNDS)
+    run = _Run(point_s, rounds, cuda=cuda, notify=notify)
     # first: ranks are forked, which must be before this process starts threads or CUDA
     ranks = measure_ranks(point_s=run.point_s, cuda=cuda) if sizes > 1 else RankTimings([], {}, {})
-    run.keep("two ranks", *ranks.link, *ranks.pairs.values())
+    run.keep("two ranks", *ranks.pairs.values())
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        machine = _measure_machine(run, ranks=ranks, scratch=Path(scratch), like=like)
-    if not cuda:
-        steps = step_over_parts(run.watch, machine=machine)
-        run.keep("synthetic steps", *steps)
-        over = SlowDown(value=round(max(1.0, ratio(steps)), 3), source=run.source)
-        machine = machine.replace(step_over_parts=over)
+        fastest = fastest_of(_device_calls(run.watch, cuda=cuda), rounds=run.rounds)
+        machine = _measure_machine(run, fastest, ranks=ranks, scratch=Path(scratch), like=like)
+    machine = _with_step_over_parts(machine, run, fastest["steps"])
     machine = machine.replace(name=name or machine.name)
     return Calibration(machine, tuple(run.kept), time.perf_counter() - started)
 
@@ -104,8 +107,11 @@ def calibrate(
 class _Run:
     """The measurements of a calibration, in order."""
 
-    def __init__(self, point_s: float, *, cuda: bool, notify: Callable[[str], object]) -> None:
-        self.point_s, self.cuda, self._notify = point_s, cuda, notify
+    def __init__(
+        self, point_s: float, rounds: int, *, cuda: bool, notify: Callable[[str], object]
+    ) -> None:
+        self.point_s, self.rounds = point_s, rounds
+        self.cuda, self._notify = cuda, notify
         self.kept: list[Measurement] = []
 
     @property
@@ -148,22 +154,19 @@ class _Run:
 
 
 def _measure_machine(
-    run: _Run, *, ranks: RankTimings, scratch: Path, like: Machine | None
+    run: _Run,
+    fastest: Timings,
+    *,
+    ranks: RankTimings,
+    scratch: Path,
+    like: Machine | None,
 ) -> Machine:
     watch = run.watch
     pairs = contended_calls(watch, scratch)
     run.keep("contended pairs", *pairs.values())
-    links = {
-        "host_to_device": [copy(watch, size=n, to_device=True) for n in COPY_SIZES],
-        "device_to_host": [copy(watch, size=n, to_device=False) for n in COPY_SIZES],
-        "disk_read": [disk(watch, scratch, size=n, write=False) for n in COPY_SIZES],
-        "disk_write": [disk(watch, scratch, size=n, write=True) for n in COPY_SIZES],
-    }
-    measured = {name: run.link(name.replace("_", " "), found) for name, found in links.items()}
-    call = step_call(watch)
-    run.keep("calls within a step", call)
-    loops = best_of_two([partial(memory_bound, watch, size=n) for n in MEMORY_SIZES])
-    memory = within_step(loops, call=call, asynchronous=run.cuda)
+    measured = _links(run, scratch)
+    (call,) = run.keep("calls within a step", *fastest["calls"])
+    memory = within_step(fastest["memory"], call=call, asynchronous=run.cuda)
     update = optimizer_update(watch, values=2**22)
     run.keep("optimizer update", update)
     within = run.link("collectives", ranks.link) if ranks.link else _borrowed(like, measured)
@@ -180,7 +183,7 @@ def _measure_machine(
         device_memory=run.number(device_bytes),
         host_memory_per_node=run.number(host_memory_bytes()),
         disk_per_node=run.number(shutil.disk_usage(scratch).free),
-        products=_measure_products(run),
+        products=_products(run, fastest),
         memory=run.curve("memory-bound operations", memory),
         within_node=within,
         between_nodes=like.between_nodes if like else _same(within, "within_node"),
@@ -195,6 +198,26 @@ def _measure_machine(
     )
 
 
+def _links(run: _Run, scratch: Path) -> dict[str, LinkSpeed]:
+    watch = run.watch
+    links = {
+        "host_to_device": [copy(watch, size=n, to_device=True) for n in COPY_SIZES],
+        "device_to_host": [copy(watch, size=n, to_device=False) for n in COPY_SIZES],
+        "disk_read": [disk(watch, scratch, size=n, write=False) for n in COPY_SIZES],
+        "disk_write": [disk(watch, scratch, size=n, write=True) for n in COPY_SIZES],
+    }
+    return {name: run.link(name.replace("_", " "), found) for name, found in links.items()}
+
+
+def _with_step_over_parts(machine: Machine, run: _Run, steps: Sequence[Measurement]) -> Machine:
+    """Return the machine with what synthetic steps, if any were timed, take over their parts."""
+    if not steps:
+        return machine
+    found = run.keep("synthetic steps", *over_parts(steps, machine=machine))
+    over = SlowDown(value=round(max(1.0, ratio(found)), 3), source=run.source)
+    return machine.replace(step_over_parts=over)
+
+
 def _shared_cores(run: _Run, ranks: RankTimings, *, call: Measurement) -> SharedCores:
     found = dict(ranks.shared)
     found["memory"] = within_step(found["memory"], call=call, asynchronous=run.cuda)
@@ -205,33 +228,61 @@ def _shared_cores(run: _Run, ranks: RankTimings, *, call: Measurement) -> Shared
     return SharedCores(**curves)
 
 
-def _measure_products(run: _Run) -> dict[str, Products]:
-    watch = run.watch
-    found: dict[str, Products] = {}
+def _device_calls(watch: Stopwatch, *, cuda: bool) -> dict[str, list[Callable[[], Measurement]]]:
+    """Return what is timed on one device, by name."""
     shapes = ((64, 64), (256, 64), (256, 128), (512, 256), (512, 512))
-    if run.cuda:
+    # up to 512 rows of an expert, as in training, where rows fill the near caches before weights do
+    grouped = ((128, 64), (512, 64), (1024, 96), (4096, 128), (4096, 256))
+    if cuda:
         shapes = ((256, 512), (1024, 1024), (4096, 2048), (8192, 4096), (8192, 8192))
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        calls = [
-            [partial(dense_product, watch, rows=r, dim=d, dtype=dtype) for r, d in shapes],
-            [partial(grouped_product, watch, tokens=2 * r, dim=d, dtype=dtype) for r, d in shapes],
-            [partial(attention, watch, tokens=n, dtype=dtype) for n in (32, 128, 512)],
-        ]
-        dense, grouped, mixed = map(best_of_two, calls)
-        found[name] = Products(
-            peak=run.number(max(m.rate for m in dense)),
-            dense=run.curve(f"dense products in {name}", dense),
-            grouped=run.curve(f"grouped products in {name}", grouped),
-            attention=run.curve(f"attention in {name}", mixed),
+        grouped = tuple((2 * rows, dim) for rows, dim in shapes)
+    calls: dict[str, list[Callable[[], Measurement]]] = {
+        "calls": [partial(step_call, watch)],
+        "memory": [partial(memory_bound, watch, size=n) for n in MEMORY_SIZES],
+        "steps": [] if cuda else [partial(synthetic_step, watch, each) for each in MIDDLE],
+    }
+    for dtype in DTYPES:
+        calls |= {
+            f"dense products in {dtype}": [
+                partial(dense_product, watch, rows=r, dim=d, dtype=dtype) for r, d in shapes
+            ],
+            f"grouped products in {dtype}": [
+                partial(grouped_product, watch, tokens=n, dim=d, dtype=dtype) for n, d in grouped
+            ],
+            f"attention in {dtype}": [
+                partial(attention, watch, tokens=n, dtype=dtype) for n in (32, 128, 512)
+            ],
+        }
+    return calls
+
+
+def _products(run: _Run, fastest: Timings) -> dict[str, Products]:
+    found: dict[str, Products] = {}
+    for dtype in DTYPES:
+        kinds = (
+            f"{kind} in {dtype}" for kind in ("dense products", "grouped products", "attention")
+        )
+        dense, grouped, mixed = (run.curve(kind, fastest[kind]) for kind in kinds)
+        peak = run.number(max(rate for _, rate in dense.points))
+        found[str(dtype).removeprefix("torch.")] = Products(
+            peak=peak, dense=dense, grouped=grouped, attention=mixed
         )
     return found
 
 
-def best_of_two(calls: Sequence[Callable[[], Measurement]]) -> list[Measurement]:
-    """Measure all, and all once more; return the faster of each: noise only makes slower."""
-    first, second = ([call() for call in calls] for _ in range(2))
-    return [min(pair, key=lambda m: m.median) for pair in zip(first, second, strict=True)]
+def fastest_of(
+    calls: Mapping[str, Sequence[Callable[[], Measurement]]], *, rounds: int
+) -> dict[str, list[Measurement]]:
+    """Measure all, so many times over; return the fastest of each.
+
+    What else a shared host does only makes a call slower, for some seconds, so equal calls are not
+    timed one after the other.
+    """
+    timed = [[[call() for call in each] for each in calls.values()] for _ in range(rounds)]
+    return {
+        name: [min(same, key=lambda m: m.median) for same in zip(*found, strict=True)]
+        for name, found in zip(calls, zip(*timed, strict=True), strict=True)
+    }
 
 
 def within_step(

@@ -19,8 +19,7 @@ class CostSettings(Config):
     ``sizes`` are those of one micro-batch of a data-parallel rank, ``world`` the number of ranks.
     ``busiest_share`` is the share of a layer's edges that expert 0 has, which rank 0 holds; None is
     even. Kernels divide large results as on a ``device`` of this type. What is not ``trainable``
-    has no gradients and no states, but its operations are priced all the same; of adapters only
-    the bytes are.
+    has no gradients and no states; adapters of the choice are in the model.
     """
 
     model: ModelConfig

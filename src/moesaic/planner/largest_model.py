@@ -15,7 +15,7 @@ from moesaic.planner.capacity import with_experts
 from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.machine import Machine
 from moesaic.planner.plan_model import Limits, PlanModel, tier_sums
-from moesaic.planner.plan_report import PlanRequest, plan_model, plan_words
+from moesaic.planner.plan_report import PlanRequest, plan_model, plan_words, training_problems
 from moesaic.planner.plan_space import (
     GRADIENTS_ON_HOST,
     RESIDENT,
@@ -94,6 +94,7 @@ def largest_models(request: PlanRequest, *, machine: Machine, limits: Limits) ->
         fits = [
             _Fit(_most_experts(models, choice, few=few, limits=limits), choice)
             for choice in (CompletePlan(d, option) for d in degrees if combination.holds(d))
+            if not any(training_problems(request, choice))
         ]
         rows.append(_row(request, combination, max(fits, key=lambda f: f.experts, default=None)))
     return {"name": request.name, "ranks": request.space.ranks, "rows": rows, "note": NOTE}

@@ -113,15 +113,17 @@ def _mean_of_ranks(seconds: Sequence[float], *, group: Any) -> tuple[float, ...]
 def _shared_cores(watch: Stopwatch, *, group: Any) -> Mapping[str, Sequence[_Timing]]:
     """Time what is slower beside another rank: collectives, ZeRO's units, large operands.
 
-    All is timed in two passes, some seconds apart, whose samples are taken together.
+    Collectives and operands are timed in two passes, some seconds apart, of which the faster
+    counts: what else a shared host does only makes them slower. ZeRO's units are differences of
+    timings, so models with and without them take turns, and all samples count.
     """
-    first, second = (_shared_once(watch, group=group) for _ in range(2))
+    passes = [_shared_once(watch, group=group) for _ in range(2)]
     found = {
         kind: [
-            (what, size, (*mine, *later))
-            for (what, size, mine), (_, _, later) in zip(timings, second[kind], strict=True)
+            min(same, key=lambda each: statistics.median(each[2]))
+            for same in zip(*(timed[kind] for timed in passes), strict=True)
         ]
-        for kind, timings in first.items()
+        for kind in passes[0]
     }
     units = [_unit_timings(watch, dim, group=group) for dim in DIMS]
     found["unit-gather"], found["unit-scatter"] = map(list, zip(*units, strict=True))
@@ -142,7 +144,10 @@ def _shared_once(watch: Stopwatch, *, group: Any) -> dict[str, list[_Timing]]:
     for size in MEMORY_SIZES:
         distributed.barrier(group=group)
         each = memory_bound(watch, size=size)
-        seconds = _mean_of_ranks([each.median] * 2, group=group)
+        quartiles = statistics.quantiles(
+            each.seconds, n=4
+        )  # ranks differ in their numbers of rounds
+        seconds = _mean_of_ranks(quartiles, group=group)
         found["memory"].append((f"memory {size}, two ranks", each.size, seconds))
     return found
 
@@ -193,7 +198,7 @@ def _unit_timings(watch: Stopwatch, dim: int, *, group: Any) -> tuple[_Timing, _
     scatter = max((sharded_both - both) / UNITS - 2 * gather, 1e-6)
     sent = MATRICES * dim * dim * 4 / 2
     names = (("gather", gather), ("scatter", scatter))
-    first, second = ((f"unit {name} {dim}", sent, (found,) * 2) for name, found in names)
+    first, second = ((f"unit {name} {dim}", sent, (found,)) for name, found in names)
     return first, second
 
 
@@ -220,12 +225,17 @@ def _all_devices(watch: Stopwatch, *, group: Any) -> _Timing:
         if watch.device.type == "cuda"
         else steps_in_turn(MIDDLE)
     )
-    alone = [watch.measure("alone", layer, size=1)] if distributed.get_rank() == 0 else []
-    distributed.barrier(group=group)
-    seconds = tuple(watch.time(layer) for _ in range(4 * MIN_ROUNDS))
-    distributed.barrier(group=group)
-    longer = alone[0].median if alone else 1.0
-    return "all_devices", longer, tuple(min(2 * longer, max(longer, s)) for s in seconds)
+    alone, both = list[tuple[float, ...]](), list[tuple[float, ...]]()
+    for _ in range(3):  # in turn, and the fastest of each counts, as another program slows both
+        distributed.barrier(group=group)
+        if distributed.get_rank() == 0:
+            alone.append(_seconds(watch, layer, 3))
+        distributed.barrier(group=group)
+        both.append(_seconds(watch, layer, MIN_ROUNDS))
+        distributed.barrier(group=group)
+    longer = min(map(statistics.median, alone), default=1.0)
+    fastest = min(both, key=statistics.median)
+    return "all_devices", longer, tuple(min(2 * longer, max(longer, s)) for s in fastest)
 
 
 def _product_beside(watch: Stopwatch, *, group: Any) -> _Timing:

@@ -47,7 +47,9 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles over the median."""
+        """Distance of the quartiles over the median, 0 of one sample."""
+        if len(self.seconds) == 1:
+            return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / self.median
 

@@ -7,7 +7,8 @@ spans of the whole model together.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -36,6 +37,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.precision import Precision
+from moesaic.parallel.trainable_parameters import TrainableParameters
 from moesaic.parallel.zero import set_gradient_accumulation
 from moesaic.planner.block_chain import STACKS, BlockChain, ChainPlace
 from moesaic.planner.cost_entries import Phase
@@ -88,6 +90,7 @@ class MeasuredPart:
     optimizer: Optimizer
     precision: Precision
     chunks: ChunkSizes
+    trainable: TrainableParameters
     busiest_share: float | None = None
     is_pipelined: bool = False
     offloads: bool = False
@@ -104,6 +107,8 @@ class MeasuredPart:
         ):
             config = with_round_robin_routing(self.config, busiest_share=self.busiest_share)
             model = Transformer.without_values(config, layers=self.chain.run)
+            with self._numbered_as_whole(model):
+                self.trainable.attach(model)
             mesh = Mesh(
                 plan,
                 rank=0,
@@ -114,7 +119,10 @@ class MeasuredPart:
                 parallel_model = parallelize_on_mesh(
                     model, parallel=parallel, mesh=mesh, precision=self.precision
                 )
-            self._apply_checkpointing(model)
+            with self._numbered_as_whole(model):
+                self.parallel.activation_checkpointing.apply(model)
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(self.trainable.includes(name))
             counted = _CountedSaves(model.run_block)
             if self.offloads:
                 model.run_block = counted
@@ -130,15 +138,16 @@ class MeasuredPart:
             spans = tuple(recording.micro_batch(parallel_model, batch, last=each) for each in last)
             return MeasuredStep(spans, recording.update(parallel_model, self.optimizer))
 
-    def _apply_checkpointing(self, model: Transformer) -> None:
-        """Checkpoint the blocks that are run as in the whole model, where others are between."""
+    @contextmanager
+    def _numbered_as_whole(self, model: Transformer) -> Iterator[None]:
+        """Give the blocks that are run their places in the whole model."""
         stacks = {side: model.get_submodule(side) for side in STACKS}
         for side, stack in stacks.items():
             whole: list[nn.Module] = [nn.Identity() for _ in self.chain.representative[side]]
             for number, block in zip(self.chain.run[side], stack.children(), strict=True):
                 whole[number] = block
             model.add_module(side, nn.ModuleList(whole))
-        self.parallel.activation_checkpointing.apply(model)
+        yield
         for side, stack in stacks.items():
             model.add_module(side, stack)
 
@@ -191,7 +200,7 @@ class _Recording:
         """Update the parameters twice, and return the span of the second time."""
         model, precision = parallel_model.model, parallel_model.precision
         for parameter in model.parameters():
-            if parameter.grad is None:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         built = optimizer.build(
             model.named_parameters(),
@@ -286,7 +295,8 @@ class _MarkedBlocks:
 
 
 def _on_gradient(x: Tensor, call: Any) -> None:
-    x.register_hook(lambda _: call())
+    if x.requires_grad:  # else nothing is trained that it depends on
+        x.register_hook(lambda _: call())
 
 
 def _first_stack(model: Transformer) -> str:

@@ -1,6 +1,6 @@
 """Plan report: the best plans of a request with bytes, time, cost, and why others are slower."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -182,13 +182,17 @@ def find_plans(
     keep: int = 5,
 ) -> PlanReport:
     """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
-    request = request.replace(space=_trainable_space(request))
     inventory = inventory_of(request.model, trainable=request.trainable)
     model = plan_model(request, inventory=inventory, machine=machine)
-    legal = _can_be_cut(request)
-    found = search(model, limits=limits, keep=keep, legal=legal)
+    found = search(
+        model,
+        limits=limits,
+        keep=keep,
+        legal=_can_be_cut(request),
+        trains=lambda choice: not any(training_problems(request, choice)),
+    )
     if not found.best:
-        raise ConfigError([nothing_fits(request, found)])
+        raise ConfigError(_untrainable(request, found) or [nothing_fits(request, found)])
     return PlanReport(request, machine, limits, found.best, found.certificate)
 
 
@@ -241,17 +245,18 @@ def _measure_exchanges(
     return found
 
 
-def _trainable_space(request: PlanRequest) -> PlanSpace:
-    """Return the space with the ZeRO stages and memory plans under which the choice is trained."""
+def training_problems(request: PlanRequest, choice: CompletePlan) -> Iterator[str]:
+    """Yield why what is trained cannot be trained under a plan."""
+    yield from request.trainable.parallel_problems(choice.parallel_config(request.parallel))
 
-    def trains(parallel: ParallelConfig) -> bool:
-        return not any(request.trainable.parallel_problems(parallel))
 
-    space = request.space
-    return space.replace(
-        zero=tuple(z for z in space.zero if trains(ParallelConfig(plan=ParallelPlan(zero=z)))),
-        memory=tuple(each for each in space.memory if trains(ParallelConfig(memory=each))),
-    )
+def _untrainable(request: PlanRequest, found: SearchResult) -> list[str]:
+    """Return why no plan of the first degrees is trained, if that is why there is none."""
+    degrees = next(iter(request.space.degrees(request.model)), None)
+    if found.nearest is not None or degrees is None:
+        return []
+    plans = [CompletePlan(degrees, option) for option in request.space.options()]
+    return list(dict.fromkeys(each for plan in plans for each in training_problems(request, plan)))
 
 
 def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
@@ -267,8 +272,7 @@ def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
             parallel.pipeline_stages(request.model)
         except UserError:
             return False
-        staged = ParallelConfig(plan=ParallelPlan(pipe=pipe))
-        return not any(request.trainable.parallel_problems(staged))
+        return True
 
     @cache
     def can_be_sharded(stage: Degrees) -> bool:
@@ -278,7 +282,7 @@ def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
             check_parallel(few, parallel=parallel, plan=plan)
         except UserError:
             return False
-        return not any(request.trainable.parallel_problems(ParallelConfig(plan=plan)))
+        return True
 
     def legal(degrees: Degrees) -> bool:
         # micro-batches and stages do not change how layers are cut

@@ -100,10 +100,12 @@ def search(
     limits: Limits,
     keep: int = 5,
     legal: Callable[[Degrees], bool] = lambda _: True,
+    trains: Callable[[CompletePlan], bool] = lambda _: True,
 ) -> SearchResult:
     """Return the ``keep`` fastest plans that fit, each of other degrees, and the certificate.
 
     ``legal`` is asked once for each degrees that are opened: whether the model can be cut so.
+    ``trains`` is whether what is trained can be under a plan.
     """
     space = list(model.space.degrees(model.settings.inventory.config))
     options = model.space.options()
@@ -114,7 +116,7 @@ def search(
         _, degrees = heapq.heappop(queue)
         if legal(degrees):
             opened += 1
-            _open(degrees, options, model=model, limits=limits, kept=kept)
+            _open(degrees, options, model=model, limits=limits, kept=kept, trains=trains)
     best = tuple(found for _, _, found in sorted(kept.heap, reverse=True))
     return SearchResult(
         best,
@@ -137,6 +139,7 @@ def _open(
     model: PlanModel,
     limits: Limits,
     kept: _Kept,
+    trains: Callable[[CompletePlan], bool],
 ) -> None:
     """Offer the fastest option of some degrees that fits; if nothing has yet, the nearest."""
     fits: list[PlanForecast] = []
@@ -149,9 +152,12 @@ def _open(
         if option.recomputes in slower:
             continue
         choice, held = CompletePlan(degrees, option), tier_sums(model.held(degrees, option))
-        if limits.excess(held)[0] <= 1:
+        is_small = limits.excess(held)[0] <= 1
+        if (kept.heap and not is_small) or not trains(choice):
+            continue
+        if is_small:
             fits.append(model.forecast(choice))
-        elif not kept.heap:
+        else:
             kept.offer_nearest(choice, held, limits)
     if fits:
         kept.offer(min(fits, key=lambda found: found.time.total))

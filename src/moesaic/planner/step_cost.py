@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 
+from moesaic.core.errors import ConfigError
 from moesaic.distributed.communication_counter import RING_BYTES, SentCall
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.parallel.communication_volume import (
@@ -130,12 +131,18 @@ class _Composition:
     @staticmethod
     def of(settings: CostSettings, *, rank: int) -> "_Composition":
         """Measure what was not measured before."""
+        if problems := list(settings.trainable.parallel_problems(settings.parallel)):
+            raise ConfigError(problems)
         inventory = inventory_of(settings.model, trainable=settings.trainable)
         parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
         counts = sorted(set(inventory.expert_modules.values()))
         small = smallest_plan(parameters.plan, expert_counts=counts)
         parallel = settings.parallel.replace(plan=small, memory=MemoryPlan())
-        blocks = BlockChain.of(settings.model, checkpointing=parallel.activation_checkpointing)
+        blocks = BlockChain.of(
+            settings.model,
+            checkpointing=parallel.activation_checkpointing,
+            parameters=inventory.parameters,
+        )
         part = MeasuredPart(
             settings.model,
             blocks,
@@ -144,12 +151,12 @@ class _Composition:
             settings.optimizer,
             settings.precision,
             settings.chunks,
+            settings.trainable,
             settings.busiest_share,
             is_pipelined=parameters.stages is not None,
             offloads=not settings.parallel.memory.activations.is_device,
         )
-        run = inventory_of(settings.model)
-        measured_parameters = run.on_rank(parallel, world=small.world_size)
+        measured_parameters = inventory.on_rank(parallel, world=small.world_size)
         return _Composition(settings, parameters, blocks, part, measured_parameters)
 
     @cached_property
@@ -348,8 +355,8 @@ class _Composition:
         """
         state, measured = self._state, self.measured.update.operations
         passes = sum(n for each, n in measured.items() if each.kind is OperationKind.MEMORY)
-        run = sum(self.blocks.has_run(s.parameter.name) for s in self.measured_parameters.shards)
-        calls = max(1, round(passes * len(self.parameters.trained) / run))
+        run = sum(self.blocks.has_run(s.parameter.name) for s in self.measured_parameters.trained)
+        calls = max(1, round(passes * len(self.parameters.trained) / max(1, run)))
         written = state.updated + state.states
         read = written + state.gradients
         yield Operation(OperationKind.MEMORY, "float32", 0, read // calls, written // calls), calls

@@ -5,6 +5,7 @@ spans before have left, and the most within a span.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -105,10 +106,17 @@ def stage_spans(
         places.append(ChainPlace("head"))
     forward = [by_place[Phase.FORWARD, chain.run_for(place)] for place in places]
     backward = [
-        by_place[Phase.BACKWARD, chain.run_for(place)].with_more(corrections.get(place, 0))
+        by_place.get((Phase.BACKWARD, chain.run_for(place)), _no_backward(place)).with_more(
+            corrections.get(place, 0)
+        )
         for place in reversed(places)
     ]
     return (*forward, *backward)
+
+
+def _no_backward(place: ChainPlace) -> Span:
+    """Return the span of a place to which no gradient flows, as nothing before it is trained."""
+    return Span(Phase.BACKWARD, place, 0, 0, Counter(), Counter())
 
 
 def kept_bytes(spans: Iterable[Span]) -> int:
@@ -144,17 +152,15 @@ def gradient_corrections(
 ) -> Mapping[ChainPlace, int]:
     """Return, for each place, by how much more bytes of gradients stay than where it was run.
 
-    There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device,
-    those of frozen parameters too. Adapters are not run.
+    There are fewer ranks there, so ZeRO's shards are larger; and all gradients are on the device.
     """
     itemsize = settings.precision.gradient_dtype.itemsize
     is_device = settings.parallel.memory.gradients.is_device
-    small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.shards}
+    small = {shard.parameter.name: math.prod(shard.shape) for shard in measured.trained}
     found: dict[ChainPlace, int] = {}
-    for shard in parameters.shards:
+    for shard in parameters.trained:
         place = _place_of(shard.parameter.name, settings)
-        stays = is_device and shard.parameter.trained
-        more = stays * math.prod(shard.shape) - small.get(shard.parameter.name, 0)
+        more = is_device * math.prod(shard.shape) - small.get(shard.parameter.name, 0)
         found[place] = found.get(place, 0) + itemsize * more
     return found
 

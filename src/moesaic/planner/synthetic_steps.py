@@ -7,6 +7,7 @@ left in a cache, or did not, are in no loop of one operation.
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -62,17 +63,21 @@ def step_call(watch: Stopwatch) -> Measurement:
     return Measurement(found.what, found.size, tuple(s / calls for s in found.seconds))
 
 
-def step_over_parts(watch: Stopwatch, *, machine: Machine) -> list[Measurement]:
-    """Time steps of middle size. ``size`` is the sum of their operations' times on the machine."""
-    found = []
-    for settings in MIDDLE:
+def synthetic_step(watch: Stopwatch, settings: CostSettings) -> Measurement:
+    """Time a step of middle size."""
+    call = training_passes(settings, device=watch.device)
+    return watch.measure(f"synthetic step, dim {settings.model.dim}", call, size=1)
+
+
+def over_parts(found: Sequence[Measurement], *, machine: Machine) -> list[Measurement]:
+    """Return the times of the ``MIDDLE`` steps with the sum of their operations' as ``size``."""
+    sized = []
+    for settings, each in zip(MIDDLE, found, strict=True):
         moe = settings.model.moe
         experts = moe.experts if isinstance(moe, MoE) else 1
         parts = compute_seconds(_passes(settings), machine=machine, local_experts=experts)
-        call = training_passes(settings, device=watch.device)
-        name = f"synthetic step, dim {settings.model.dim}"
-        found.append(watch.measure(name, call, size=sum(parts.values())))
-    return found
+        sized.append(replace(each, size=sum(parts.values())))
+    return sized
 
 
 def training_passes(settings: CostSettings, *, device: torch.device) -> Callable[[], None]:

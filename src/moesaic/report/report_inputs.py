@@ -101,27 +101,28 @@ def read_training_and_scores(run: RunDir) -> ReportInputs:
     text = _read_or_gap(run.config, lambda path: read_text(path, CONFIG_FILE), "", gaps)
     config = _read_or_gap(run.config, lambda _: _require_mapping(read_yaml(text)), {}, gaps)
     name = run.path.resolve().name
+    scores: dict[str, Any] = {
+        name: _read_or_gap(
+            path,
+            lambda path, kind=kind, check=check: check(read_json_mapping(path, kind)),
+            {},
+            gaps if path.exists() or name == "summary" else {},
+        )
+        for name, path, kind, check in (
+            ("summary", run.summary, SUMMARY_FILE, check_summary),
+            ("forgetting", run.forgetting, SUMMARY_FILE, check_summary),
+            ("perplexity", run.perplexity, PERPLEXITY_FILE, check_perplexity),
+            ("head_scores", run.head_scores, HEAD_SCORES_FILE, check_head_scores),
+            ("quality_curve", run.score_curve, SCORE_CURVE_FILE, check_score_curve),
+        )
+    }
     return ReportInputs(
         name=name,
         config=config,
         config_text=text,
         metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
         gaps=gaps,
-        **{
-            name: _read_or_gap(
-                path,
-                lambda path, kind=kind, check=check: check(read_json_mapping(path, kind)),
-                {},
-                gaps if path.exists() or name == "summary" else {},
-            )
-            for name, path, kind, check in (
-                ("summary", run.summary, SUMMARY_FILE, check_summary),
-                ("forgetting", run.forgetting, SUMMARY_FILE, check_summary),
-                ("perplexity", run.perplexity, PERPLEXITY_FILE, check_perplexity),
-                ("head_scores", run.head_scores, HEAD_SCORES_FILE, check_head_scores),
-                ("quality_curve", run.score_curve, SCORE_CURVE_FILE, check_score_curve),
-            )
-        },
+        **scores,
     )
 
 

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesaic.core.shapes import Int, Tensor
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tensor_store import TensorStore
 from moesaic.memory.tier import HostMemory, Tier
-from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.layer import MoELayer
 from moesaic.nn.adapter import is_of_adapter
-from moesaic.ops.permute import RowGroups
 from moesaic.optim.gradients import TieredGradients
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
 from moesaic.optim.named_optimizer import NamedOptimizer
@@ -83,8 +82,7 @@ def _run_ahead(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: ParallelMo
 def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, ExpertModule, nn.Parameter]]:
     """Yield weights ``[E, M, N]`` whose experts this rank reads by themselves, and their module."""
     for path, layer in model.model.named_modules():
-        # a dispatcher that gathers weights reads them all
-        if not isinstance(layer, MoELayer) or isinstance(layer.dispatcher, AdaptiveDispatcher):
+        if not isinstance(layer, MoELayer):
             continue
         for name, parameter in layer.experts.named_parameters(prefix=f"{path}.experts"):
             whole = parameter.ndim == 3 and local_tensor(parameter) is parameter
@@ -104,11 +102,13 @@ def _can_be_late(
     return alone and (optimizer.master_weights.rounds_to_nearest or not narrow)
 
 
-def _catch_up(optimizer: NamedOptimizer, banks: Sequence[ExpertBank], groups: RowGroups) -> None:
+def _catch_up(
+    optimizer: NamedOptimizer, banks: Sequence[ExpertBank], rows_per_expert: Int[Tensor, "E"]
+) -> None:
     """Bring the weights of experts that have tokens up to date."""
     if not any(any(bank.missed_by_weights) for bank in banks):
         return
-    used = [expert for expert, rows in enumerate(groups.rows_per_expert.tolist()) if rows]
+    used = [expert for expert, rows in enumerate(rows_per_expert.tolist()) if rows]
     for bank in banks:
         for expert in used:
             if bank.missed_by_weights[expert]:

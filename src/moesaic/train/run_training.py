@@ -24,6 +24,7 @@ from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, ConfigError, printable
 from moesaic.core.files import atomic_write
+from moesaic.core.freed_memory import keep_freed_memory
 from moesaic.core.thread_waiting import waiting_advice
 from moesaic.data.batch_stream import DataReplica
 from moesaic.data.vocabulary_file import copy_tokenizer
@@ -33,6 +34,7 @@ from moesaic.distributed.initialize import init_distributed
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
 from moesaic.memory.disk_store import DiskFullError
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
@@ -200,6 +202,8 @@ def _start_trainer(
     mark_phase("making the model")
     reads_all = checkpoint is not None and not run.trainable.keeps_base
     start = _loaded_later if reads_all else None
+    if world.device.type == "cpu" and run.parallel.memory == MemoryPlan():
+        keep_freed_memory()  # with memory tiers a run shall hold little instead
     trainer = make_trainer(run, prepared=prepared, world=world, start=start)
     standard = standard_hooks(trainer, run_dir=run_dir)  # they add what a checkpoint restores
     if checkpoint is not None:

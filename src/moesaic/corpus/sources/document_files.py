@@ -29,12 +29,7 @@ from moesaic.corpus.sources.path_patterns import (
     nothing_found,
     require_readable,
 )
-from moesaic.corpus.sources.text_source import (
-    LanguageFilter,
-    Progress,
-    SourceFile,
-    TextSource,
-)
+from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceFile, TextSource
 from moesaic.corpus.text_rules import DocumentText, TextRules
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")

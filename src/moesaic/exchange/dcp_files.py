@@ -1,0 +1,262 @@
+"""Distributed checkpoints of torch (DCP): tensors of ``.distcp`` files, read by byte ranges.
+
+``.metadata`` is a pickle. It is read without importing or calling what it names: each class on a
+list of names is replaced by a record of its fields, and any other name is an error. An item of a
+``.distcp`` file is opened by ``torch.load(weights_only=True)`` on fake tensors, which read no data.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moesaic.core.errors import CheckpointError, printable
+from moesaic.core.file_reader import MIB, FileKind, read_bytes, require_inside
+from moesaic.core.shapes import Tensor
+from moesaic.exchange.hf_directory import DCP_METADATA, weight_files
+from moesaic.exchange.tensor_files import FileTensor, StoredRows, TensorFiles
+from moesaic.exchange.tensor_table import Shape
+from moesaic.exchange.torchtitan_names import hugging_face_tensors
+
+METADATA_FILE = FileKind(
+    name="metadata of a distributed checkpoint", max_bytes=1024 * MIB, error=CheckpointError
+)
+NOT_WEIGHTS = ("optimizer", "optim", "lr_scheduler", "dataloader", "train_state", "rng_state")
+
+
+class _Record:
+    """An object of a class that was not imported: what it was made from, and its state."""
+
+    def __init__(self, *made_from: Any) -> None:
+        self.made_from = made_from
+        self.state: Any = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _TensorRecord(_Record):
+    """``TensorStorageMetadata``: ``properties``, ``size``, ``chunks``."""
+
+
+_STANDS_FOR: Mapping[tuple[str, str], type] = {
+    **{
+        ("torch.distributed.checkpoint.metadata", name): _Record
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata"),
+            *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        )
+    },
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): _TensorRecord,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
+    ("torch.serialization", "_get_layout"): _Record,
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): dict,
+    ("pathlib", "PosixPath"): _Record,
+    ("pathlib._local", "PosixPath"): _Record,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        value = vars(torch).get(global_name) if module_name == "torch" else None
+        found = _STANDS_FOR.get((module_name, global_name))
+        if found is None and not isinstance(value, torch.dtype):
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+        return found or value
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A block of a tensor at ``offset``: the item of ``length`` bytes of a file at ``start``."""
+
+    offset: Shape
+    shape: Shape
+    path: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class DCPTensor:
+    """A tensor of a distributed checkpoint, in chunks that do not overlap."""
+
+    shape: Shape
+    dtype: torch.dtype
+    chunks: tuple[StoredChunk, ...]
+
+    def read_rows(self, start: int, number: int) -> Tensor:
+        """Return rows, of a scalar its value. Raises CheckpointError: chunks are missing."""
+        rows = torch.empty((number, *self.shape[1:]), dtype=self.dtype)
+        if not self.shape:
+            return _open_chunk(self.chunks[0], self.dtype).read_rows(0, 1)
+        filled = 0
+        for chunk in self.chunks:
+            first = max(start, chunk.offset[0])
+            end = min(start + number, chunk.offset[0] + chunk.shape[0])
+            if first >= end:
+                continue
+            target = rows[first - start : end - start]
+            for dim in range(1, len(self.shape)):
+                target = target.narrow(dim, chunk.offset[dim], chunk.shape[dim])
+            stored = _open_chunk(chunk, self.dtype)
+            target.copy_(stored.read_rows(first - chunk.offset[0], end - first))
+            filled += target.numel()
+        if filled != rows.numel():
+            raise CheckpointError(f"{self.chunks[0].path.parent}: chunks of a tensor are missing")
+        return rows
+
+
+class DCPFiles(TensorFiles):
+    """The tensors of a distributed checkpoint by the names that Hugging Face gives them.
+
+    ``theirs`` is the config of the model. What is no weight is in ``notes``.
+    """
+
+    def __init__(self, directory: Path, theirs: Mapping[str, Any]) -> None:
+        super().__init__([])
+        found, others = read_metadata(directory)
+        parts = {name: name.partition(".")[0] for name in found}
+        left = {name for name, part in parts.items() if part in NOT_WEIGHTS}
+        others = sorted({*others, *(parts[name] for name in left)})
+        if others:
+            shown = ", ".join(printable(name) for name in others[:10])
+            more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+            self.notes = (f"{DCP_METADATA}: no weights, so not read: {shown}{more}",)
+        weights: dict[str, StoredRows] = {n: t for n, t in found.items() if n not in left}
+        self.tensors = hugging_face_tensors(weights, theirs)
+
+
+def open_tensors(directory: Path, theirs: Mapping[str, Any]) -> TensorFiles:
+    """Open the weights of a directory with the config ``theirs``. Raises CheckpointError."""
+    if (directory / DCP_METADATA).is_file():
+        return DCPFiles(directory, theirs)
+    return TensorFiles(weight_files(directory))
+
+
+def read_metadata(directory: Path) -> tuple[dict[str, DCPTensor], list[str]]:
+    """Return the tensors of a distributed checkpoint, and the names of what is none.
+
+    Raises CheckpointError: the metadata name anything but classes of such metadata, or are damaged.
+    """
+    path = directory / DCP_METADATA
+    data = read_bytes(path, METADATA_FILE)
+    try:
+        for opcode, value, _ in pickletools.genops(data):  # raises for a length past the end
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value or 0) > len(data):
+                raise pickle.UnpicklingError("a number that would take memory without data")
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        return _read_tensors(directory, metadata.state)
+    except CheckpointError:
+        raise
+    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError) as error:
+        raise _unreadable(path, error) from error
+    except (TypeError, ValueError, OverflowError, MemoryError, ImportError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {printable(str(error))}, expected the metadata of torch.distributed.checkpoint "
+        "with plain values: nothing of it was run. If you trust it, load the checkpoint with the "
+        "program that wrote it and save safetensors"
+    )
+
+
+def _read_tensors(
+    directory: Path, state: Mapping[str, Any]
+) -> tuple[dict[str, DCPTensor], list[str]]:
+    places: dict[tuple[Any, Shape], Mapping[str, Any]] = {
+        (index.state["fqn"], tuple(index.state.get("offset") or ())): info.state
+        for index, info in state["storage_data"].items()
+    }
+    tensors, others = {}, []
+    for name, entry in state["state_dict_metadata"].items():
+        if not isinstance(name, str):
+            raise TypeError("a name that is no text")
+        if not isinstance(entry, _TensorRecord):
+            others.append(name)
+            continue
+        chunks = []
+        for chunk in entry.state["chunks"]:
+            offset, shape = _dims(chunk.state["offsets"]), _dims(chunk.state["sizes"])
+            info = places[name, offset]
+            if info.get("transform_descriptors"):
+                raise CheckpointError(f"{directory}: {printable(name)} is compressed or encrypted")
+            path = directory / DCP_METADATA
+            file = require_inside(directory, info["relative_path"], kind=METADATA_FILE, where=path)
+            start, length = _dims((info["offset"], info["length"]))
+            if all(shape):
+                chunks.append(StoredChunk(offset, shape, file, start, length))
+        size, dtype = _dims(entry.state["size"]), entry.state["properties"].state[0]
+        inside = all(
+            len(c.shape) == len(size)
+            and all(o + n <= s for o, n, s in zip(c.offset, c.shape, size, strict=True))
+            for c in chunks
+        )
+        if not inside or sum(math.prod(c.shape) for c in chunks) != math.prod(size):
+            raise ValueError(f"the chunks of {name} are not its values")
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{name} has no dtype")
+        tensors[name] = DCPTensor(size, dtype, tuple(chunks))
+    return tensors, others
+
+
+def _dims(values: Any) -> Shape:
+    """Return whole numbers of at least zero. Raises ValueError for others."""
+    if not all(type(value) is int and 0 <= value < 2**62 for value in values):
+        raise ValueError("it has a size that is no whole number")
+    return tuple(values)
+
+
+@lru_cache(maxsize=4096)
+def _open_chunk(chunk: StoredChunk, dtype: torch.dtype) -> FileTensor:
+    """Find the values of a chunk in its file. Raises CheckpointError: not what is expected."""
+    try:
+        with chunk.path.open("rb") as stream, FakeTensorMode():
+            part = io.BufferedReader(_Part(stream, chunk.start, chunk.length))
+            item = torch.load(part, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{chunk.path}: no tensor at byte {chunk.start} ({error})") from error
+    if not isinstance(item, Tensor) or not item.is_contiguous() or item.dtype != dtype:
+        raise CheckpointError(f"{chunk.path}: at byte {chunk.start} no plain tensor of {dtype}")
+    if tuple(item.shape) != chunk.shape:
+        raise CheckpointError(f"{chunk.path}: at byte {chunk.start} a tensor of another shape")
+    # set for fake tensors: where the values are in the item
+    place = cast(int, item.untyped_storage()._checkpoint_offset)
+    first = chunk.start + place + int(item.storage_offset()) * dtype.itemsize
+    return FileTensor(chunk.path, chunk.shape, dtype, first)
+
+
+class _Part(io.RawIOBase):
+    """A range of bytes of a file as a file."""
+
+    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
+        super().__init__()
+        self._stream, self._start, self._length, self._at = stream, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        self._stream.seek(self._start + self._at)
+        size = max(0, min(len(buffer), self._length - self._at))
+        found = self._stream.read(size)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)

@@ -1,0 +1,135 @@
+"""Tensor names of torchtitan: its checkpoints' tensors by the names that Hugging Face gives them.
+
+The names are those of its ``state_dict_adapter.py`` for Llama 3, Qwen3 and DeepSeek-V3, and those
+of 2025 before (``output``, ``moe.experts.w1``, ``attention.wq``).
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.exchange.tensor_files import StoredRows
+from moesaic.exchange.tensor_table import Shape
+
+EMBEDDING = "tok_embeddings.weight"
+WRAPPERS = ("", "model.", "app.model.", "state_dict.")  # in front of all names of a model
+_OUTSIDE = {
+    EMBEDDING: "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "output.weight": "lm_head.weight",
+}
+_MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # of a gated feed-forward
+_IN_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    **{
+        f"attention.{within}w{part}.weight": f"self_attn.{part}_proj.weight"
+        for part in "qkvo"
+        for within in ("", "qkv_linear.")
+    },
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "attention.wq_a.weight": "self_attn.q_a_proj.weight",
+    "attention.wq_b.weight": "self_attn.q_b_proj.weight",
+    "attention.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.wkv_b.weight": "self_attn.kv_b_proj.weight",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "moe.router.gate.weight": "mlp.gate.weight",
+    "moe.expert_bias": "mlp.gate.e_score_correction_bias",
+    "moe.expert_bias_E": "mlp.gate.e_score_correction_bias",
+    **{
+        f"{block}.{ours}.weight": f"mlp.{inside}{theirs}.weight"
+        for block, inside in (("feed_forward", ""), ("moe.shared_experts", "shared_experts."))
+        for ours, theirs in _MATRICES.items()
+    },
+}
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_EXPERTS = re.compile(r"moe\.(?:routed_experts\.inner_)?experts\.(w[123])(?:_EFD|_EDF)?")
+
+
+@dataclass(frozen=True, slots=True)
+class _OfExpert:
+    """The matrix of one expert of a tensor [experts, rows, columns]."""
+
+    every: StoredRows
+    expert: int
+
+    @property
+    def shape(self) -> Shape:
+        return self.every.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.every.dtype
+
+    def read_rows(self, start: int, number: int) -> Tensor:
+        return self.every.read_rows(self.expert, 1)[0, start : start + number]
+
+
+@dataclass(frozen=True, slots=True)
+class _RotatedHalves:
+    """Queries or keys whose rotary pairs are neighbours there, and halves of a head here."""
+
+    pairs: StoredRows
+    heads: int
+
+    @property
+    def shape(self) -> Shape:
+        return self.pairs.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pairs.dtype
+
+    def read_rows(self, start: int, number: int) -> Tensor:
+        rows = self.pairs.read_rows(0, self.shape[0])
+        halves = rows.unflatten(0, (self.heads, -1, 2)).transpose(1, 2)
+        return halves.reshape(rows.shape)[start : start + number]
+
+
+def hugging_face_tensors(
+    tensors: Mapping[str, StoredRows], theirs: Mapping[str, Any]
+) -> dict[str, StoredRows]:
+    """Return tensors by their names in Hugging Face; a name that is not torchtitan's stays.
+
+    ``theirs`` is the config of the model. A wrapper around all names of the model is removed.
+    """
+    known = (EMBEDDING, *_OUTSIDE.values())
+    wrapper = max(WRAPPERS, key=lambda w: (sum(w + name in tensors for name in known), -len(w)))
+    inner = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    if EMBEDDING not in inner:
+        return inner
+    return {new: made for name, t in inner.items() for new, made in _renamed(name, t, theirs)}
+
+
+def _renamed(
+    name: str, tensor: StoredRows, theirs: Mapping[str, Any]
+) -> Iterator[tuple[str, StoredRows]]:
+    if (found := _LAYER.fullmatch(name)) is None:
+        yield _OUTSIDE.get(name, name), tensor
+        return
+    layer, inside = f"model.layers.{found[1]}.", found[2]
+    if (experts := _EXPERTS.fullmatch(inside)) is not None and len(tensor.shape) == 3:
+        for expert in range(tensor.shape[0]):
+            matrix = _MATRICES[experts[1]]
+            yield f"{layer}mlp.experts.{expert}.{matrix}.weight", _OfExpert(tensor, expert)
+        return
+    new = _IN_LAYER.get(inside)
+    if new is None:
+        yield name, tensor  # unexpected, and named as it is there
+        return
+    if theirs.get("kv_lora_rank") and new == "self_attn.q_norm.weight":
+        new = "self_attn.q_a_layernorm.weight"
+    heads = {"self_attn.q_proj.weight": "num_attention_heads"}
+    heads["self_attn.k_proj.weight"] = "num_key_value_heads"
+    number = theirs.get(heads.get(new, "")) or theirs.get("num_attention_heads")
+    fits = isinstance(number, int) and number > 0 and tensor.shape[0] % (2 * number) == 0
+    if theirs.get("model_type") == "llama" and new in heads and fits:
+        assert isinstance(number, int)
+        tensor = _RotatedHalves(tensor, number)
+    yield layer + new, tensor
