@@ -105,12 +105,10 @@ def import_model(
     dropped = replace(family, derived=(*family.derived, *map(fnmatch.translate, drop)))
     require_same_tensors(dropped, files, expected=source_shapes(pieces), where=directory)
     unread = family.mapping.unread_keys(theirs)
-    unused = read_imported_generation(directory).unused
-    unused = unused["translation" if model.encoder.layers else "texts"]
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
     notes += files.notes
     notes += [f"left out on request: the tensors {pattern}" for pattern in drop]
-    notes += [f"{GENERATION}: no search here uses {', '.join(unused)}"] if unused else []
+    notes += _notes_on_generation(directory, model)
     with new_directory(out) as path:
         part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
@@ -131,6 +129,13 @@ def import_model(
         facts = {"imported from": f"{directory.name} ({family.architecture}, {layout})"}
         _write_card(part, run, facts=facts, notes=notes, languages=languages)
     return ImportedModel(family.model_type, layout, len(files.tensors), size, model, tuple(notes))
+
+
+def _notes_on_generation(directory: Path, model: ModelConfig) -> list[str]:
+    """Return a note if keys of their generation config do nothing here."""
+    use = "translation" if model.encoder.layers else "texts"
+    unused = read_imported_generation(directory).unused[use]
+    return [f"{GENERATION}: no search here uses {', '.join(unused)}"] if unused else []
 
 
 def find_pieces(
