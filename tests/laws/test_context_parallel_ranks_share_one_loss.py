@@ -81,9 +81,7 @@ PLANS = {
     "ring of 4": ParallelConfig(plan=ParallelPlan(context=4), context_parallel=Ring()),
     "ulysses of 4": ParallelConfig(plan=ParallelPlan(context=4)),
     "data and ring": ParallelConfig(plan=ParallelPlan(context=2, data=2), context_parallel=Ring()),
-    "tensor, ulysses and experts": ParallelConfig(
-        plan=ParallelPlan(context=2, tensor=2, expert=4)
-    ),
+    "tensor, ulysses and experts": ParallelConfig(plan=ParallelPlan(context=2, tensor=2, expert=4)),
 }
 ROWS = {"many rows": (5, 9), "one long row": (1, 40)}
 FEW = [("encoder-decoder", "many rows"), ("decoder", "one long row")]

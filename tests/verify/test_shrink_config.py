@@ -50,7 +50,9 @@ def test_heads_and_kv_heads_stay_and_their_width_shrinks() -> None:
 LONG = LongRoPE(factor=2, original_length=64, short_factors=8 * (1.0,), long_factors=8 * (2.0,))
 
 
-@pytest.mark.parametrize("position", [Rotary(scaling=LONG), Rotary(fraction=0.25)], ids=["long", "part"])
+@pytest.mark.parametrize(
+    "position", [Rotary(scaling=LONG), Rotary(fraction=0.25)], ids=["long", "part"]
+)
 def test_heads_keep_the_width_that_their_positions_need(position: Rotary) -> None:
     before = find_recipe("tiny").model.replace(
         dim=64, attention=AttentionConfig(heads=4), position=position

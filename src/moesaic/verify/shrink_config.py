@@ -88,9 +88,7 @@ def _narrow_model(config: ModelConfig, *, head_dim: int, experts: int) -> ModelC
 
 def _shrink_feed_forward(config: FeedForwardConfig) -> FeedForwardConfig:
     smooth = {ReLU: SquaredReLU(), ReGLU: SwiGLU()}.get(type(config.activation))
-    return config.replace(
-        hidden=min(config.hidden, HIDDEN), activation=smooth or config.activation
-    )
+    return config.replace(hidden=min(config.hidden, HIDDEN), activation=smooth or config.activation)
 
 
 def _shrink_stack(config: ModelConfig, stack: Stack, *, experts: int) -> Stack:
