@@ -110,7 +110,9 @@ def parallelize_on_mesh(
     memory = parallel.memory
     stream = None
     if not memory.parameters.is_device:
-        stream = ParameterStream(model, store=open_tier(memory, "parameters", mesh=mesh))
+        store = open_tier(memory, "parameters", mesh=mesh)
+        experts = {name for name, each in local_plan.items() if each.num_experts is not None}
+        stream = ParameterStream(model, store=store, experts=experts)
     if any(parameter.is_meta for parameter in model.parameters()):
         hook = allocate or allocate_by_plan(mesh.device, stream=stream)
         allocate_parameters(model, allocate=hook, device=mesh.device)
