@@ -230,6 +230,13 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
             "gradients of a stage are complete at the end of a step, so no update runs ahead: set "
             "run_ahead_bytes to 0, or pipe to 1"
         )
+    is_cut = plan.zero and (plan.data or 1) * plan.context > 1
+    if is_cut and not parallel.memory.parameters.is_device and not expert_counts(model):
+        problems.append(
+            f"parallel.memory.parameters={type(parallel.memory.parameters).__name__} with "
+            f"parallel.plan.zero={plan.zero}: ZeRO shards all weights of this model, which has no MoE "
+            "layer, so none is left for the tier: set parameters to DeviceMemory, or zero to 0"
+        )
     if problems:
         raise ConfigError(problems)
 
