@@ -24,11 +24,12 @@ tensors, and the step is put together from them by arithmetic ([cost of a step](
 process group, without allocating memory for them.
 
 ```console
-$ moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64 --set parallel.plan.zero=2
-$ moesaic scale tiny --world-size 8 --micro-batch 2x8+8 --set parallel.plan.zero=3 --dry-run
+$ moesaic scale tiny --world-size 8 --micro-batch 2x8+8 --set parallel.plan.zero=3 \
+--set 'optimizer=AdamW()' --dry-run
 ```
 
 ```sh
+moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64 --set parallel.plan.zero=2
 moesaic scale trillion-384 --world-size 1024 --micro-batch 1x0+384 --set parallel.plan.expert=128 \\
     --set parallel.plan.tensor=8 --set parallel.plan.zero=3 --dry-run
 ```

@@ -75,6 +75,7 @@ from moesaic.monitor.metric_writers import METRICS_FILE, read_metrics
 from moesaic.ops.triton.tiles import TABLE, TILES_FILE, load_table
 from moesaic.planner.machine import MACHINE_FILE, find_machine, read_machine
 from moesaic.report.html_report import write_report
+from moesaic.serve.imported_generation import GENERATION_FILE, read_imported_generation
 from moesaic.serve.open_run import open_run
 from moesaic.testing.tiny_models import synthetic_run, text_of
 from moesaic.train.resume import learning_rate_jump
@@ -151,6 +152,7 @@ def make_files(folder: Path) -> Made:
     theirs.mkdir()
     adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4.0, "use_rslora": False}
     (theirs / "adapter_config.json").write_text(json.dumps(adapter))
+    (theirs / "generation_config.json").write_text(json.dumps({"num_beams": 2}))
     (theirs / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
     dcp.save({"a": torch.ones(2, 3)}, checkpoint_id=theirs / "dcp", no_dist=True)
     index = {"weight_map": {"a.weight": "model-00001-of-00001.safetensors"}}
@@ -297,6 +299,8 @@ DOORS = (
     Door(HEAD_SCORES_FILE, "run/head-scores.json", "json", _report),
     Door(ADAPTER_CONFIG_FILE, "theirs/adapter_config.json", "json",
          lambda made: read_adapter_config(made.folder / "theirs")),
+    Door(GENERATION_FILE, "theirs/generation_config.json", "json",
+         lambda made: read_imported_generation(made.folder / "theirs")),
     Door(HF_CONFIG_FILE, "theirs/config.json", "json",
          lambda made: read_hf_config(made.folder / "theirs")),
     Door(HF_INDEX_FILE, "theirs/model.safetensors.index.json", "json",

@@ -68,6 +68,7 @@ def test_a_model_that_differs_is_not_written(tmp_path, monkeypatch):
     [
         (MODELS["nllb-moe"], r"no layers with experts, .* is 4: --to hf writes"),
         (TheirModel("Llama"), r"encoder-decoders .*, but this is llama: .* --to gguf"),
+        (TheirModel("Granite"), r"but this is granite: --to hf writes .* transformers$"),
     ],
 )
 def test_a_model_that_it_cannot_compute_is_refused_with_the_nearest_way(model, sentence, tmp_path):

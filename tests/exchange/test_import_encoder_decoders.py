@@ -1,16 +1,20 @@
 """Encoder-decoders are imported with their tokenizer, and without transformers."""
 
+import io
 import json
+import shutil
 
 import pytest
 from hf_directories import random_tensors, write_directory
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moesaic.core.errors import ConfigError, DataError
-from moesaic.exchange.export_model import find_family, hf_config
+from moesaic.cli.main import main
+from moesaic.core.errors import CheckpointError, ConfigError, DataError
+from moesaic.exchange.export_model import export_model, find_family, hf_config
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.tensor_table import source_shapes
+from moesaic.model.beam_search import Beam, Greedy
 from moesaic.serve.translator import Translator
 
 NLLB = {
@@ -73,6 +77,80 @@ def test_the_languages_of_a_tokenizer_are_found_and_start_the_answer(tmp_path):
     )
 
 
+GENERATION = {
+    "num_beams": 3,
+    "length_penalty": 0.6,
+    "early_stopping": True,
+    "no_repeat_ngram_size": 4,
+    "max_length": 21,
+    "eos_token_id": [2, 7],
+    "forced_bos_token_id": 13,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.5,
+    "transformers_version": "4.1",
+}
+
+
+def test_a_generation_config_is_the_default_of_translate_and_survives_an_export(
+    tmp_path, monkeypatch, capsys
+):
+    write_tokenizer(directory(tmp_path / "theirs"))
+    (tmp_path / "theirs/generation_config.json").write_text(json.dumps(GENERATION))
+    found = import_model(tmp_path / "theirs", out=tmp_path / "ours")
+    assert found.notes[-1].endswith("no search here uses forced_bos_token_id, diversity_penalty")
+    export_model(tmp_path / "ours", out=tmp_path / "back")
+    import_model(tmp_path / "back", out=tmp_path / "again")
+    for name in ("ours", "again"):
+        translator = Translator.open(tmp_path / name)
+        assert translator.search == Beam(
+            size=3, length_penalty=0.6, early_stopping=True, no_repeat_ngram_size=4
+        )
+        assert translator.limits.max_target == 20
+        assert translator.tokenizer.vocabulary.ends == (2, 7)
+        assert 7 not in translator.tokenizer.vocabulary.suppressed
+    kept = json.loads((tmp_path / "again/imported/generation_config.json").read_text())
+    assert kept == GENERATION
+    used = []
+    monkeypatch.setattr(
+        Translator, "translate", lambda *_, **options: used.append(options["search"]) or []
+    )
+    words = ["translate", str(tmp_path / "ours"), "--from", "eng_Latn", "--to", "fra_Latn"]
+    for more in ([], ["--beam", "2", "--length-penalty", "1"], ["--beam", "1"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("abc"))
+        with pytest.raises(SystemExit):
+            main([*words, *more])
+    usual = translator.search
+    greedy = Greedy(no_repeat_ngram_size=4)
+    assert used == [usual, usual.replace(size=2, length_penalty=1.0), greedy]
+
+
+def test_every_end_of_a_list_ends_an_answer(tmp_path):
+    write_tokenizer(directory(tmp_path / "theirs"))
+    translator = Translator.open(import_and_return(tmp_path, ends=[2]))
+    best = translator.translate("abc", source="eng_Latn", target="fra_Latn").text
+    assert len(best) > 2
+    letter = 4 + "abcdefgh".index(best[0])
+    shutil.rmtree(tmp_path / "ours")
+    other = Translator.open(import_and_return(tmp_path, ends=[2, letter]))
+    found = other.translate("abc", source="eng_Latn", target="fra_Latn")
+    assert (found.text, found.finished) == ("", True)
+
+
+def import_and_return(path, *, ends):
+    (path / "theirs/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    import_model(path / "theirs", out=path / "ours")
+    return path / "ours"
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_beams", 0), ("eos_token_id", "x"), ("top_p", 2)])
+def test_a_damaged_generation_config_is_refused_by_its_key(key, value, tmp_path):
+    write_tokenizer(directory(tmp_path / "theirs"))
+    (tmp_path / "theirs/generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=rf"generation_config.json: {key}"):
+        import_model(tmp_path / "theirs", out=tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_a_sentencepiece_model_alone_is_refused_where_its_ids_are_no_rows(tmp_path):
     (directory(tmp_path / "theirs") / "sentencepiece.bpe.model").write_bytes(b"")
     with pytest.raises(DataError, match=r"expected a tokenizer.json"):
@@ -93,6 +171,14 @@ def test_a_sentencepiece_model_alone_is_refused_where_its_ids_are_no_rows(tmp_pa
 def test_what_an_encoder_decoder_here_does_not_compute_is_refused(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         FAMILIES["nllb-moe"].mapping.read(NLLB | changes)
+
+
+@pytest.mark.parametrize("key", ["encoder_layers", "decoder_layers", "num_experts"])
+def test_an_absurd_number_is_refused_before_it_is_counted(key, tmp_path):
+    theirs = directory(tmp_path / "theirs")
+    (theirs / "config.json").write_text(json.dumps(NLLB | {key: 10**9}))
+    with pytest.raises(CheckpointError, match=f"{key}: found 1,000,000,000, but the files hold"):
+        import_model(theirs, out=tmp_path / "ours")
 
 
 @pytest.mark.parametrize(

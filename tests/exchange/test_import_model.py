@@ -28,6 +28,7 @@ from moesaic.exchange.tensor_files import TensorFiles
 from moesaic.nn.attention_parts import SlidingWindow
 from moesaic.nn.rotary_scaling import YaRN
 from moesaic.recipes.lookup import find_recipe
+from moesaic.serve.imported_generation import read_imported_generation
 from moesaic.serve.load_model import load
 from moesaic.serve.open_run import read_model_config
 from moesaic.train.run_checks import check_run
@@ -179,6 +180,33 @@ def test_a_config_that_we_cannot_compute_is_refused(changes, sentence, tmp_path)
         import_model(directory, out=tmp_path / "ours")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("num_hidden_layers", 10**9, "found 1,000,000,000, but the files hold 35 tensors"),
+        ("num_local_experts", 10**9, "found .* but the files hold routers of 3 experts at most"),
+        (
+            "vocab_size",
+            10**12,
+            "found .* but the files hold tensors of 40 rows and columns at most",
+        ),
+        ("hidden_size", 10**9, "found .* but the files hold tensors of 40 rows"),
+        ("intermediate_size", 10**9, "found .* but the files hold tensors of 40 rows"),
+        ("head_dim", 10**9, "found .* but the files hold tensors of 40 rows"),
+        ("num_local_experts", 0, "found 0, expected at least 1"),
+        ("vocab_size", -1, "found -1, expected at least"),
+        ("num_hidden_layers", -1, "found -1, expected at least 0"),
+    ],
+)
+def test_a_number_that_no_files_hold_is_refused_before_it_is_counted(
+    key, value, sentence, mixtral, tmp_path
+):
+    (mixtral / "config.json").write_text(json.dumps(MIXTRAL_CONFIG | {key: value}))
+    with pytest.raises((ConfigError, CheckpointError), match=f"config.json: {key}: {sentence}"):
+        import_model(mixtral, out=tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_a_config_is_read_with_the_keys_of_both_versions(tmp_path):
     changes = {
         "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 32},
@@ -202,6 +230,24 @@ def test_a_config_is_read_with_the_keys_of_both_versions(tmp_path):
     assert found.model.attention.window == SlidingWindow(size=8)
     assert found.model.moe.balance[0].weight == 0.04  # k times the coefficient of theirs
     assert "config.json: nothing here reads made_by" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("theirs", "texts"),
+    [
+        ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_k": 50, "top_p": 0.9}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+        ({"temperature": 0.6, "repetition_penalty": 1.1, "num_beams": 4}, None),
+        ({}, {}),
+    ],
+)
+def test_a_generation_config_is_the_default_of_texts(theirs, texts, mixtral, tmp_path):
+    (mixtral / "generation_config.json").write_text(json.dumps(theirs | {"max_new_tokens": 7}))
+    found = import_model(mixtral, out=tmp_path / "ours")
+    assert ("no search here uses num_beams" in str(found.notes)) == ("num_beams" in theirs)
+    kept = read_imported_generation(tmp_path / "ours/imported")
+    wanted = {"temperature": 0.6, "repetition_penalty": 1.1} if texts is None else texts
+    assert (kept.texts, kept.max_tokens) == (wanted, 7)
 
 
 LAYERS = {

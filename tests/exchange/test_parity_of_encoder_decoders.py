@@ -1,5 +1,6 @@
 """Imported encoder-decoders against transformers, with small random models of every family."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers_models import assert_exported_alike
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.checkpoint.stored_weights import load_transformer
+from moesaic.cli.main import main
 from moesaic.data.batch import Batch, InputRows
 from moesaic.exchange import compare_with_transformers, stored_prompts
 from moesaic.exchange.export_model import export_model
@@ -141,3 +143,23 @@ def test_a_comparison_finds_the_same_logits_and_answers_of_an_encoder_decoder(
     assert found.logit_difference <= 1e-5 * max(1, found.largest_logit)
     assert found.inputs == found.greedy == found.beam == 10
     assert ("NllbMoeExperts.forward repaired" in found.text()) == (name == "nllb-moe")
+
+
+def test_a_model_that_differs_is_not_kept_by_import_or_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_prompts, "LENGTHS", (4,))
+    monkeypatch.setattr(compare_with_transformers, "ANSWER", 2)
+    brought("m2m_100", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for words in (["import", "theirs"], ["export", "ours", "--to", "hf"]):
+        assert exit_code([*words, "--verify", "--out", "good"]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(compare_with_transformers, "MOST", -1.0)
+            assert exit_code([*words, "--verify", "--out", "bad"]) == 2
+        shutil.rmtree("good")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def exit_code(words: list[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    return end.value.code or 0

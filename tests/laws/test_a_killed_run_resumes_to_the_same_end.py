@@ -15,7 +15,7 @@ from moesaic.train.run import CheckpointConfig
 @pytest.mark.slow
 @pytest.mark.usefixtures("data_home")
 def test_a_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
-    run = synthetic_run(steps=24, checkpoint=CheckpointConfig(every=2))
+    run = synthetic_run(steps=14, checkpoint=CheckpointConfig(every=2))
     campaign = kill_and_resume(run, folder=tmp_path, kills=5, seed=0)
     assert campaign.differences == ()
     assert campaign.kills == 5

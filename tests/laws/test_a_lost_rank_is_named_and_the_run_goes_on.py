@@ -24,7 +24,7 @@ FAULTS = (
 @pytest.mark.slow
 @pytest.mark.usefixtures("data_home")
 def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
-    run = synthetic_run(steps=16, checkpoint=CheckpointConfig(every=2), collective_timeout_s=3.0)
+    run = synthetic_run(steps=10, checkpoint=CheckpointConfig(every=2), collective_timeout_s=2.0)
     endured = run_fault_trials(run, folder=tmp_path, world_size=2, faults=FAULTS)
     assert endured.problems == []
     assert endured.differences == ()

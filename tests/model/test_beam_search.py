@@ -27,7 +27,7 @@ class Table:
             reorder_cache=lambda *_: None,
             max_tokens=torch.full((len(self.first),), room),
             suppressed=torch.tensor(forbidden, dtype=torch.long),
-            eos=EOS,
+            ends=(EOS,),
             **more,
         )
 

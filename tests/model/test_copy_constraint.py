@@ -79,7 +79,7 @@ def test_every_answer_holds_its_units_exactly(search: Search, limit: int) -> Non
         reorder_cache=lambda *_: None,
         max_tokens=limits,
         suppressed=torch.zeros(0, dtype=torch.long),
-        eos=EOS,
+        ends=(EOS,),
         processors=(CopyConstraint(TOKENS, units=units, max_tokens=limits, eos=EOS),),
     )
     slot = dict(zip(TOKENS.ids, TOKENS.slot_of, strict=True))

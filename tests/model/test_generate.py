@@ -144,7 +144,7 @@ def test_answers_through_the_cache_are_those_of_whole_prefixes(name, search):
     found = generate(model, **asked, search=search, max_tokens=limit, rules=RULES)
     with torch.inference_mode():
         suppressed = torch.tensor(ROLES.suppressed)
-        inputs = SearchInputs(logits(), step, reorder, limit, suppressed, eos=ROLES.eos)
+        inputs = SearchInputs(logits(), step, reorder, limit, suppressed, ends=(ROLES.eos,))
         plain = search(inputs)
     for ours, theirs in zip(found, plain, strict=True):
         assert [h.ids for h in ours] == [h.ids for h in theirs]

@@ -337,10 +337,13 @@ def test_adapters_of_other_weights_are_refused(init, tmp_path):
 
 
 def test_what_adapters_cannot_do_is_refused_by_name():
-    sharded = ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=2))
-    for choice, axes in ((SPIEL, r"expert=2(.|\n)*zero=2"), (SPARSE, "expert=2")):
+    sharded = ParallelPlan(data=2, expert=2, zero=2)
+    for choice, plan, axes in (
+        (SPIEL, sharded, r"expert=2(.|\n)*zero=2"),
+        (SPARSE, ParallelPlan(data=1, tensor=2), "tensor=2"),
+    ):
         with pytest.raises(ConfigError, match=axes):
-            check_run(tiny_run(trainable=choice, parallel=sharded))
+            check_run(tiny_run(trainable=choice, parallel=ParallelConfig(plan=plan)))
     with pytest.raises(ConfigError, match=r"trainable=LoRA .*--init MODEL"):
         check_run(tiny_run(trainable=LORA))
     with pytest.raises(ConfigError, match=r"select_steps=5 to be at most every=4"):

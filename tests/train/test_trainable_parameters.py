@@ -44,7 +44,7 @@ PLANS = (
     ParallelConfig(plan=ParallelPlan(data=2, expert=2), memory=AWAY),
     ParallelConfig(plan=ParallelPlan(pipe=2, data=1)),
 )
-SHARDED = [ParallelConfig(plan=ParallelPlan(data=2, zero=stage)) for stage in (3, 0)]
+REPLICATED = ParallelConfig(plan=ParallelPlan(data=2, zero=0))
 ADAPTER_PLANS = (
     *PLANS,
     ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
@@ -89,8 +89,8 @@ def trained(case):
     [
         (EXPERTS, ".experts.", PLANS),
         (LoRA(rank=2), ".adapter.", ADAPTER_PLANS),
-        (RandomSparse(density=0.05), ".adapter.", [SHARDED[0], PLANS[-1]]),
-        (SpIEL(density=0.05, every=2, select_steps=1), ".adapter.", [SHARDED[1]]),
+        (RandomSparse(density=0.05), ".adapter.", PLANS[::2]),
+        (SpIEL(density=0.05, every=2, select_steps=1), ".adapter.", [REPLICATED]),
     ],
 )
 def test_only_what_is_chosen_is_trained_under_every_plan(trainable, part, plans):

@@ -18,9 +18,13 @@ with deferred():
 
     from moesaic.checkpoint.model_card import add_to_card
     from moesaic.core.errors import UserError
+    from moesaic.core.files import removed_on_error
     from moesaic.core.units import show_bytes
-    from moesaic.exchange.compare_with_llama_cpp import compare_with_llama_cpp
-    from moesaic.exchange.compare_with_transformers import compare_with_transformers
+    from moesaic.exchange.compare_with_llama_cpp import compare_with_llama_cpp, require_llama_cpp
+    from moesaic.exchange.compare_with_transformers import (
+        compare_with_transformers,
+        require_transformers,
+    )
     from moesaic.exchange.export_ctranslate2 import export_ctranslate2
     from moesaic.exchange.export_gguf import export_gguf
     from moesaic.exchange.export_model import export_model
@@ -62,14 +66,18 @@ def export(
         raise UserError("--layout belongs to --to hf, and --dtype to --to gguf")
     kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     agreement = None
+    if verify and to != "ctranslate2":
+        _ = require_transformers() if hf else require_llama_cpp()
     if to == "ctranslate2":
         found, agreement = export_ctranslate2(run, out=out, verify=verify)
     elif hf:
         found = export_model(run, out=out, layout=layout)
-        agreement = compare_with_transformers(out, ours=run) if verify else None
+        with removed_on_error(out):
+            agreement = compare_with_transformers(out, ours=run) if verify else None
     else:
         found = export_gguf(run, out=out, dtype=kind)
-        agreement = compare_with_llama_cpp(out, ours=run, dtype=kind) if verify else None
+        with removed_on_error(out):
+            agreement = compare_with_llama_cpp(out, ours=run, dtype=kind) if verify else None
     for note in found.notes:
         show_progress(note)
     value: dict[str, Any] = {"directory": str(out), "format": to, **asdict(found)}

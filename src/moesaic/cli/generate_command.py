@@ -23,11 +23,13 @@ from moesaic.cli.styled_text import visible
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
+    from moesaic.checkpoint.run_directory import RunDir
     from moesaic.core.errors import UserError
     from moesaic.corpus.readers import limits
     from moesaic.corpus.readers.compressed import open_bytes
     from moesaic.corpus.readers.text_lines import decode_utf8
     from moesaic.model.sampling import Sample
+    from moesaic.serve.imported_generation import read_imported_generation
     from moesaic.serve.text_generator import GeneratedText, TextGenerator, TextLimits
 
 app = command_app()
@@ -43,18 +45,24 @@ FileOption = Annotated[
 ]
 StdinOption = Annotated[bool, typer.Option("--stdin", help="Read the prompt from standard input.")]
 TemperatureOption = Annotated[
-    float, typer.Option(min=0, help="Logits are divided by it; 0: the most probable token.")
+    float | None,
+    typer.Option(min=0, help="Logits are divided by it (0.8); 0: the most probable token."),
 ]
-TopKOption = Annotated[int, typer.Option(min=0, help="Only the K most probable tokens; 0: all.")]
+TopKOption = Annotated[
+    int | None, typer.Option(min=0, help="Only the K most probable tokens (0: all).")
+]
 TopPOption = Annotated[
-    float, typer.Option(help="Only the most probable tokens with this share of probability.")
+    float | None,
+    typer.Option(help="Only the most probable tokens with this share of probability (1)."),
 ]
 MinPOption = Annotated[
-    float,
-    typer.Option(min=0, max=1, help="Only tokens with this share of the highest probability."),
+    float | None,
+    typer.Option(min=0, max=1, help="Only tokens with this share of the highest probability (0)."),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Another seed draws another text.")]
-MaxTokensOption = Annotated[int, typer.Option(min=1, max=10**6, help="Tokens of each text.")]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(min=1, max=10**6, help="Tokens of each text (200).")
+]
 StopOption = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help=r"End before this text (\n: new line); may be repeated."),
@@ -75,12 +83,12 @@ def generate(
     *,
     file: FileOption = None,
     stdin: StdinOption = False,
-    temperature: TemperatureOption = 0.8,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
     seed: SeedOption = 0,
-    max_tokens: MaxTokensOption = 200,
+    max_tokens: MaxTokensOption = None,
     stop: StopOption = None,
     num_samples: SamplesOption = 1,
     language: LanguageOption = None,
@@ -90,9 +98,15 @@ def generate(
 ) -> None:
     """Continue a text with a decoder-only run; in a terminal it appears as it is generated.
 
+    An imported model has the defaults of its generation_config.json.
+
     Example: [cyan]moesaic generate runs/mine "Once upon a time" --temperature 0.7[/]
     """
-    search = Sample(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    usual = read_imported_generation(RunDir(run).imported)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    search = Sample.from_dict({"temperature": 0.8, **usual.texts, **given, "seed": seed})
+    max_tokens = max_tokens or usual.max_tokens or 200
     text = _read_prompt(prompt, file=file, stdin=stdin)
     import_user_files(files)
     generator = TextGenerator.open(run)

@@ -15,9 +15,13 @@ from moesaic.cli.styled_text import cyan
 with deferred():
     from moesaic.checkpoint.model_card import add_to_card
     from moesaic.core.errors import UserError
+    from moesaic.core.files import removed_on_error
     from moesaic.core.units import show_bytes, show_count
     from moesaic.data.tokenizer_source import TokenizerSource
-    from moesaic.exchange.compare_with_transformers import compare_with_transformers
+    from moesaic.exchange.compare_with_transformers import (
+        compare_with_transformers,
+        require_transformers,
+    )
     from moesaic.exchange.import_model import import_model
     from moesaic.exchange.peft_format import import_adapter
     from moesaic.model.parameter_flop_count import count_parameters
@@ -26,7 +30,7 @@ app = command_app()
 VerifyOption = Annotated[
     bool,
     typer.Option(
-        "--verify", help="Compute 50 prompts in both programs and compare (extra interop)."
+        "--verify", help="Compute 50 prompts in both programs; keep nothing if they differ."
     ),
 ]
 BaseOption = Annotated[
@@ -68,6 +72,8 @@ def import_(
         if verify or drop or languages or tokenizer is not None or layout != "auto":
             raise UserError("--base takes --out alone: the model has tokenizer and languages")
         return _import_adapter(directory, base=base, out=out)
+    if verify:
+        require_transformers()
     found = import_model(
         directory,
         out=out,
@@ -89,10 +95,16 @@ def import_(
         "notes": list(found.notes),
     }
     if verify:
-        agreement = compare_with_transformers(directory, ours=out)
-        add_to_card(out, "comparison", agreement.text())
-        value["verify"] = asdict(agreement) | {"text": agreement.text()}
+        value["verify"] = _compared(directory, out=out)
     return Result(value, partial(_show, value))
+
+
+def _compared(directory: Path, *, out: Path) -> dict[str, Any]:
+    """Compare an imported model with the one in transformers; one that differs is not kept."""
+    with removed_on_error(out):
+        agreement = compare_with_transformers(directory, ours=out)
+    add_to_card(out, "comparison", agreement.text())
+    return asdict(agreement) | {"text": agreement.text()}
 
 
 def _import_adapter(directory: Path, *, base: Path, out: Path) -> Result:

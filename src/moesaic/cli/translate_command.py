@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +27,10 @@ from moesaic.cli.user_files import import_user_files
 
 with deferred():
     from moesaic.checkpoint.routes_file import RoutesWriter
+    from moesaic.checkpoint.run_directory import RunDir
     from moesaic.core.errors import UserError
     from moesaic.model.beam_search import Beam, Greedy, Search
+    from moesaic.serve.imported_generation import read_imported_generation
     from moesaic.serve.translation_input import read_lines_to_translate, read_stream_to_translate
     from moesaic.serve.translation_result import TranslationResult, describe_results
     from moesaic.serve.translation_routing import translation_routes
@@ -54,17 +56,21 @@ BeamOption = Annotated[
     typer.Option(min=1, max=1024, help="Beam size; 1 is greedy (4, or --n-best if larger)."),
 ]
 LengthPenaltyOption = Annotated[
-    float, typer.Option(min=0, help="Scores are divided by length to this power.")
+    float | None,
+    typer.Option(min=0, help="Scores are divided by length to this power (default: 1)."),
 ]
 NBestOption = Annotated[int, typer.Option(min=1, max=1024, help="Translations of each line.")]
 NoRepeatOption = Annotated[
-    int, typer.Option(min=0, help="Generate no n-gram of so many tokens twice in a line; 0: off.")
+    int | None,
+    typer.Option(min=0, help="Generate no n-gram of so many tokens twice in a line (0: off)."),
 ]
 RepetitionOption = Annotated[
-    float, typer.Option(help="Above 1, tokens already generated are less likely; 1: off.")
+    float | None,
+    typer.Option(help="Above 1, tokens already generated are less likely (1: off)."),
 ]
 EarlyStoppingOption = Annotated[
-    str, typer.Option(metavar="true|false|never", help="When a beam search stops (see the guide).")
+    str | None,
+    typer.Option(metavar="true|false|never", help="When a beam search stops (see the guide)."),
 ]
 AsTextOption = Annotated[
     bool, typer.Option("--as-text", help="Translate the lines of a .po, .json, .srt, ... file too.")
@@ -80,11 +86,11 @@ def translate(
     source: SourceOption = None,
     target: TargetOption,
     beam: BeamOption = None,
-    length_penalty: LengthPenaltyOption = 1.0,
+    length_penalty: LengthPenaltyOption = None,
     n_best: NBestOption = 1,
-    no_repeat_ngram: NoRepeatOption = 0,
-    repetition_penalty: RepetitionOption = 1.0,
-    early_stopping: EarlyStoppingOption = "true",
+    no_repeat_ngram: NoRepeatOption = None,
+    repetition_penalty: RepetitionOption = None,
+    early_stopping: EarlyStoppingOption = None,
     as_text: AsTextOption = False,
     experts: ExpertsOption = False,
     routes: RoutesOption = None,
@@ -92,10 +98,13 @@ def translate(
 ) -> Result:
     """Translate lines to stdout, in the order of the input; empty lines stay empty.
 
+    An imported model has the defaults of its generation_config.json.
+
     Example: [cyan]echo "Save changes" | moesaic translate runs/demo --to es[/]
     """
     search = _make_search(
-        beam,
+        read_imported_generation(RunDir(run).imported).translation,
+        size=beam,
         n_best=n_best,
         length_penalty=length_penalty,
         early_stopping=early_stopping,
@@ -161,27 +170,29 @@ def _require_translation(translator: Translator, run: Path) -> None:
 
 
 def _make_search(
-    beam: int | None, *, n_best: int, length_penalty: float, early_stopping: str, **repetition: Any
+    usual: Mapping[str, Any], *, n_best: int, early_stopping: str | None, **options: Any
 ) -> Search:
-    """Return the search that the options ask for. Raises UserError where they contradict."""
-    size = max(_DEFAULT_BEAM, n_best) if beam is None else beam
+    """Return the search that the options ask for, or the ``usual`` settings of the model.
+
+    Raises UserError where options contradict.
+    """
+    settings = {"size": _DEFAULT_BEAM, **usual, "n_best": n_best}
+    settings["size"] = max(settings["size"], n_best)
+    settings |= {name: value for name, value in options.items() if value is not None}
+    size = settings["size"]
     if n_best > size:
         raise UserError(
             f"--n-best {n_best} needs a beam of at least {n_best}, found --beam {size}: raise it, "
             "or leave it out"
         )
     rules = {"true": True, "false": False, "never": "never"}
-    if early_stopping.casefold() not in rules:
-        raise UserError(f'--early-stopping "{early_stopping}": expected true, false or never')
+    if early_stopping is not None:
+        if early_stopping.casefold() not in rules:
+            raise UserError(f'--early-stopping "{early_stopping}": expected true, false or never')
+        settings["early_stopping"] = rules[early_stopping.casefold()]
     if size == 1:
-        return Greedy(**repetition)
-    return Beam(
-        size=size,
-        length_penalty=length_penalty,
-        n_best=n_best,
-        early_stopping=rules[early_stopping.casefold()],
-        **repetition,
-    )
+        return Greedy(**{key: settings[key] for key in Greedy.model_fields.keys() & settings})
+    return Beam.from_dict(settings)
 
 
 def _standard_input(*, as_text: bool) -> list[str]:

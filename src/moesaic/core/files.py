@@ -78,6 +78,16 @@ def new_directory(out: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def removed_on_error(directory: Path) -> Iterator[None]:
+    """Remove a directory, which is whole, if the block finds that it is not what it should be."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
 def copy_files(paths: Iterable[Path], *, to: Path) -> None:
     """Copy those of ``paths`` that are files into a directory, which is made if there is none."""
     to.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ learned pieces. ``encode_with_copies`` uses them; its result restores the text.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -80,7 +80,19 @@ class Tokenizer:
         self._languages = recorded.languages if recorded else tuple(known.tags)
         self._copies = self._find_copies()
         unknown = {self._vocabulary.unk}
-        self._markers = {*self._vocabulary.suppressed, self._vocabulary.eos} - unknown
+        self._markers = {*self._vocabulary.suppressed, *self._vocabulary.ends} - unknown
+
+    def with_ends(self, ids: Iterable[int]) -> "Tokenizer":
+        """Return the tokenizer of a model that may end a text with several tokens.
+
+        Those that it has no token for are left out. The file of the tokenizer does not have them.
+        """
+        known = self._vocabulary
+        others = tuple(sorted({i for i in ids if i < known.size} - {known.eos}))
+        if not others:
+            return self
+        record = RecordedVocabulary(replace(known, other_ends=others), self._languages)
+        return Tokenizer(self._hf_tokenizer, recorded=record)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":

@@ -17,9 +17,10 @@ MAX_ROWS = 2**22  # of any vocabulary; the largest ones that are in use have a m
 class Vocabulary:
     """The ids 0 to ``size - 1`` of a model's text by role; a role that there is not is None.
 
-    Two roles may share an id (GPT-2 pads with its end). ``tags`` has the tag of a language or task
-    by its code. ``not_text`` are further ids that are never generated: unused rows, markers.
-    ``id_map`` has the id of each id of the tokenizer's file, None if they are the same.
+    Two roles may share an id (GPT-2 pads with its end). A text may end with ``other_ends`` than
+    ``eos`` too. ``tags`` has the tag of a language or task by its code. ``not_text`` are further
+    ids that are never generated: unused rows, markers. ``id_map`` has the id of each id of the
+    tokenizer's file, None if they are the same.
     """
 
     size: int
@@ -29,6 +30,7 @@ class Vocabulary:
     unk: int | None = None
     mask: int | None = None
     tags: Mapping[str, int] = field(default_factory=dict)
+    other_ends: tuple[int, ...] = ()
     not_text: tuple[int, ...] = ()
     id_map: tuple[int, ...] | None = None
 
@@ -65,9 +67,14 @@ class Vocabulary:
 
     @property
     def suppressed(self) -> tuple[int, ...]:
-        """The ids that are never generated: all that are no text, but for the end."""
+        """The ids that are never generated: all that are no text, but for the ends."""
         special = {*self.roles.values(), *self.tags.values(), *self.not_text}
-        return tuple(sorted(special - {self.eos}))
+        return tuple(sorted(special - {*self.ends}))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text, ``eos`` first."""
+        return (self.eos, *self.other_ends)
 
     def role(self, name: str, *, needed_by: str) -> int:
         """Return the id of a role. Raises DataError, which names what needs it."""

@@ -69,7 +69,8 @@ def compare_with_ctranslate2(
     model = load_transformer(read_model_config(run), run.model).float().eval()
     translator = library.Translator(str(exported), compute_type="float32")
     inputs, vocabulary = stored_inputs(run, model, theirs=theirs)
-    given_start = theirs.get("decoder_start_token_id") is not None  # they put it in front
+    # a start that their config names they put in front themselves; a caller's is in no answer
+    theirs_first = 0 if theirs.get("decoder_start_token_id") is None else 1
     ids = {name: i for i, name in enumerate(names)}
     differences: list[float] = []
     equal = {"greedy": 0, "beam": 0}
@@ -79,8 +80,8 @@ def compare_with_ctranslate2(
     )
     for given in inputs:
         source = [[names[i] for i in given.source[0].tolist()]]
-        prompt = [names[i] for i in given.prompt[0].tolist()][given_start:]
-        shown = len(prompt) - (not given_start)  # a start of the caller's is in no answer
+        prompt = [names[i] for i in given.prompt[0].tolist()][theirs_first:]
+        shown = len(prompt) - (1 - theirs_first)
         text = [names[i] for i in given.text[0].tolist()]
         [found] = translator.score_batch(source, [prompt + text])
         scores = _log_probabilities(model, given, end=vocabulary.eos)

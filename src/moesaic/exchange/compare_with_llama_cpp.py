@@ -24,14 +24,18 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.stored_weights import load_transformer
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.shapes import Float, Tensor
-from moesaic.data.batch import Batch, InputRows
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.exchange.export_gguf import MODEL_FILE, stays_float32
-from moesaic.exchange.stored_prompts import SENTENCES, stored_prompts
+from moesaic.exchange.stored_prompts import SENTENCES, StoredInput, our_logits, stored_prompts
+from moesaic.exchange.tensor_files import TensorFiles
 from moesaic.model.transformer import Transformer
 from moesaic.serve.open_run import read_model_config
 
 ANSWER = 5  # tokens that ours continues each prompt by: a distribution each
+# by the dtype of matrices, to which it rounds activations too: the largest difference of
+# log-probabilities, and the share of positions beyond it or with another likeliest token, since a
+# rounding may choose another expert
+BOUNDS = {torch.float32: (2e-3, 0.0), torch.float16: (2e-2, 0.05), torch.bfloat16: (0.2, 0.1)}
 BEST = 100  # of a distribution, as many tokens as there are at most
 _QUIET = -1
 
@@ -96,8 +100,12 @@ def compare_with_llama_cpp(
 
     Ours computes in float32, with the matrices rounded to the ``dtype`` of the file.
 
-    Raises UserError without the wheel, CheckpointError if llama.cpp cannot run the file.
+    Raises:
+        CheckpointError: llama.cpp cannot run the file, or it differs: beyond the ``BOUNDS`` of its
+            dtype, or a sentence has other ids.
+        UserError: The wheel ``xllamacpp`` is not installed.
     """
+    require_llama_cpp()
     run = RunDir.open(ours)
     model = load_transformer(read_model_config(run), run.model).float().eval()
     with torch.no_grad():
@@ -121,23 +129,38 @@ def compare_with_llama_cpp(
     found = _in_own_process(question)
     both = list(zip(wanted, found.following, strict=True))
     ids = tokenizer.encode_batch(SENTENCES) if tokenizer and found.ids else []
-    return LlamaCppAgreement(
+    of_position = [max(abs(logs[i].item() - value) for i, value in best) for logs, best in both]
+    same_best = [int(logs.argmax()) == best[0][0] for logs, best in both]
+    agreement = LlamaCppAgreement(
         version=found.version,
         inputs=len(prompts),
         positions=len(rows),
-        difference=max(abs(logs[i].item() - value) for logs, best in both for i, value in best),
-        same_best=sum(int(logs.argmax()) == best[0][0] for logs, best in both),
+        difference=max(of_position),
+        same_best=sum(same_best),
         texts=len(ids),
         same_text=sum(one == two for one, two in zip(ids, found.ids, strict=False)),
     )
+    stored = dtype or TensorFiles([run.model]).tensors["embedding.weight"].dtype
+    most, share = BOUNDS[stored]
+    near = [same and found <= most for same, found in zip(same_best, of_position, strict=True)]
+    if sum(near) < (1 - share) * len(rows) or agreement.same_text < len(ids):
+        raise CheckpointError(f"llama.cpp computes another model: {agreement.text()}")
+    return agreement
+
+
+def require_llama_cpp() -> Any:
+    """Return the wheel. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module("xllamacpp")
+    except ImportError as error:
+        raise UserError('a comparison with llama.cpp needs: pip install "moesaic[gguf]"') from error
 
 
 @torch.inference_mode()
 def _log_probabilities(model: Transformer, ids: Sequence[int]) -> Float[Tensor, "V"]:
     """Return those of the token after a row."""
-    rows = torch.tensor([ids])
-    batch = Batch(InputRows.empty(1), InputRows.full(rows), rows, {}, torch.zeros(1).long())
-    return model.predict(model(batch).hidden[-1:])[0].float().log_softmax(-1)
+    none = torch.zeros(1, 0, dtype=torch.long)
+    return our_logits(model, StoredInput(none, torch.tensor([ids]), none))[-1].log_softmax(-1)
 
 
 def _in_own_process(question: _Question) -> _Answers:
@@ -152,11 +175,8 @@ def _in_own_process(question: _Question) -> _Answers:
 
 
 def _ask(question: _Question) -> _Answers:
-    """Ask llama.cpp, in its process. Raises UserError."""
-    try:
-        library: Any = importlib.import_module("xllamacpp")
-    except ImportError as error:
-        raise UserError('a comparison with llama.cpp needs: pip install "moesaic[gguf]"') from error
+    """Ask llama.cpp, in its process."""
+    library = require_llama_cpp()
     parameters = library.CommonParams()
     parameters.model.path = question.path
     parameters.n_ctx = 256

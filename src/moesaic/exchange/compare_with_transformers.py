@@ -9,7 +9,7 @@ import torch
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.stored_weights import load_transformer
-from moesaic.core.errors import UserError
+from moesaic.core.errors import CheckpointError, UserError
 from moesaic.exchange.hf_directory import read_hf_config
 from moesaic.exchange.stored_prompts import ids_before_end, our_answer, our_logits, stored_inputs
 from moesaic.exchange.transformers_repairs import repair_forward
@@ -17,6 +17,7 @@ from moesaic.model.beam_search import Beam, Greedy
 from moesaic.serve.open_run import read_model_config
 
 BEAMS, ANSWER = 4, 12
+MOST = 1e-3  # of a difference of logits, of the largest one; both compute in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,11 @@ class Agreement:
 def compare_with_transformers(theirs: Path, *, ours: Path) -> Agreement:
     """Compare a model in the directories of both programs, in float32.
 
-    Raises UserError without transformers (``pip install "moesaic[hf]"``).
+    Raises:
+        CheckpointError: An answer is another one, or logits differ by over 1e-3 of the largest.
+        UserError: transformers is not installed (``pip install "moesaic[hf]"``).
     """
-    transformers = _transformers()
+    transformers = require_transformers()
     run = RunDir.open(ours)
     model = load_transformer(read_model_config(run), run.model).eval()
     kind = "AutoModelForSeq2SeqLM" if model.config.encoder.layers else "AutoModelForCausalLM"
@@ -90,7 +93,7 @@ def compare_with_transformers(theirs: Path, *, ours: Path) -> Agreement:
                     model, given, vocabulary=vocabulary, search=search, max_tokens=ANSWER
                 )
                 equal[name] += mine == ids_before_end(answer, end=vocabulary.eos)
-    return Agreement(
+    agreement = Agreement(
         transformers.__version__,
         len(inputs),
         max(differences),
@@ -98,9 +101,13 @@ def compare_with_transformers(theirs: Path, *, ours: Path) -> Agreement:
         repaired=tuple(repaired),
         **equal,
     )
+    if not max(differences) <= MOST * max(largest) or min(equal.values()) < len(inputs):
+        raise CheckpointError(f"the two programs compute different models: {agreement.text()}")
+    return agreement
 
 
-def _transformers() -> Any:
+def require_transformers() -> Any:
+    """Return the package. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:

@@ -5,7 +5,7 @@ family's template, on theirs an entry ``FixedKey``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -42,6 +42,11 @@ class ConfigEntry(ABC):
     @abstractmethod
     def read(self, theirs: Theirs) -> dict[str, Any]:
         """Return our fields by path. Raises ConfigError."""
+
+    @property
+    def numbers(self) -> Mapping[str, str]:
+        """The keys of theirs that are one number of ours, with its path."""
+        return {}
 
     @abstractmethod
     def write(self, ours: ModelConfig) -> dict[str, Any]:
@@ -83,6 +88,10 @@ class Key(ConfigEntry):
         return {self.key: back[value] if self.values else value}
 
     @property
+    def numbers(self) -> Mapping[str, str]:
+        return {name: self._paths[0] for name in (self.key, self.also) if name}
+
+    @property
     def _paths(self) -> Sequence[str]:
         return (self.path,) if isinstance(self.path, str) else self.path
 
@@ -101,6 +110,10 @@ class EqualKeys(ConfigEntry):
             shown = ", ".join(f"{key}={show_value(found[key])}" for key in self.keys)
             raise ConfigError([f"found {shown}, of which we have one number alone"])
         return dict.fromkeys(self.paths, value)
+
+    @property
+    def numbers(self) -> Mapping[str, str]:
+        return dict.fromkeys(self.keys, self.paths[0])
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
         value = field_of(ours, self.paths[0])
@@ -168,16 +181,33 @@ class ConfigMapping:
                 problems.append(f"found {found}, of which one is not of the kind that is expected")
         if problems:
             raise ConfigError(problems)
-        return ModelConfig.from_dict(tree)
+        try:
+            return ModelConfig.from_dict(tree)
+        except ConfigError as error:
+            raise ConfigError(map(self._in_their_names(theirs), error.problems)) from error
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
         """Return their keys; ``read`` says whether they are the same model."""
         return {key: value for entry in self.entries for key, value in entry.write(ours).items()}
 
+    def _in_their_names(self, theirs: Theirs) -> Callable[[str], str]:
+        """Return a function that names their key in a problem of a number of ours."""
+        names = {path: key for key, path in self.numbers().items() if key in theirs}
+
+        def renamed(problem: str) -> str:
+            path, separator, rest = problem.partition(": ")
+            return f"{names.get(path, path)}{separator}{rest}"
+
+        return renamed
+
+    def numbers(self) -> dict[str, str]:
+        """Return the keys of theirs that are one number of ours, with its path."""
+        return {key: path for entry in self.entries for key, path in entry.numbers.items()}
+
     def unread_keys(self, theirs: Theirs) -> list[str]:
         """Return the keys with a value that nothing here reads."""
-        keys = {name for e in self.entries if isinstance(e, Key) for name in (e.key, e.also)}
-        known = self.COMMON_KEYS | self.other_keys | keys | set(self.write(self.template))
+        known = self.COMMON_KEYS | self.other_keys | set(self.write(self.template))
+        known |= self.numbers().keys()
         return [key for key, value in theirs.items() if value and key not in known]
 
 

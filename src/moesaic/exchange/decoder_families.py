@@ -114,14 +114,14 @@ QWEN_EXPERTS: TensorTable = {
     ),
     f"{ROUTED}experts.down": ExpertMatrices(f"{LAYER}mlp.experts.{{expert}}.down_proj.weight"),
 }
-_MIXTRAL_LAYER = f"{LAYER}block_sparse_moe."
+_SPARSE_LAYER = f"{LAYER}block_sparse_moe."
 MIXTRAL_EXPERTS: TensorTable = {
-    f"{ROUTED}router.gate.weight": Rows(f"{_MIXTRAL_LAYER}gate.weight"),
+    f"{ROUTED}router.gate.weight": Rows(f"{_SPARSE_LAYER}gate.weight"),
     f"{ROUTED}experts.up": ExpertMatrices(
-        f"{_MIXTRAL_LAYER}experts.{{expert}}.w1.weight",
-        f"{_MIXTRAL_LAYER}experts.{{expert}}.w3.weight",
+        f"{_SPARSE_LAYER}experts.{{expert}}.w1.weight",
+        f"{_SPARSE_LAYER}experts.{{expert}}.w3.weight",
     ),
-    f"{ROUTED}experts.down": ExpertMatrices(f"{_MIXTRAL_LAYER}experts.{{expert}}.w2.weight"),
+    f"{ROUTED}experts.down": ExpertMatrices(f"{_SPARSE_LAYER}experts.{{expert}}.w2.weight"),
 }
 FUSED_EXPERTS: TensorTable = {  # what transformers 5 has in memory, of both
     f"{ROUTED}router.gate.weight": Rows(f"{LAYER}mlp.gate.weight"),
@@ -268,15 +268,14 @@ _GRANITE = (
     Key("residual_multiplier", "block_layout.residual_multiplier", default=1.0),
     Key("attention_multiplier", "attention.scale", default=1.0),
 )
-_GRANITE_LAYER = f"{LAYER}block_sparse_moe."
 
 
 def _granite_tensors(router: str, up: str, down: str) -> TensorTable:
     return {
         **LLAMA_TENSORS,
-        f"{ROUTED}router.gate.weight": Rows(_GRANITE_LAYER + router),
-        f"{ROUTED}experts.up": FusedExperts(_GRANITE_LAYER + up),
-        f"{ROUTED}experts.down": FusedExperts(_GRANITE_LAYER + down),
+        f"{ROUTED}router.gate.weight": Rows(_SPARSE_LAYER + router),
+        f"{ROUTED}experts.up": FusedExperts(_SPARSE_LAYER + up),
+        f"{ROUTED}experts.down": FusedExperts(_SPARSE_LAYER + down),
     }
 
 

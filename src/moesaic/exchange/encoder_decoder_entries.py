@@ -1,6 +1,6 @@
 """Config entries of encoder-decoders: positions behind padding, NLLB's router, sparse layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,10 @@ class StackLayers(ConfigEntry):
             raise ConfigError([f"{self.count}: found {show_value(layers)}, expected a number"])
         sparse = self.chosen(layers, theirs.get(self.number, self.default))
         return {f"{self.side}.layers": layers, f"{self.side}.sparse_layers": sparse}
+
+    @property
+    def numbers(self) -> Mapping[str, str]:
+        return {name: f"{self.side}.layers" for name in (self.count, self.also) if name}
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
         stack = ours.stack_of(self.side)

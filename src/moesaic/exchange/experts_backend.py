@@ -1,6 +1,6 @@
 """Experts backend: models of Hugging Face transformers compute their experts with our kernels.
 
-transformers (5.0 on) keeps the experts of a layer in one module and looks their computation up by
+transformers (5.20 on) keeps the experts of a layer in one module and looks their computation up by
 name (``ExpertsInterface``). This registers the name ``moesaic``::
 
     from moesaic.exchange.experts_backend import register_experts_backend
@@ -39,7 +39,7 @@ _PLAIN: dict[str, Activation] = {
 def register_experts_backend() -> str:
     """Register our kernels in transformers. Returns the name to select them by.
 
-    Raises UserError without transformers 5 (``pip install "moesaic[hf]"``).
+    Raises UserError without transformers 5.20 (``pip install "moesaic[hf]"``).
     """
     try:
         moe = importlib.import_module(_INTERFACE)

@@ -27,6 +27,7 @@ from moesaic.exchange.export_model import (
     write_export,
 )
 from moesaic.exchange.family import Family
+from moesaic.exchange.gguf_families import ARCHITECTURES
 from moesaic.exchange.hf_directory import CONFIG, carried_files, read_hf_config
 from moesaic.exchange.same_model import resolved
 from moesaic.model.config import ModelConfig
@@ -104,17 +105,18 @@ def export_ctranslate2(
 
 
 def _require_dense(model: ModelConfig, family: Family) -> None:
-    moe = resolved(model).moe
+    moe, ways = resolved(model).moe, "--to hf writes the model for transformers"
+    if family.model_type in ARCHITECTURES:
+        ways += ", --to gguf for llama.cpp"
     if isinstance(moe, MoE):
-        file = "" if model.encoder.layers else ", --to gguf for llama.cpp"
         raise CheckpointError(
             f"CTranslate2 has no layers with experts, but model.moe.experts is {moe.experts}: "
-            f"--to hf writes the model for transformers{file}"
+            f"{ways}"
         )
     if family.model_type not in _FAMILIES:
         raise CheckpointError(
             f"--to ctranslate2 writes encoder-decoders ({', '.join(_FAMILIES)}), but this is "
-            f"{family.model_type}: --to hf writes it for transformers, --to gguf for llama.cpp"
+            f"{family.model_type}: {ways}"
         )
 
 

@@ -16,6 +16,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_unchanged
 from moesaic.checkpoint.safetensors_io import serialize_chunks
 from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.core.file_reader import read_json_mapping
 from moesaic.core.files import atomic_write, copy_files, new_directory, write_json
 from moesaic.core.shapes import Tensor
 from moesaic.data.collators import EncoderDecoderCollator
@@ -26,6 +27,7 @@ from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
+    GENERATION,
     INDEX,
     WEIGHTS,
     carried_files,
@@ -34,6 +36,7 @@ from moesaic.exchange.hf_directory import (
 from moesaic.exchange.same_model import canonical, resolved
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.model.config import ModelConfig
+from moesaic.serve.imported_generation import GENERATION_FILE
 from moesaic.serve.open_run import read_collator, read_model_config
 
 SHARD_BYTES = 5 * 10**9
@@ -100,8 +103,8 @@ def write_export(
     with new_directory(out) as part:
         dtype = str(next(iter(put_together.targets.values())).dtype).removeprefix("torch.")
         config = hf_config(family, model, before=before) | {"dtype": dtype}
-        config |= _write_tokenizer(directory, part, fixed=family.mapping.write(resolved(model)))
-        write_json(part / CONFIG, config)
+        ids = _write_tokenizer(directory, part, fixed=family.mapping.write(resolved(model)))
+        write_json(part / CONFIG, _with_ids(config, ids))
         _write_shards(part, put_together, shard_bytes=shard_bytes)
         notes = tuple(_notes(source))
         _write_card(directory, part, facts=[f"{family.architecture}, {layout}", *notes])
@@ -173,14 +176,22 @@ def _not_held(model: ModelConfig, family: Family) -> list[str]:
     return list(differences(canonical(model), canonical(found)))
 
 
+def _with_ids(kept: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
+    """Return a config of theirs with the ids of roles; several ends of a text stay as they were."""
+    ends = kept.get("eos_token_id")
+    several = isinstance(ends, list) and ids.get("eos_token_id") in ends
+    return {**kept, **ids, **({"eos_token_id": ends} if several else {})}
+
+
 def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> dict[str, int]:
     """Write tokenizer and generation config. Returns the ids of roles for ``config.json``.
 
     Raises CheckpointError if one is not that of ``fixed`` keys.
     """
+    kept = [path for path in carried_files(run.imported) if path.name != CONFIG]
+    copy_files([run.imported / GENERATION], to=part)
     if not run.tokenizer.is_file():
         return {}
-    kept = [path for path in carried_files(run.imported) if path.name != CONFIG]
     tokenizer = Tokenizer.load(run.tokenizer)
     known = tokenizer.vocabulary
     ids = {f"{role}_token_id": known.roles[role] for role in _ROLES if role in known.roles}
@@ -201,7 +212,9 @@ def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> di
     write_json(
         part / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names
     )
-    write_json(part / "generation_config.json", ids)
+    path = part / GENERATION
+    before = read_json_mapping(path, GENERATION_FILE) if path.is_file() else {}
+    write_json(path, _with_ids(before, ids))
     return ids
 
 

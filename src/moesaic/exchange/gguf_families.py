@@ -12,6 +12,7 @@ from typing import Any
 from moesaic.core.config_errors import show_value
 from moesaic.core.errors import CheckpointError
 from moesaic.exchange.config_mapping import field_of, is_absent
+from moesaic.exchange.decoder_families import ATTENTION, FEED_FORWARD, ROUTED, SHARED
 from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.family import Family
 from moesaic.exchange.tensor_table import FusedExperts, Rows, TensorTable
@@ -29,10 +30,7 @@ from moesaic.nn.rotary_scaling import (
 )
 
 LAYOUT = "gguf"
-_OURS, _BLOCK = "decoder.{layer}.", "blk.{layer}."
-_ATTENTION, _FEED_FORWARD = f"{_OURS}self_attention.", f"{_OURS}feed_forward."
-_ROUTED = f"{_FEED_FORWARD}inner."
-_SHARED = f"{_ROUTED}shared_experts."
+_BLOCK = "blk.{layer}."
 
 
 def _block(*names: str, kind: str = "weight") -> Rows:
@@ -43,23 +41,23 @@ GGUF_TENSORS: TensorTable = {
     "embedding.weight": Rows("token_embd.weight"),
     "embedding.output": Rows("output.weight"),
     "decoder_norm.weight": Rows("output_norm.weight"),
-    f"{_ATTENTION}norm.weight": _block("attn_norm"),
-    f"{_ATTENTION}inner.qkv.weight": _block("attn_q", "attn_k", "attn_v"),
-    f"{_ATTENTION}inner.qkv.bias": _block("attn_q", "attn_k", "attn_v", kind="bias"),
-    f"{_ATTENTION}inner.out.weight": _block("attn_output"),
-    f"{_ATTENTION}inner.qk_norm.query.weight": _block("attn_q_norm"),
-    f"{_ATTENTION}inner.qk_norm.key.weight": _block("attn_k_norm"),
-    f"{_FEED_FORWARD}norm.weight": _block("ffn_norm"),
-    f"{_ROUTED}up.weight": _block("ffn_gate", "ffn_up"),
-    f"{_ROUTED}down.weight": _block("ffn_down"),
-    f"{_ROUTED}router.gate.weight": _block("ffn_gate_inp"),
-    f"{_ROUTED}experts.up": FusedExperts(
+    f"{ATTENTION}norm.weight": _block("attn_norm"),
+    f"{ATTENTION}inner.qkv.weight": _block("attn_q", "attn_k", "attn_v"),
+    f"{ATTENTION}inner.qkv.bias": _block("attn_q", "attn_k", "attn_v", kind="bias"),
+    f"{ATTENTION}inner.out.weight": _block("attn_output"),
+    f"{ATTENTION}inner.qk_norm.query.weight": _block("attn_q_norm"),
+    f"{ATTENTION}inner.qk_norm.key.weight": _block("attn_k_norm"),
+    f"{FEED_FORWARD}norm.weight": _block("ffn_norm"),
+    f"{ROUTED}up.weight": _block("ffn_gate", "ffn_up"),
+    f"{ROUTED}down.weight": _block("ffn_down"),
+    f"{ROUTED}router.gate.weight": _block("ffn_gate_inp"),
+    f"{ROUTED}experts.up": FusedExperts(
         f"{_BLOCK}ffn_gate_exps.weight", f"{_BLOCK}ffn_up_exps.weight"
     ),
-    f"{_ROUTED}experts.down": FusedExperts(f"{_BLOCK}ffn_down_exps.weight"),
-    f"{_SHARED}feed_forward.up.weight": _block("ffn_gate_shexp", "ffn_up_shexp"),
-    f"{_SHARED}feed_forward.down.weight": _block("ffn_down_shexp"),
-    f"{_SHARED}gate.weight": _block("ffn_gate_inp_shexp"),
+    f"{ROUTED}experts.down": FusedExperts(f"{_BLOCK}ffn_down_exps.weight"),
+    f"{SHARED}feed_forward.up.weight": _block("ffn_gate_shexp", "ffn_up_shexp"),
+    f"{SHARED}feed_forward.down.weight": _block("ffn_down_shexp"),
+    f"{SHARED}gate.weight": _block("ffn_gate_inp_shexp"),
 }
 _ROTATED = r"blk\.\d+\.attn_[qk](_norm)?\.(weight|bias)"
 _ALWAYS: Mapping[str, Any] = {

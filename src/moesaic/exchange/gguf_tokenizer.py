@@ -6,7 +6,7 @@ llama.cpp has by name.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,16 @@ NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = ""  # the pattern of ByteLevel itself
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_BEFORE, _SUFFIX = r"[^\r\n\p{L}\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    f"{_BEFORE}[{_UPPER}]*[{_LOWER}]+{_SUFFIX}|{_BEFORE}[{_UPPER}]+[{_LOWER}]*{_SUFFIX}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PATTERNS = {  # of byte-level BPE: the names that llama.cpp has for them
     f"{_LETTERS}\\p{{N}}{_REST}": "qwen2",
     f"{_LETTERS}\\p{{N}}{{1,3}}{_REST}": "llama-bpe",
+    _O200K: "gpt-4o",
     _GPT2: "gpt-2",
 }
 
@@ -64,7 +71,9 @@ def gguf_tokens(run: RunDir, *, rows: int) -> GGUFTokens:
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model["merges"]]
     roles = tokenizer.vocabulary.roles
     start = _start(run, tokenizer)
-    notes = () if start is not None else ("a text begins with a token that is named before it",)
+    notes = tuple(_what_differs(tree, pieces=bool(pieces)))
+    if start is None:
+        notes += ("a text begins with a token that is named before it",)
     if not pieces:
         joined, name = [" ".join(merge) for merge in merges], _PATTERNS[pattern or _GPT2]
         return GGUFTokens(
@@ -89,6 +98,15 @@ def gguf_tokens(run: RunDir, *, rows: int) -> GGUFTokens:
         start=start,
         space_prefix=prefix,
     )
+
+
+def _what_differs(tree: Mapping[str, Any], *, pieces: bool) -> Iterator[str]:
+    """Yield what llama.cpp does otherwise with some texts."""
+    normalizer, splitter = tree.get("normalizer") or {}, tree.get("pre_tokenizer") or {}
+    if normalizer and not pieces:
+        yield f"llama.cpp does not normalise texts, the tokenizer does ({normalizer.get('type')})"
+    if pieces and splitter.get("prepend_scheme") in ("first", "always"):
+        yield "llama.cpp puts one more space before a text that begins with a space"
 
 
 def _without_text(rows: int, why: str) -> GGUFTokens:

@@ -12,16 +12,17 @@ from moesaic.core.markdown import markdown_table
 from moesaic.data.tokenizer_file import TOKENIZER_FILE
 from moesaic.exchange.family import Family
 from moesaic.exchange.tensor_files import TensorFiles
-from moesaic.exchange.tensor_table import Region, Shape
+from moesaic.exchange.tensor_table import Region, Rows, Shape
 
 HF_CONFIG_FILE = FileKind(name="config.json of a model", max_bytes=16 * MIB, error=CheckpointError)
 HF_INDEX_FILE = FileKind(
     name="index of weights", max_bytes=256 * MIB, max_values=20_000_000, error=CheckpointError
 )
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+GENERATION = "generation_config.json"
 CARRIED = (
     CONFIG,
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,6 +39,7 @@ FOREIGN_FILES = {  # of programs whose checkpoints are pickles, wholly or in par
     "*expert_*_model_states.pt": "a checkpoint of DeepSpeed-MoE, whose files are",
     "checkpoint*.pt": "a checkpoint of fairseq, whose files are",
 }
+_CHANNELS = ("vocab_size", "dim", "heads", "hidden", "rank")  # ends of paths
 TextStart = Literal["bos", "eos", "text"]
 
 
@@ -150,6 +152,39 @@ def require_same_tensors(
             "nothing was written. --drop PATTERN leaves unexpected ones out\n"
             f"{table}{more}".rstrip()
         )
+
+
+def require_plausible_sizes(
+    family: Family, files: TensorFiles, *, theirs: Mapping[str, Any], where: Path
+) -> None:
+    """Raise CheckpointError for a number in a config that its tensors are far too few for.
+
+    A config that is read asks for its layers, experts and channels one by one. Up to a thousand of
+    them are left to the table of ``require_same_tensors``.
+    """
+    routers = {
+        re.compile(re.escape(name).replace(r"\{layer\}", r"\d+"))
+        for table in family.layouts.values()
+        for ours, rule in table.items()
+        if ours.endswith("router.gate.weight") and isinstance(rule, Rows)
+        for name in rule.names
+    }
+    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
+    rows = [s[0] for name, s in shapes.items() for r in routers if s and r.fullmatch(name)]
+    size = max((n for shape in shapes.values() for n in shape), default=0)
+    held: dict[tuple[str, ...], tuple[int, str]] = {
+        _CHANNELS: (size, "tensors of {} rows and columns at most"),
+        (".layers",): (len(shapes), "{} tensors"),
+        (".experts",): (max(rows, default=0), "routers of {} experts at most"),
+    }
+    for key, path in family.mapping.numbers().items():
+        found = theirs.get(key)
+        for ends, (most, what) in held.items():
+            if path.endswith(ends) and isinstance(found, int) and found > max(most, 1000):
+                raise CheckpointError(
+                    f"{where}: {key}: found {found:,}, but the files hold "
+                    f"{what.format(f'{most:,}')}; restore the file that differs"
+                )
 
 
 def _equal(files: TensorFiles, name: str, other: str) -> bool:

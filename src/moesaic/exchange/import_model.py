@@ -36,15 +36,18 @@ from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
+    GENERATION,
     TextStart,
     carried_files,
     find_text_start,
     read_hf_config,
+    require_plausible_sizes,
     require_same_tensors,
 )
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.exchange.tensor_table import TensorPiece, source_shapes
 from moesaic.model.config import ModelConfig
+from moesaic.serve.imported_generation import read_imported_generation
 from moesaic.train.corpus_source import CorpusFolder
 from moesaic.train.run import Run
 from moesaic.train.text_data import TextData
@@ -95,8 +98,9 @@ def import_model(
     """
     theirs = read_hf_config(directory)
     family = family_of(theirs.get("model_type"), where=str(directory / CONFIG))
-    model = _read_config(family, theirs, where=directory / CONFIG)
     files = open_tensors(directory, theirs)
+    require_plausible_sizes(family, files, theirs=theirs, where=directory / CONFIG)
+    model = _read_config(family, theirs, where=directory / CONFIG)
     layout, pieces = find_pieces(family, model, files, layout=layout)
     dropped = replace(family, derived=(*family.derived, *map(fnmatch.translate, drop)))
     require_same_tensors(dropped, files, expected=source_shapes(pieces), where=directory)
@@ -104,6 +108,7 @@ def import_model(
     notes = [f"{CONFIG}: nothing here reads {', '.join(unread)}"] if unread else []
     notes += files.notes
     notes += [f"left out on request: the tensors {pattern}" for pattern in drop]
+    notes += _notes_on_generation(directory, model)
     with new_directory(out) as path:
         part = RunDir(path)
         if tokenizer is not None or any(list(directory.glob(p)) for p in TOKENIZER_FILES):
@@ -117,14 +122,20 @@ def import_model(
             notes.append("no tokenizer was found: the model scores ids, and no text")
         copy_files(carried_files(directory), to=part.imported)
         # their tokenizers are given a text as it is; those of encoder-decoders read one line
-        rules = GeneralText() if model.encoder.layers else DocumentText()
-        write_text_rules(part.text_rules, rules)
+        write_text_rules(part.text_rules, GeneralText() if model.encoder.layers else DocumentText())
         start = find_text_start(directory, theirs)
         run = imported_run(out, model, theirs=theirs, languages=languages, text_start=start)
         size = _write_model(part, run, PutTogether(pieces, files))
         facts = {"imported from": f"{directory.name} ({family.architecture}, {layout})"}
         _write_card(part, run, facts=facts, notes=notes, languages=languages)
     return ImportedModel(family.model_type, layout, len(files.tensors), size, model, tuple(notes))
+
+
+def _notes_on_generation(directory: Path, model: ModelConfig) -> list[str]:
+    """Return a note if keys of their generation config do nothing here."""
+    use = "translation" if model.encoder.layers else "texts"
+    unused = read_imported_generation(directory).unused[use]
+    return [f"{GENERATION}: no search here uses {', '.join(unused)}"] if unused else []
 
 
 def find_pieces(

@@ -53,12 +53,12 @@ class Hypothesis:
 class SearchInputs:
     """The first logits of each source, the model's decoding functions, limits, special tokens.
 
-    ``eos`` is the token that ends an answer; those in ``suppressed`` are never generated. The cache
-    is reordered only if rows move: k rows for each source, those of a source together.
-    ``max_tokens`` counts generated tokens, the end included. ``processors``
-    change the log-probabilities before each selection (constrained decoding). What is drawn at
-    random for a source depends on its ``row_key`` (None: its index); ``observer`` is called with
-    the tokens of each step (both: ``model/sampling.py`` only).
+    ``ends`` are the tokens that end an answer; those in ``suppressed`` are never generated. The
+    cache is reordered only if rows move: k rows for each source, those of a source together.
+    ``max_tokens`` counts generated tokens, the end included. ``processors`` change the
+    log-probabilities before each selection (constrained decoding). What is drawn at random for a
+    source depends on its ``row_key`` (None: its index); ``observer`` is called with the tokens of
+    each step (both: ``model/sampling.py`` only).
     """
 
     logits: Float[Tensor, "B V"]
@@ -66,7 +66,7 @@ class SearchInputs:
     reorder_cache: ReorderCache
     max_tokens: Int[Tensor, "B"]
     suppressed: Int[Tensor, "n"]
-    eos: int
+    ends: tuple[int, ...]
     processors: tuple[LogitsProcessor, ...] = ()
     row_key: Int[Tensor, "B"] | None = None
     observer: Observer | None = None
@@ -175,7 +175,7 @@ class _BeamState:
         """Append a token to every hypothesis and select the cache's rows."""
         k = self.config.size
         best = self._best_continuations(logits)
-        ends = best.token == self.inputs.eos
+        ends = np.isin(best.token, self.inputs.ends)
         # only an end among a source's k best candidates finishes a hypothesis
         for group, column in np.argwhere(ends[:, :k] & np.isfinite(best.log_prob[:, :k])).tolist():
             beam, log_prob = int(best.beam[group, column]), float(best.log_prob[group, column])
@@ -189,8 +189,8 @@ class _BeamState:
         self._drop_finished_sources(best.beam, width=width)
 
     def _best_continuations(self, logits: Float[Tensor, "R V"]) -> "_Candidates":
-        """Return the best 2 k continuations of each source, from the best 2 k of each row."""
-        groups, count = len(self.sources), 2 * self.config.size
+        """Return the best continuations of each source: as many that k of them end no answer."""
+        groups, count = len(self.sources), (1 + len(self.inputs.ends)) * self.config.size
         found = token_log_prob(
             logits,
             search=self.config,

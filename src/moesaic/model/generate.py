@@ -81,7 +81,7 @@ def generate(
             suppressed=torch.tensor(
                 rules.suppressed(logits.shape[-1]), dtype=torch.long, device=source.device
             ),
-            eos=rules.vocabulary.eos,
+            ends=rules.vocabulary.ends,
             processors=rules.processors,
             row_key=rules.row_key,
             observer=rules.observer,

@@ -115,7 +115,7 @@ class _SampleState:
         token, value = drawn.cpu().numpy(), found.gather(1, drawn[:, None])[:, 0].cpu().numpy()
         possible = np.isfinite(value)
         self.log_prob += np.where(possible, value, 0)
-        ended = ~possible | (token == self.inputs.eos)
+        ended = ~possible | np.isin(token, self.inputs.ends)
         for row in np.flatnonzero(ended).tolist():
             length = before.shape[1] + int(possible[row])
             self._answer(row, before, length=length, finished=bool(possible[row]))

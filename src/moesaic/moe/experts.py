@@ -198,7 +198,12 @@ class GroupedExperts(ExpertModule, FusedProjections):
 
 
 class ExpertAdapter(CustomInitializers):
-    """Base of what is trained beside the frozen weights of ``GroupedExperts``."""
+    """Base of what is trained beside the frozen weights of ``GroupedExperts``.
+
+    ``first_expert`` is the number of the first of the experts on this rank.
+    """
+
+    first_expert = 0
 
     def over(self, experts: "FunctionalExperts") -> DirectExperts:
         """Return the experts with what is trained added to them."""

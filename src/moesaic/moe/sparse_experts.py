@@ -23,9 +23,9 @@ class SparseExperts(SparseValues, ExpertAdapter):
     def over(self, experts: FunctionalExperts) -> DirectExperts:
         up, down = experts.weights.up, experts.weights.down
         if "up" in self.kinds:
-            up = up + self.difference("up", up).to(up.dtype)
+            up = up + self.difference("up", up, first=self.first_expert).to(up.dtype)
         if "down" in self.kinds:
-            down = down + self.difference("down", down).to(down.dtype)
+            down = down + self.difference("down", down, first=self.first_expert).to(down.dtype)
         return replace(experts, weights=replace(experts.weights, up=up, down=down))
 
 

@@ -82,9 +82,16 @@ class SparseValues(CustomInitializers):
     def initializers(self) -> Mapping[str, Initializer]:
         return {f"{name}_delta": Initializer(kind, std=0.0) for name, kind in self.kinds.items()}
 
-    def difference(self, name: str, weight: Float[Tensor, "*E M N"]) -> Float[Tensor, "*E M N"]:
-        """Return the trained differences of a matrix, zeros elsewhere."""
+    def difference(
+        self, name: str, weight: Float[Tensor, "*E M N"], *, first: int = 0
+    ) -> Float[Tensor, "*E M N"]:
+        """Return the trained differences of a matrix, zeros elsewhere.
+
+        Of experts ``weight`` and the values may be some, from number ``first`` on.
+        """
         values, index = self.get_parameter(f"{name}_delta"), self.get_buffer(f"{name}_index")
+        if index.dim() == 2:
+            index = index[first : first + len(values)]
         return _ScatterValues.apply(values, index, weight, self.observers.get(name))
 
 

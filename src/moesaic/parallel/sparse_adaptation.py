@@ -42,8 +42,11 @@ class PlacedAdapter(AdapterChoice):
 class RandomSparse(PlacedAdapter, MatrixAdapter):
     """Trains a share ``density`` of the values of each matrix of ``targets``, at random places.
 
-    The control of ``SpIEL``: as many parameters, states and saved values.
+    The control of ``SpIEL``: as many parameters, states and saved values. Of experts, a rank trains
+    the values of its own; the places of all are on every rank.
     """
+
+    refused_axes: ClassVar[tuple[str, ...]] = ("tensor", "expert_tensor")
 
     density: float = Field(default=0.01, gt=0, le=1)
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moesaic.evaluate.evaluation_summary import EvaluationSummary
-from moesaic.evaluate.harness import EvaluationSettings, TranslationSystem, evaluate
+from moesaic.evaluate.harness import EvaluationSettings, evaluate
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.beam_search import Search
+from moesaic.serve.score import ObservedModel
 from moesaic.serve.translator import Translator
 
 AFTER, BEFORE = "model", "before"  # the systems of a forgetting.json
@@ -25,15 +26,6 @@ def score_forgetting(
     settings: EvaluationSettings | None = None,
 ) -> EvaluationSummary:
     """Score a run and the run that it was tuned from on ``tests``; the change is its lead."""
-    systems = {AFTER: _system(run, search), BEFORE: _system(before, search)}
+    paths = {AFTER: run, BEFORE: before}
+    systems = {name: ObservedModel(Translator.open(path), search) for name, path in paths.items()}
     return evaluate(systems, tests=tests, settings=settings)
-
-
-def _system(path: Path, search: Search) -> TranslationSystem:
-    translator = Translator.open(path)
-
-    def translate(texts: list[str], *, source: str, target: str) -> list[str]:
-        found = translator.translate(texts, source=source, target=target, search=search)
-        return [each.text for each in found]
-
-    return translate

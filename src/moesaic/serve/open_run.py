@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,19 @@ from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import describe_nonfinite, require_fitting_weights
 from moesaic.parallel.trained_weights import TrainedWeights, find_weights
+from moesaic.serve.imported_generation import (
+    ImportedGeneration,
+    read_imported_generation,
+)
 from moesaic.serve.source_text import TranslationLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedRun:
-    """What translation needs of a run; ``trained`` is None for runs that have no record of it."""
+    """What translation needs of a run; ``trained`` is None for runs that have no record of it.
+
+    ``generation`` are the settings that an imported model came with.
+    """
 
     model: Transformer
     tokenizer: Tokenizer
@@ -34,6 +41,7 @@ class OpenedRun:
     text_rules: TextRules
     trained: TrainedDirections | None
     collator: Collator | None
+    generation: ImportedGeneration = field(default_factory=ImportedGeneration)
 
 
 def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") -> OpenedRun:
@@ -46,7 +54,8 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     if weights is None:
         run.require_text_model()
     model, config = open_weights_alone(run, weights=weights, device=device), read_run_config(run)
-    tokenizer = Tokenizer.load(run.tokenizer)
+    generation = read_imported_generation(run.imported)
+    tokenizer = Tokenizer.load(run.tokenizer).with_ends(generation.ends)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{run.tokenizer}: {tokenizer.vocab_size} tokens, but the model has "
@@ -59,6 +68,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
         text_rules=read_text_rules(run.text_rules),
         trained=read_trained_directions(run.directions),
         collator=read_collator(run),
+        generation=generation,
     )
 
 

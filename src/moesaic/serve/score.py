@@ -50,7 +50,7 @@ def score_run(
     """
     started = time.monotonic()
     translator = Translator.open(path)
-    model = _ObservedModel(translator, search or Greedy())
+    model = ObservedModel(translator, search or Greedy())
     systems: dict[str, TranslationSystem] = {"model": model, "copy": copy_source}
     seen: dict[str, SeenRows] = {}
     if corpus is not None:
@@ -101,7 +101,7 @@ def _routes_writer(path: Path, translator: Translator, tests: Sequence[TestSet])
     return RoutesWriter(path, languages=translator.languages, about=about)
 
 
-class _ObservedModel:
+class ObservedModel:
     """The model as a system of an evaluation; counts cut answers and split sources."""
 
     def __init__(self, translator: Translator, search: Search) -> None:

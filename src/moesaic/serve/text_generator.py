@@ -83,6 +83,7 @@ class TextGenerator:
         self.window = window
         self._text_rules = text_rules or GeneralText()
         self._frame = (collator or DecoderOnlyCollator()).frame
+        self.search, self.limits = Sample(), TextLimits()
 
     @classmethod
     def open(
@@ -98,13 +99,16 @@ class TextGenerator:
     @classmethod
     def of(cls, run: OpenedRun) -> "TextGenerator":
         """Return the generator of an opened run. Raises DataError: no language model."""
-        return cls(
+        generator = cls(
             run.model,
             tokenizer=run.tokenizer,
             text_rules=run.text_rules,
             collator=run.collator,
             window=run.limits.max_target,
         )
+        generator.search = Sample.from_dict(dict(run.generation.texts))
+        generator.limits = TextLimits(run.generation.max_tokens or generator.limits.max_tokens)
+        return generator
 
     @overload  # a string is a sequence of strings too: the first overload takes it
     def generate(  # pyright: ignore[reportOverlappingOverload]
@@ -140,7 +144,8 @@ class TextGenerator:
         Returns one answer for a string, else one per prompt, in order. Prompts are normalised by
         the rules of the run's corpus. ``language`` is what the text is in, any spelling; it may be
         left out where the model has one, English, or the undetermined one. ``on_text`` is called
-        with each piece of an answer as soon as it is certain. Default: ``Sample()``. An answer
+        with each piece of an answer as soon as it is certain. Default: ``Sample()``, with the
+        settings that an imported model came with. An answer
         depends on its prompt, its number and the seed, not on the other prompts: a prompt given
         several times has as many answers.
 
@@ -150,7 +155,7 @@ class TextGenerator:
             return self.generate(
                 [prompts], search=search, limits=limits, language=language, on_text=on_text
             )[0]
-        request = _Request(search or Sample(), limits or TextLimits(), on_text)
+        request = _Request(search or self.search, limits or self.limits, on_text)
         rows = self._encode(require_texts(prompts), limits=request.limits, language=language)
         numbered = list(enumerate(rows))
         return [

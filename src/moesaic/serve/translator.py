@@ -4,6 +4,7 @@ Letters: B rows, S source length.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,7 +26,7 @@ from moesaic.data.language_tag import SOURCE_TAG, TARGET_TAG, TASK_PREFIX, TASK_
 from moesaic.data.ragged import Ragged
 from moesaic.data.tasks import Translation
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.model.beam_search import Greedy, Hypothesis, Search
+from moesaic.model.beam_search import Beam, Greedy, Hypothesis, Search
 from moesaic.model.copy_constraint import copy_rules
 from moesaic.model.generate import DecodingRules, generate
 from moesaic.model.repetition import is_loop
@@ -81,6 +82,7 @@ class Translator:
         limit = self.limits.source_tokens(specials=self._specials, decoder_only=decoder_only)
         self._reader = SourceReader(tokenizer, limit=limit, rules=text_rules)
         self._rules = DecodingRules(tokenizer.vocabulary)
+        self.search: Search = Greedy()
 
     @classmethod
     def open(
@@ -95,14 +97,18 @@ class Translator:
     @classmethod
     def of(cls, run: OpenedRun) -> "Translator":
         """Return the translator of an opened run."""
-        return cls(
+        limits, most = run.limits, run.generation.max_target
+        translator = cls(
             run.model,
             tokenizer=run.tokenizer,
-            limits=run.limits,
+            limits=replace(limits, max_target=min(limits.max_target, most)) if most else limits,
             text_rules=run.text_rules,
             trained=run.trained,
             collator=run.collator,
         )
+        if settings := run.generation.translation:
+            translator.search = Beam.from_dict({"size": 1, **settings})
+        return translator
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -128,7 +134,8 @@ class Translator:
 
         Returns one result for a string, else one result per text, in order. Texts are normalised by
         the rules of the run's corpus; an empty one stays empty; a long one is split into sentences
-        (``TranslationLimits.long_text``). Batches are sorted by length. Raises DataError for a
+        (``TranslationLimits.long_text``). Default search: ``Greedy()``, or the one that an imported
+        model came with. Batches are sorted by length. Raises DataError for a
         language that the model does not have, or a text that is not a string.
         """
         if isinstance(texts, str):
@@ -139,7 +146,7 @@ class Translator:
         answers: list[list[Hypothesis]] = [[] for _ in rows]
         for batch in self._batches(rows):
             generated = self._translate_batch(
-                [rows[i] for i in batch], codes=codes, search=search or Greedy()
+                [rows[i] for i in batch], codes=codes, search=search or self.search
             )
             for i, hypotheses in zip(batch, generated, strict=True):
                 answers[i] = hypotheses
