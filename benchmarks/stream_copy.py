@@ -21,7 +21,6 @@ from support import write_result
 from moesaic.bench.paired_timing import measure_in_turns, ratio_to_baseline
 from moesaic.memory.tier import HostMemory
 from moesaic.parallel import parameter_streaming
-from moesaic.parallel.parameter_streaming import ParameterStream
 
 OUT = Path(__file__).parents[1] / "benchmarks/results/stream_copy.json"
 TOKENS = (64, 256, 1024)  # per expert
@@ -39,8 +38,7 @@ class InTurn(Executor):
 
 def streamed(model: Experts) -> Experts:
     """Stream the weights of a model from host memory."""
-    store = HostMemory().open(device=torch.device("cpu"), label="weights")
-    ParameterStream(model, store=store).move_to_tier()
+    model.stream(HostMemory().open(device=torch.device("cpu"), label="weights"))
     return model
 
 

@@ -40,7 +40,7 @@ from moesaic.memory.streaming_rule import (
     hidden_backward_tokens,
     hidden_forward_tokens,
 )
-from moesaic.memory.tensor_store import Access, Part
+from moesaic.memory.tensor_store import Access, Part, TensorStore
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Dropless
 from moesaic.moe.expert_selection import SwitchTop1
@@ -81,6 +81,11 @@ class Experts(nn.Module):
             )
             for i in range(layers)
         )
+
+    def stream(self, store: TensorStore) -> None:
+        """Stream the weights of the experts from ``store``."""
+        experts = {name for name, _ in self.named_parameters() if ".experts." in name}
+        ParameterStream(self, store=store, experts=experts).move_to_tier()
 
     def forward(self, x: Tensor) -> Tensor:
         for number in range(len(self.layers)):
@@ -207,7 +212,7 @@ def main() -> None:
         store = ThrottledDisk(
             Path(folder), device=torch.device("cpu"), label="weights", in_flight_bytes=2**30
         )
-        ParameterStream(models["streamed"], store=store).move_to_tier()
+        models["streamed"].stream(store)
         store.rate = layer_bytes * given.layers / alone[0]["resident"].forward
         resident, near = models["resident"], batches[given.point]
         timed, fetch_s = contended(resident, store, near, rounds=given.rounds)

@@ -47,8 +47,9 @@ def main() -> None:
     for plan, (ranks, degrees, optimizer) in PLANS.items():
         # ZeRO may not shard experts whose weights are streamed
         streams = ("weights on",) if "expert" in degrees or "zero" not in degrees else ()
+        ahead = () if "pipe" in degrees else ("ahead on",)  # a stage's gradients come at the end
         tiers = list(TIERS)[:3] + [
-            name for name in TIERS if name.startswith(("late on", "ahead on", *streams))
+            name for name in TIERS if name.startswith(("late on", *ahead, *streams))
         ]
         tiers = list(TIERS) if ranks == 1 else tiers
         with tempfile.TemporaryDirectory() as folder:

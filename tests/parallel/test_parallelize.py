@@ -5,6 +5,8 @@ import pytest
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Tensor
 from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import HostMemory
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
@@ -17,9 +19,10 @@ from moesaic.nn.decode_state import DecodeState
 from moesaic.nn.sequence_mixer import MixerContext, MixerShape, SequenceMixer, SequenceMixerModule
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel, whole_row_problems
-from moesaic.testing.tiny_models import tiny_model_config
+from moesaic.testing.tiny_models import BALANCED_TOP1, tiny_model_config
 
 ONE = ParallelPlan(data=1)
+SHARED_ROWS = (ParallelPlan(data=1, context=2), ParallelPlan(data=1, tensor=2))
 BY_ROW: dict[str, SparseLayer] = {
     "ExpertChoice": MoE(experts=4, select=ExpertChoice(), balance=()),
     "SoftMoE": SoftMoE(experts=2),
@@ -27,10 +30,10 @@ BY_ROW: dict[str, SparseLayer] = {
 }
 
 
+@pytest.mark.parametrize("plan", SHARED_ROWS, ids=str)
 @pytest.mark.parametrize("rule", BY_ROW)
-def test_routing_of_whole_rows_is_refused_with_the_way_out(rule: str) -> None:
+def test_routing_of_whole_rows_is_refused_with_the_way_out(rule: str, plan: ParallelPlan) -> None:
     model = Transformer(tiny_model_config(moe=BY_ROW[rule]))
-    plan = ParallelPlan(data=1, context=2)
     with pytest.raises(ConfigError, match=f"{rule} of the encoder .* context x tensor = 2 ranks"):
         check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
 
@@ -64,7 +67,7 @@ class MeanOfRow(SequenceMixer):
         return MeanModule()
 
 
-@pytest.mark.parametrize("plan", [ParallelPlan(data=1, context=2), ParallelPlan(tensor=2)], ids=str)
+@pytest.mark.parametrize("plan", SHARED_ROWS, ids=str)
 def test_a_mixer_that_declares_no_sharding_is_refused(plan: ParallelPlan) -> None:
     model = Transformer(tiny_model_config().replace(mixers={"attention": MeanOfRow()}))
     with pytest.raises(ConfigError, match=r"MeanModule of encoder.0.mixer.inner .*set .* to 1"):
@@ -77,3 +80,13 @@ def test_our_attentions_run_under_context_parallelism(mixer: SequenceMixer) -> N
     model = Transformer(tiny_model_config().replace(mixers={"attention": mixer}))
     plan = ParallelPlan(data=1, context=2)
     check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
+
+
+def test_a_tier_of_parameters_is_refused_where_zero_leaves_nothing_to_it() -> None:
+    parallel = ParallelConfig(memory=MemoryPlan(parameters=HostMemory()))
+    plan = ParallelPlan(data=2, zero=1)
+    dense, sparse = (Transformer(tiny_model_config(moe=moe)) for moe in (NoMoE(), BALANCED_TOP1))
+    with pytest.raises(ConfigError, match="parameters=HostMemory with parallel.plan.zero=1"):
+        check_parallel(dense, parallel=parallel, plan=plan)
+    check_parallel(dense, parallel=parallel, plan=ParallelPlan(data=2))
+    check_parallel(sparse, parallel=parallel, plan=plan)

@@ -110,7 +110,9 @@ def parallelize_on_mesh(
     memory = parallel.memory
     stream = None
     if not memory.parameters.is_device:
-        stream = ParameterStream(model, store=open_tier(memory, "parameters", mesh=mesh))
+        store = open_tier(memory, "parameters", mesh=mesh)
+        experts = {name for name, each in local_plan.items() if each.num_experts is not None}
+        stream = ParameterStream(model, store=store, experts=experts)
     if any(parameter.is_meta for parameter in model.parameters()):
         hook = allocate or allocate_by_plan(mesh.device, stream=stream)
         allocate_parameters(model, allocate=hook, device=mesh.device)
@@ -227,6 +229,13 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
             f"parallel.memory.run_ahead_bytes={kept} with parallel.plan.pipe={plan.pipe}: the "
             "gradients of a stage are complete at the end of a step, so no update runs ahead: set "
             "run_ahead_bytes to 0, or pipe to 1"
+        )
+    is_cut = plan.zero and (plan.data or 1) * plan.context > 1
+    if is_cut and not parallel.memory.parameters.is_device and not expert_counts(model):
+        problems.append(
+            f"parallel.memory.parameters={type(parallel.memory.parameters).__name__} with "
+            f"parallel.plan.zero={plan.zero}: ZeRO shards all weights of this model, which has no MoE "
+            "layer, so none is left for the tier: set parameters to DeviceMemory, or zero to 0"
         )
     if problems:
         raise ConfigError(problems)

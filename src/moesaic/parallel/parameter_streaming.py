@@ -12,7 +12,7 @@ write it there. In use it is a buffer on the device whose memory is released aft
 autograd saved of it are valid again once it is refilled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,7 +28,7 @@ from moesaic.core.shapes import Int, Tensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
 from moesaic.model.block import Block, BlockState
 from moesaic.moe.experts import GroupedExperts
-from moesaic.moe.layer import MoELayer, MoEOutput, moe_layers
+from moesaic.moe.layer import MoELayer, MoEOutput
 
 
 @dataclass(eq=False, slots=True)
@@ -114,24 +114,20 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(changes[::2], changes[1::2], strict=True))
 
 
-def _units(model: nn.Module) -> Iterator[StreamedUnit]:
-    """Yield each block, without what ZeRO shards, and then the experts in it."""
+def _units(model: nn.Module, *, experts: Set[str]) -> Iterator[StreamedUnit]:
+    """Yield each block, without what ZeRO shards, and then the ``experts`` in it."""
     for path, module in model.named_modules():
         if not isinstance(module, Block | MoELayer):
             continue
-        experts = {p for layer in moe_layers(module) for p in layer.experts.parameters()}
+        prefix, is_block = f"{path}." if path else "", isinstance(module, Block)
         names = tuple(
             name
-            for name, p in module.named_parameters()
-            if (p in experts if isinstance(module, MoELayer) else not _is_elsewhere(p, experts))
+            for name, parameter in module.named_parameters()
+            if (f"{prefix}{name}" in experts) != is_block
+            and not (is_block and isinstance(parameter, DTensor))
         )
         if names:
-            yield StreamedUnit(module, f"{path}." if path else "", names)
-
-
-def _is_elsewhere(parameter: nn.Parameter, experts: set[nn.Parameter]) -> bool:
-    """Whether a block's parameter is in another unit, or sharded by ZeRO."""
-    return parameter in experts or isinstance(parameter, DTensor)
+            yield StreamedUnit(module, prefix, names)
 
 
 def _backward_order(units: Sequence[StreamedUnit]) -> list[StreamedUnit]:
@@ -146,13 +142,14 @@ def _backward_order(units: Sequence[StreamedUnit]) -> list[StreamedUnit]:
 class ParameterStream:
     """Streams the weights of a model's blocks from ``store`` (see the module's docstring).
 
+    ``experts`` names the parameters that are units of their own: those with a slice for each expert.
     At most three units are on the device: a block's two, and the one that is fetched.
     ``device_bytes`` counts them, ``peak_device_bytes`` is the most there has been.
     """
 
-    def __init__(self, model: nn.Module, *, store: TensorStore) -> None:
+    def __init__(self, model: nn.Module, *, store: TensorStore, experts: Set[str]) -> None:
         self.store = store
-        self._units = list(_units(model))
+        self._units = list(_units(model, experts=experts))
         self.device_bytes, self.peak_device_bytes = 0, 0
         self._coming: _Coming | None = None
         self._hooked: set[nn.Parameter] = set()
@@ -231,7 +228,7 @@ class ParameterStream:
             if out.requires_grad:
                 unit.waiting.append(unit.noted)
                 out.register_hook(lambda _: self._start_backward(unit))
-            if not (stays and torch.is_grad_enabled()):
+            if not (stays and out.requires_grad):
                 self._release(unit)
 
         unit.module.register_forward_pre_hook(before)
@@ -240,9 +237,6 @@ class ParameterStream:
             unit.module.experts.call_before_use(note)
 
     def _start_backward(self, unit: StreamedUnit) -> None:
-        for other in self._units:  # of later blocks, whose backward is done
-            if not (other.is_in(unit) or unit.is_in(other)):
-                self._release(other)
         unit.missing_gradients = len(unit.names)  # frozen ones have none: then it stays longer
         self._use(unit)
         unit.waiting = unit.waiting[1:]
@@ -261,7 +255,13 @@ class ParameterStream:
 
     @torch.no_grad()
     def _use(self, unit: StreamedUnit) -> None:
-        """Have a unit's weights on the device, and fetch those of the next one."""
+        """Have a unit's weights on the device, none of other blocks, and fetch the next unit's.
+
+        What is left of others is frozen or waits in a pipeline, or its pass was interrupted.
+        """
+        for other in self._units:
+            if not (other.is_in(unit) or unit.is_in(other)):
+                self._release(other)
         parts = unit.parts(backward=_in_backward())
         if unit.present != parts and unit.present != unit.parts(backward=False):
             self._release(unit)  # what an interrupted backward has left
