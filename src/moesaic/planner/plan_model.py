@@ -143,6 +143,7 @@ class PlanModel:
         self._exchange_bytes = lru_cache(maxsize=None)(self._exchanges)
         self._shape = lru_cache(maxsize=None)(self._group)
         self._tiered = lru_cache(maxsize=None)(self._by_layer)
+        self._resident = lru_cache(maxsize=None)(self._resident_weights)
 
     # --- bounds and forecasts -----------------------------------------------------------------
 
@@ -166,7 +167,7 @@ class PlanModel:
         gathered = state.gathered // pipe
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
-        resident = resident_weights(self._tiered(state), memory)
+        resident = self._resident(state, memory.parameters)
         held[DEVICE, Purpose.WEIGHTS] += -(-resident // pipe)
         if tiers["parameters"] != DEVICE:
             held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.streamed // pipe)
@@ -365,6 +366,9 @@ class PlanModel:
             streamed[f"stack.{number}.experts"] = state.experts // sparse
         updated = (state.updated, state.updated_streamed)
         return StateBytes(state.weights, state.gradients, state.states, 0, streamed, *updated)
+
+    def _resident_weights(self, state: ShardBytes, parameters: Tier) -> int:
+        return resident_weights(self._tiered(state), parameters)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.

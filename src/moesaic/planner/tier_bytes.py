@@ -1,7 +1,8 @@
 """Memory tiers in a step's cost: what stays on the device, and what moves, by arithmetic."""
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from functools import lru_cache
+from itertools import zip_longest
 
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import Tier
@@ -14,26 +15,36 @@ def tier_name(tier: Tier) -> str:
     return type(tier).__name__
 
 
-def resident_weights(state: StateBytes, memory: MemoryPlan) -> int:
+def resident_weights(state: StateBytes, parameters: Tier) -> int:
     """Return the bytes of weights on the device: all, or what is not streamed and units in use."""
-    if memory.parameters.is_device:
+    if parameters.is_device:
         return state.weights
     return state.weights - sum(state.streamed.values()) + most_streamed(state.streamed)
 
 
 def most_streamed(units: Mapping[str, int]) -> int:
     """Return the most bytes of units at once: of a block, and of the unit that is fetched next."""
-    blocks = _blocks(units)
-    most = 0
-    for order in (blocks, list(reversed(blocks))):
-        names = [*(name for block in order for name in block), ""]
-        for name, following in pairwise(names):
-            in_use = {_block_of(name), name, following}
-            most = max(most, sum(units.get(each, 0) for each in in_use))
-    return most
+    return max(
+        (sum(units[name] for name in each) for each in _held_at_once(tuple(units))), default=0
+    )
 
 
-def _blocks(units: Mapping[str, int]) -> list[list[str]]:
+@lru_cache
+def _held_at_once(units: tuple[str, ...]) -> list[set[str]]:
+    """Return which units are held at once, in forward and in backward.
+
+    The search asks for the same units of thousands of plans.
+    """
+    blocks, held = _blocks(units), []
+    for order in (blocks, blocks[::-1]):
+        names = [name for block in order for name in block]
+        for name, following in zip_longest(names, names[1:], fillvalue=""):
+            held.append({_block_of(name), name, following} & set(units))
+    return held
+
+
+@lru_cache
+def _blocks(units: tuple[str, ...]) -> list[list[str]]:
     """Return the units of each block: its own, then its experts."""
     found: dict[str, list[str]] = {}
     for name in units:
@@ -58,13 +69,14 @@ def moved_bytes(
     Streamed weights are fetched for each forward pass and, but for the last block's, for each
     backward pass: at most, since experts without rows are left out there, and blocks before which
     nothing is trained. A pipeline, whose last block does not stay either, fetches more. Other
-    weights go to the host to be updated, and return. ``summed`` are the bytes of gradients that ranks sum, ``saved``
-    those of the activations of a micro-batch that leave the device, and return if they are used.
+    weights go to the host to be updated, and return. ``summed`` are the bytes of gradients that
+    ranks sum, ``saved`` those of the activations of a micro-batch that leave the device, and return
+    if they are used.
     """
     streamed = 0 if memory.parameters.is_device else sum(state.streamed.values())
     if streamed:
         tier = tier_name(memory.parameters)
-        last = sum(state.streamed[name] for name in _blocks(state.streamed)[-1])
+        last = sum(state.streamed[name] for name in _blocks(tuple(state.streamed))[-1])
         yield MovedBytes(tier, DEVICE, Purpose.WEIGHTS, micro_batches * (2 * streamed - last))
     if not memory.activations.is_device:
         tier = tier_name(memory.activations)
