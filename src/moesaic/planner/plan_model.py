@@ -166,8 +166,8 @@ class PlanModel:
         gathered = state.gathered // pipe
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
-        resident = resident_weights(self._tiered(state), memory)
-        held[DEVICE, Purpose.WEIGHTS] += -(-resident // pipe)
+        resident = resident_weights(self._tiered(state), memory, stages=pipe)
+        held[DEVICE, Purpose.WEIGHTS] += resident
         if tiers["parameters"] != DEVICE:
             held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.streamed // pipe)
         held[tiers["gradients"], Purpose.GRADIENTS] += -(-state.gradients // pipe)

@@ -14,11 +14,15 @@ def tier_name(tier: Tier) -> str:
     return type(tier).__name__
 
 
-def resident_weights(state: StateBytes, memory: MemoryPlan) -> int:
-    """Return the bytes of weights on the device: all, or what is not streamed and units in use."""
+def resident_weights(state: StateBytes, memory: MemoryPlan, *, stages: int = 1) -> int:
+    """Return the bytes of weights on the device: all, or what is not streamed and units in use.
+
+    The weights of ``state`` are those of so many pipeline stages, each of which has units in use.
+    """
     if memory.parameters.is_device:
-        return state.weights
-    return state.weights - sum(state.streamed.values()) + most_streamed(state.streamed)
+        return -(-state.weights // stages)
+    stays = state.weights - sum(state.streamed.values())
+    return -(-stays // stages) + most_streamed(state.streamed)
 
 
 def most_streamed(units: Mapping[str, int]) -> int:
