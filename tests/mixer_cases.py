@@ -30,7 +30,7 @@ from moesaic.nn.mamba2 import Mamba2
 from moesaic.nn.norm import RMSNorm
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.qk_norm import L2QKNorm, PerHeadQKNorm
-from moesaic.nn.rotary_scaling import Llama3Scaling, YaRN
+from moesaic.nn.rotary_scaling import LinearScaling, Llama3Scaling, NTKScaling, YaRN
 from moesaic.nn.sequence_mixer import SequenceMixer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
@@ -52,7 +52,9 @@ def _mixer_of_the_guide() -> SequenceMixer:
 
 MSCALED = Rotary(scaling=YaRN(factor=4, original_length=8, mscale=1.0, mscale_all_dim=0.7))
 MIXERS: dict[str, SequenceMixer] = {
-    "own_heads": Attention(heads=2, kv_heads=2, head_dim=6),
+    "own_heads": Attention(
+        heads=2, kv_heads=2, head_dim=6, position=Rotary(scaling=LinearScaling(factor=3))
+    ),
     "attention_experts": MixtureOfAttention(experts=2),
     "window": Attention(
         window=SlidingWindow(size=3),
@@ -71,6 +73,7 @@ MIXERS: dict[str, SequenceMixer] = {
         softcap=3.0,
         # with 0.7, initial weights that differ by 1e-7 move gradients by 1.5e-4 in one process
         temperature=LogPositionTemperature(weight=0.3, interval=2),
+        position=Rotary(scaling=NTKScaling(factor=3)),
     ),
     "latent": LatentAttention(
         kv_rank=6, query_rank=5, nope_dim=4, rope_dim=2, value_dim=3, position=MSCALED

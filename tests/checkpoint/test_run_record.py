@@ -20,7 +20,7 @@ from moesaic.checkpoint.run_record import (
 )
 from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.core.config import Choice, Config
-from moesaic.core.errors import CheckpointError
+from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.yaml_reader import read_yaml_file
 
 CONFIG = "name: a\nmodel:\n  dim: 8\n  attention: {heads: 2}\nsteps: 9\n"
@@ -164,3 +164,17 @@ def test_a_plugin_is_recorded_and_a_run_without_it_says_what_to_give(tmp_path: P
     record = read_run_record(run)
     assert record is not None
     assert record.plugins == plugins
+
+
+def test_a_plugin_whose_name_no_record_may_have_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "my shapes.py"
+    file.write_text("# the text\n")
+    cls = plugin_class(file)
+    try:
+        with pytest.raises(UserError, match=r"my shapes\.py: .*rename the file"):
+            record_plugins(Owner(shape=cls()), tmp_path / "plugins")
+    finally:
+        del Shape.members["Round"]
+    assert not (tmp_path / "plugins").exists()

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.core.errors import CheckpointError
 from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.exchange.dcp_files import read_metadata
 from moesaic.exchange.import_model import import_model
 
 
@@ -104,3 +105,31 @@ def test_a_harmful_pickle_is_refused_by_name_and_does_not_run(plain):
     with pytest.raises(CheckpointError, match="no tensor at byte"):
         import_model(path, out=path.parent / "again")
     assert not harm.exists()
+
+
+def test_keys_whose_hash_takes_forever_are_refused(plain):
+    _, _, path = plain
+    doubled = b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(60))  # a pair of itself
+    (path / ".metadata").write_bytes(b"\x80\x04})" + doubled + b"K\x01s.")
+    with pytest.raises(CheckpointError, match="a key is a tuple"):
+        import_model(path, out=path.parent / "again")
+
+
+def test_what_is_no_chunk_of_a_tensor_is_named(plain):
+    _, _, path = plain
+    rows = torch.arange(6.0).view(2, 3)
+    dcp.save({"rows": rows}, checkpoint_id=path, no_dist=True)
+    stored = pickle.loads((path / ".metadata").read_bytes())
+    [place] = stored.storage_data.values()
+    torch.save(rows, path / "old", _use_new_zipfile_serialization=False)
+    place.relative_path, place.offset, place.length = "old", 0, (path / "old").stat().st_size
+    (path / ".metadata").write_bytes(pickle.dumps(stored))
+    with pytest.raises(CheckpointError, match="at byte 0 no tensor in a zip file"):
+        read_metadata(path)[0]["rows"].read_rows(0, 2)
+    dcp.save({"rows": rows}, checkpoint_id=path, no_dist=True)
+    stored = pickle.loads((path / ".metadata").read_bytes())
+    stored.state_dict_metadata["rows"].size = torch.Size([4, 3])
+    stored.state_dict_metadata["rows"].chunks *= 2
+    (path / ".metadata").write_bytes(pickle.dumps(stored))
+    with pytest.raises(CheckpointError, match="chunks of a tensor are missing"):
+        read_metadata(path)[0]["rows"].read_rows(0, 4)

@@ -23,6 +23,7 @@ from moesaic.moe.expert_selection import TopK
 from moesaic.moe.router_gate import HiddenStateAndTag
 from moesaic.moe.shared_experts import GatedSharedExperts
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReGLU
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.qk_norm import AcrossHeadsQKNorm
 from moesaic.nn.rotary_scaling import LongRoPE
@@ -51,7 +52,9 @@ def _model(moe: MoE) -> ModelConfig:
 
 
 MODELS = {
-    "encoder-decoder": _model(CAPPED),
+    "encoder-decoder": _model(CAPPED).replace(
+        feed_forward=FeedForwardConfig(hidden=32, activation=ReGLU())
+    ),
     "decoder": _model(CAPPED).replace(encoder=Stack(layers=0)),
     "decoupled": _model(CAPPED.replace(cross_layer=DecoupledRouting(dim=8, heads=4))).replace(
         attention=AttentionConfig(heads=4, kv_heads=2, qk_norm=AcrossHeadsQKNorm()),
@@ -71,12 +74,14 @@ MODELS = {
     ),
 }
 PLANS = {
-    "ulysses": ParallelConfig(plan=ParallelPlan(context=2)),
-    "ring": ParallelConfig(plan=ParallelPlan(context=2), context_parallel=Ring()),
+    "ulysses and experts": ParallelConfig(plan=ParallelPlan(context=2, expert=2)),
+    "ring and experts": ParallelConfig(
+        plan=ParallelPlan(context=2, expert=2), context_parallel=Ring()
+    ),
     "ring of 4": ParallelConfig(plan=ParallelPlan(context=4), context_parallel=Ring()),
     "ulysses of 4": ParallelConfig(plan=ParallelPlan(context=4)),
     "data and ring": ParallelConfig(plan=ParallelPlan(context=2, data=2), context_parallel=Ring()),
-    "tensor and ulysses": ParallelConfig(plan=ParallelPlan(context=2, tensor=2)),
+    "tensor, ulysses and experts": ParallelConfig(plan=ParallelPlan(context=2, tensor=2, expert=4)),
 }
 ROWS = {"many rows": (5, 9), "one long row": (1, 40)}
 FEW = [("encoder-decoder", "many rows"), ("decoder", "one long row")]

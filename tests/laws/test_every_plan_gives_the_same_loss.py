@@ -21,7 +21,8 @@ from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import GEGLU, ClampedSwiGLU, FeedForwardConfig
 from moesaic.nn.positional_encoding import RelativeBias, Rotary
-from moesaic.nn.rotary_scaling import DynamicNTKScaling
+from moesaic.nn.qk_norm import AcrossHeadsQKNorm, NoQKNorm
+from moesaic.nn.rotary_scaling import DynamicNTKScaling, LongRoPE
 from moesaic.optim.master_weights import StochasticRounding
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
@@ -40,6 +41,7 @@ CAPPED = MoE(
 )
 SHARED = MoE(experts=8, select=TopK(k=2), shared_experts=SharedExperts(), balance=BALANCES)
 HEADS = AttentionConfig(heads=4, kv_heads=2)
+LONG = LongRoPE(factor=2, original_length=4, short_factors=(1.0, 1.5), long_factors=(1.3, 2.0))
 
 
 def translator() -> Run:
@@ -64,7 +66,7 @@ def language_model() -> Run:
 
 
 def multiplied() -> Run:
-    """A decoder: router bias, clamped experts, weighted inputs, multipliers, sparse layers."""
+    """A decoder: router bias, clamped experts, weighted inputs, multipliers, LongRoPE."""
     moe = SHARED.replace(
         cross_layer=IndependentRouters(bias=True),
         select=TopK(scores="probabilities", scale=2.5),
@@ -76,6 +78,8 @@ def multiplied() -> Run:
         feed_forward=FeedForwardConfig(hidden=32, activation=ClampedSwiGLU(limit=0.5)),
         embedding=EmbeddingConfig(multiplier=2.0, logits_scaling=0.5),
         block_layout=SequentialResidual(residual_multiplier=0.4),
+        attention=HEADS,
+        position=Rotary(scaling=LONG),  # some rows are longer than the original length
         dropout=0.1,
     )
     return tiny_run(model=model, optimizer=AdamW(lr=0.01))
@@ -135,11 +139,14 @@ MIXER_PLANS = {
         ParallelConfig(plan=ParallelPlan(data=1, context=2), context_parallel=RING),
     ),
 }
+# of the mixers that have none of their own; tensor ranks refuse a norm over heads of others
+QK_NORMS = dict.fromkeys(MIXER_PLANS, AcrossHeadsQKNorm()) | {"tensor": NoQKNorm()}
 
 
 @pytest.mark.parametrize("name", MIXER_PLANS)
 def test_every_plan_gives_the_same_loss_with_every_mixer_that_it_allows(name: str) -> None:
-    base, plans = language_model().model.replace(dropout=0.1), MIXER_PLANS[name]
+    heads, plans = HEADS.replace(qk_norm=QK_NORMS[name]), MIXER_PLANS[name]
+    base = language_model().model.replace(dropout=0.1, attention=heads)
     model = hybrid(base, names_allowed_by(base, plans[0].plan))
     run = shrink_config(tiny_run(model=model, optimizer=AdamW(lr=0.004))).run
     # With seed 1, step 2 is ill-conditioned: initial weights that differ by 1e-7 of their value

@@ -75,7 +75,7 @@ from moesaic.nn.positional_encoding import (
     Sinusoidal,
 )
 from moesaic.nn.qk_norm import AcrossHeadsQKNorm
-from moesaic.nn.rotary_scaling import DynamicNTKScaling, LinearScaling, LongRoPE, NTKScaling
+from moesaic.nn.rotary_scaling import DynamicNTKScaling, LongRoPE
 
 VOCABULARY = 40
 BASE = ModelConfig(
@@ -202,8 +202,6 @@ VARIANTS["residual-pyramid-bias"] = BASE.replace(
     bias=True,
 )
 SCALINGS = {
-    "linear": LinearScaling(factor=3),
-    "ntk": NTKScaling(factor=3),
     "dynamic": DynamicNTKScaling(factor=3, original_length=32),  # longer rows keep cached keys
     "long": LongRoPE(
         factor=2, original_length=32, short_factors=(1.0, 1.5), long_factors=(1.3, 2.0)
@@ -211,7 +209,7 @@ SCALINGS = {
 }
 VARIANTS["scaled-angles-limited-rows"] = BASE.replace(
     mixers={name: Attention(position=Rotary(scaling=each)) for name, each in SCALINGS.items()},
-    decoder=BASE.decoder.replace(pattern="linear > ntk, dynamic > long"),
+    decoder=BASE.decoder.replace(pattern="dynamic > long"),
     feed_forward=FeedForwardConfig(hidden=24, activation=ReGLU()),
     moe=MoE(
         experts=4,
@@ -248,9 +246,13 @@ def ids(rows: int, lengths: list[int], *, width: int) -> InputRows:
 
 
 def question(model: Transformer, source: InputRows, *, tag: torch.Tensor) -> dict[str, InputRows]:
-    """What a model is asked: its source and prompt, as ``generate`` takes them."""
+    """What a model is asked: its source and prompt, as ``generate`` takes them.
+
+    Every second prompt is of two tokens, as NLLB's: ``eos`` and the tag.
+    """
     if model.config.encoder.layers:
-        return {"source": source, "prompt": InputRows.full(tag[:, None])}
+        tags = [[each] if each % 2 else [ROLES.eos, each] for each in tag.tolist()]
+        return {"source": source, "prompt": InputRows.from_lists(tags)}
     rows = zip(source.values.tolist(), source.lengths.tolist(), tag.tolist(), strict=True)
     prompt = InputRows.from_lists([[*ids[:length], last] for ids, length, last in rows])
     return {"source": InputRows.empty(source.rows), "prompt": prompt}

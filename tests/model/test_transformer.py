@@ -47,22 +47,24 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_steps_with_a_cache_equal_the_forward_pass(name):
+def test_prompts_and_steps_with_a_cache_equal_the_forward_pass(name):
     config = VARIANTS[name]
     model, batch = Transformer(config).eval(), batch_for(config)
-    rows = torch.arange(batch.rows)
     labels = torch.where(batch.target.real, 7, IGNORE_LABEL)  # every position is scored
     output = model(replace(batch, labels=labels))
     logits = model.predict(output.hidden)
     cache = model.init_cache(model.encode(batch.source), rows=batch.rows)
-    for place in range(batch.target.width):
-        alive = batch.target.real[rows, place].nonzero()[:, 0]
-        rows = rows[alive]
+    newest = InputRows(batch.target.values[:, :3], torch.tensor([2, 1, 2, 3]))
+    rows, place = torch.arange(batch.rows), newest.lengths - 1
+    while rows.numel():
+        got = model.step(newest, cache)
+        wanted = zip(rows.tolist(), place.tolist(), strict=True)
+        want = torch.stack([logits[output.row == row][at] for row, at in wanted])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        alive = (place + 1 < batch.target.lengths[rows]).nonzero()[:, 0]
         cache.reorder(alive, alive)
-        got = model.step(InputRows.full(batch.target.values[rows, place : place + 1]), cache)
-        for i, row in enumerate(rows.tolist()):
-            want = logits[output.row == row][place]
-            torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-4)
+        rows, place = rows[alive], place[alive] + 1
+        newest = InputRows.full(batch.target.values[rows, place][:, None])
 
 
 @pytest.mark.parametrize("name", ["rotary-top2", "decoder-only"])

@@ -22,6 +22,7 @@ from moesaic.parallel.parallelize import check_parallel, whole_row_problems
 from moesaic.testing.tiny_models import BALANCED_TOP1, tiny_model_config
 
 ONE = ParallelPlan(data=1)
+SHARED_ROWS = (ParallelPlan(data=1, context=2), ParallelPlan(data=1, tensor=2))
 BY_ROW: dict[str, SparseLayer] = {
     "ExpertChoice": MoE(experts=4, select=ExpertChoice(), balance=()),
     "SoftMoE": SoftMoE(experts=2),
@@ -29,10 +30,10 @@ BY_ROW: dict[str, SparseLayer] = {
 }
 
 
+@pytest.mark.parametrize("plan", SHARED_ROWS, ids=str)
 @pytest.mark.parametrize("rule", BY_ROW)
-def test_routing_of_whole_rows_is_refused_with_the_way_out(rule: str) -> None:
+def test_routing_of_whole_rows_is_refused_with_the_way_out(rule: str, plan: ParallelPlan) -> None:
     model = Transformer(tiny_model_config(moe=BY_ROW[rule]))
-    plan = ParallelPlan(data=1, context=2)
     with pytest.raises(ConfigError, match=f"{rule} of the encoder .* context x tensor = 2 ranks"):
         check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
 
@@ -66,7 +67,7 @@ class MeanOfRow(SequenceMixer):
         return MeanModule()
 
 
-@pytest.mark.parametrize("plan", [ParallelPlan(data=1, context=2), ParallelPlan(tensor=2)], ids=str)
+@pytest.mark.parametrize("plan", SHARED_ROWS, ids=str)
 def test_a_mixer_that_declares_no_sharding_is_refused(plan: ParallelPlan) -> None:
     model = Transformer(tiny_model_config().replace(mixers={"attention": MeanOfRow()}))
     with pytest.raises(ConfigError, match=r"MeanModule of encoder.0.mixer.inner .*set .* to 1"):

@@ -221,11 +221,18 @@ def test_an_adapter_without_the_weights_that_it_was_trained_beside_is_refused(in
     shutil.copytree(init, base.path)
     out = adapter_run(base.path, tmp_path / "out", LORA)
     assert not run_problems(out)
+    moved = base.path.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"another run .*no such run(.|\n)*ckpt adopt .*out"):
+        load(out.path)
+    text = out.config.read_text()
+    out.config.write_text(text.replace(str(base.path), str(moved)))
+    adopt_files(out)
+    load(out.path)
+    out.config.write_text(text)
+    adopt_files(out)
+    moved.rename(base.path)
     write_tensors(base.model, tensors=read_tensors(base.model) | {"x": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"another run .*trained beside other weights"):
-        load(out.path)
-    shutil.rmtree(base.path)
-    with pytest.raises(CheckpointError, match=r"another run .*base: no such run directory"):
         load(out.path)
 
 

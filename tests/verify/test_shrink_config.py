@@ -8,6 +8,9 @@ from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SigmoidTopK, TopGroups
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention_config import AttentionConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReGLU, SwiGLU
+from moesaic.nn.positional_encoding import Rotary
+from moesaic.nn.rotary_scaling import LongRoPE
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.recipes.lookup import RECIPES, find_recipe
 from moesaic.train.run import Run
@@ -42,6 +45,27 @@ def test_heads_and_kv_heads_stay_and_their_width_shrinks() -> None:
     )
     after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.attention
     assert (after.heads, after.kv_heads, after.head_dim) == (16, 4, 4)
+
+
+LONG = LongRoPE(factor=2, original_length=64, short_factors=8 * (1.0,), long_factors=8 * (2.0,))
+
+
+@pytest.mark.parametrize(
+    "position", [Rotary(scaling=LONG), Rotary(fraction=0.25)], ids=["long", "part"]
+)
+def test_heads_keep_the_width_that_their_positions_need(position: Rotary) -> None:
+    before = find_recipe("tiny").model.replace(
+        dim=64, attention=AttentionConfig(heads=4), position=position
+    )
+    after = shrink_config(find_recipe("tiny").replace(model=before)).run.model
+    assert (after.attention.head_dim, after.position) == (16, position)
+
+
+def test_a_gate_of_relu_becomes_a_smooth_one() -> None:
+    kinked = FeedForwardConfig(hidden=24, activation=ReGLU())
+    model = find_recipe("tiny").model.replace(feed_forward=kinked)
+    after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.feed_forward
+    assert after == kinked.replace(activation=SwiGLU())
 
 
 def test_a_rule_keeps_the_experts_that_it_needs() -> None:

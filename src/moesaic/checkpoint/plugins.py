@@ -5,6 +5,7 @@ with ``--use FILE.py`` or imported in Python. Its name and hash are recorded, an
 small. A stored plug-in is never run unless it is given with ``--use`` again.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 from pydantic import Field
 
 from moesaic.core.config import Choice, Config
-from moesaic.core.errors import CheckpointError, printable
+from moesaic.core.errors import CheckpointError, UserError, printable
 from moesaic.core.file_reader import KIB, FileKind, FileShape, Sha256, read_bytes
 from moesaic.core.files import atomic_write, sha256
 
 MAX_STORED_BYTES = 64 * KIB
+_NAME = r"^[\w.-]{1,100}\.py$"
 PLUGIN_FILE = FileKind(
     name="plug-in (a Python file)", max_bytes=MAX_STORED_BYTES, error=CheckpointError
 )
@@ -25,14 +27,17 @@ PLUGIN_FILE = FileKind(
 class Plugin(FileShape):
     """A Python file, the classes of the config that it defines, and whether a run has its text."""
 
-    name: str = Field(pattern=r"^[\w.-]{1,100}\.py$")
+    name: str = Field(pattern=_NAME)
     sha256: Sha256
     choices: tuple[str, ...]
     stored: bool
 
 
 def record_plugins(config: Config, folder: Path) -> tuple[Plugin, ...]:
-    """Return the plug-ins that a config needs; write those of at most 64 KiB to ``folder``."""
+    """Return the plug-ins that a config needs; write those of at most 64 KiB to ``folder``.
+
+    Raises UserError: a file name that a record of a run may not have.
+    """
     by_file: dict[Path, set[str]] = {}
     for cls in _classes(config):
         file = _file_of(cls)
@@ -92,6 +97,11 @@ def _file_of(cls: type) -> Path | None:
 
 
 def _record(file: Path, choices: tuple[str, ...], folder: Path) -> Plugin:
+    if not re.fullmatch(_NAME, file.name):
+        raise UserError(
+            f"--use {printable(file.name)}: a run cannot record this name, expected letters, "
+            "digits, _, . and -, at most 103 characters; rename the file"
+        )
     stored = file.stat().st_size <= MAX_STORED_BYTES
     if stored and (folder / file.name).resolve() != file.resolve():
         atomic_write(folder / file.name, read_bytes(file, PLUGIN_FILE))

@@ -114,7 +114,7 @@ def merge(
 ) -> Result:
     """Write the weights of a run that trained an adapter: those it began with, and the adapter.
 
-    The run that it began with is only read. A run is usable without; merged, it needs no other.
+    The run that it began with is only read. Use needs no merging; a merged run needs no other.
 
     Example: [cyan]moesaic ckpt merge runs/tuned[/]
     """

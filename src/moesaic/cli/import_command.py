@@ -109,7 +109,7 @@ def _compared(directory: Path, *, out: Path) -> dict[str, Any]:
 
 def _import_adapter(directory: Path, *, base: Path, out: Path) -> Result:
     value = {"run": str(out), "matrices": import_adapter(directory, base=base, out=out)}
-    text = f"{out}: an adapter of {value['matrices']} matrices; beside {base}"
+    text = f"{out}: an adapter of {value['matrices']} matrices, read beside {base}"
     return Result(value, lambda console: console.print(text))
 
 

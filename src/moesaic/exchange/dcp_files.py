@@ -1,19 +1,20 @@
 """Distributed checkpoints of torch (DCP): tensors of ``.distcp`` files, read by byte ranges.
 
 ``.metadata`` is a pickle. It is read without importing or calling what it names: each class on a
-list of names is replaced by a record of its fields, and any other name is an error. An item of a
+list of names is replaced by a record of its fields, and any other name, opcode or kind of key is an
+error. An item of a
 ``.distcp`` file is opened by ``torch.load(weights_only=True)`` on fake tensors, which read no data.
 """
 
 import io
 import math
 import pickle
-import pickletools
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -43,6 +44,23 @@ class _Record:
         self.state = state
 
 
+class _Mapping(dict[Any, Any]):
+    """A mapping of names or records: the hash of nested tuples may take forever."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | _Record):
+            raise TypeError(f"a key is a {type(key).__name__}")
+        super().__setitem__(key, value)
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a mapping with a state")
+
+
 class _TensorRecord(_Record):
     """``TensorStorageMetadata``: ``properties``, ``size``, ``chunks``."""
 
@@ -59,18 +77,34 @@ _STANDS_FOR: Mapping[tuple[str, str], type] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
     ("torch.serialization", "_get_layout"): _Record,
     ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): dict,
+    ("collections", "OrderedDict"): _Mapping,
     ("pathlib", "PosixPath"): _Record,
     ("pathlib._local", "PosixPath"): _Record,
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        value = vars(torch).get(global_name) if module_name == "torch" else None
-        found = _STANDS_FOR.get((module_name, global_name))
+_OPCODES = (  # that the protocols from 2 on write for such metadata
+    *(pickle.PROTO, pickle.FRAME, pickle.MARK, pickle.STOP, pickle.MEMOIZE),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD),
+)
+
+
+class _MetadataUnpickler(pickle._Unpickler):  # that of C cannot leave out opcodes
+    dispatch: ClassVar = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES} | {
+        pickle.EMPTY_DICT[0]: lambda self: self.append(_Mapping())
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        value = vars(torch).get(name) if module == "torch" else None
+        found = _STANDS_FOR.get((module, name))
         if found is None and not isinstance(value, torch.dtype):
-            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
         return found or value
 
 
@@ -98,19 +132,20 @@ class DCPTensor:
         rows = torch.empty((number, *self.shape[1:]), dtype=self.dtype)
         if not self.shape:
             return _open_chunk(self.chunks[0], self.dtype).read_rows(0, 1)
-        filled = 0
+        missing = torch.ones(rows.shape, dtype=torch.bool)
         for chunk in self.chunks:
             first = max(start, chunk.offset[0])
             end = min(start + number, chunk.offset[0] + chunk.shape[0])
             if first >= end:
                 continue
-            target = rows[first - start : end - start]
+            target, left = (each[first - start : end - start] for each in (rows, missing))
             for dim in range(1, len(self.shape)):
-                target = target.narrow(dim, chunk.offset[dim], chunk.shape[dim])
+                place = dim, chunk.offset[dim], chunk.shape[dim]
+                target, left = target.narrow(*place), left.narrow(*place)
             stored = _open_chunk(chunk, self.dtype)
             target.copy_(stored.read_rows(first - chunk.offset[0], end - first))
-            filled += target.numel()
-        if filled != rows.numel():
+            left.fill_(value=False)
+        if missing.any():
             raise CheckpointError(f"{self.chunks[0].path.parent}: chunks of a tensor are missing")
         return rows
 
@@ -150,16 +185,13 @@ def read_metadata(directory: Path) -> tuple[dict[str, DCPTensor], list[str]]:
     path = directory / DCP_METADATA
     data = read_bytes(path, METADATA_FILE)
     try:
-        for opcode, value, _ in pickletools.genops(data):  # raises for a length past the end
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value or 0) > len(data):
-                raise pickle.UnpicklingError("a number that would take memory without data")
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         return _read_tensors(directory, metadata.state)
     except CheckpointError:
         raise
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError) as error:
         raise _unreadable(path, error) from error
-    except (TypeError, ValueError, OverflowError, MemoryError, ImportError) as error:
+    except (TypeError, ValueError, OverflowError, MemoryError, struct.error) as error:
         raise _unreadable(path, error) from error
 
 
@@ -175,20 +207,18 @@ def _read_tensors(
     directory: Path, state: Mapping[str, Any]
 ) -> tuple[dict[str, DCPTensor], list[str]]:
     places: dict[tuple[Any, Shape], Mapping[str, Any]] = {
-        (index.state["fqn"], tuple(index.state.get("offset") or ())): info.state
+        (_name(index.state["fqn"]), _dims(index.state.get("offset") or ())): info.state
         for index, info in state["storage_data"].items()
     }
     tensors, others = {}, []
     for name, entry in state["state_dict_metadata"].items():
-        if not isinstance(name, str):
-            raise TypeError("a name that is no text")
         if not isinstance(entry, _TensorRecord):
-            others.append(name)
+            others.append(_name(name))
             continue
         chunks = []
         for chunk in entry.state["chunks"]:
             offset, shape = _dims(chunk.state["offsets"]), _dims(chunk.state["sizes"])
-            info = places[name, offset]
+            info = places[_name(name), offset]
             if info.get("transform_descriptors"):
                 raise CheckpointError(f"{directory}: {printable(name)} is compressed or encrypted")
             path = directory / DCP_METADATA
@@ -210,6 +240,13 @@ def _read_tensors(
     return tensors, others
 
 
+def _name(value: Any) -> str:
+    """Return a text. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError("a name that is no text")
+    return value
+
+
 def _dims(values: Any) -> Shape:
     """Return whole numbers of at least zero. Raises ValueError for others."""
     if not all(type(value) is int and 0 <= value < 2**62 for value in values):
@@ -224,14 +261,16 @@ def _open_chunk(chunk: StoredChunk, dtype: torch.dtype) -> FileTensor:
         with chunk.path.open("rb") as stream, FakeTensorMode():
             part = io.BufferedReader(_Part(stream, chunk.start, chunk.length))
             item = torch.load(part, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load of damaged bytes fails in any way
         raise CheckpointError(f"{chunk.path}: no tensor at byte {chunk.start} ({error})") from error
     if not isinstance(item, Tensor) or not item.is_contiguous() or item.dtype != dtype:
         raise CheckpointError(f"{chunk.path}: at byte {chunk.start} no plain tensor of {dtype}")
     if tuple(item.shape) != chunk.shape:
         raise CheckpointError(f"{chunk.path}: at byte {chunk.start} a tensor of another shape")
-    # set for fake tensors: where the values are in the item
-    place = cast(int, item.untyped_storage()._checkpoint_offset)
+    # set for fake tensors: where the values are in the item; not in files of torch before 1.6
+    place = cast(int | None, item.untyped_storage()._checkpoint_offset)
+    if place is None:
+        raise CheckpointError(f"{chunk.path}: at byte {chunk.start} no tensor in a zip file")
     first = chunk.start + place + int(item.storage_offset()) * dtype.itemsize
     return FileTensor(chunk.path, chunk.shape, dtype, first)
 

@@ -67,7 +67,8 @@ def find_weights(
     except CheckpointError as error:
         raise CheckpointError(
             f"{path}: it has an adapter of the weights of another run (initial_weights in "
-            f"{run.config}), which cannot be read: {error}"
+            f"{run.config}), which cannot be read: {error}. If that run was moved, "
+            f"correct initial_weights.path there, then: moesaic ckpt adopt {run.path}"
         ) from error
     trainable = TrainableParameters.from_dict(config.get("trainable", {}))
     return TrainedWeights((base.model, path), trainable)

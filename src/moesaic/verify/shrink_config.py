@@ -6,12 +6,13 @@ capacity, shared experts, numbers of heads, tied embeddings and the optimizer.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.moe.config import MoE, SparseLayer
-from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU
+from moesaic.nn.feed_forward import FeedForwardConfig, ReGLU, ReLU, SquaredReLU, SwiGLU
 from moesaic.optim.lr_schedule import Constant
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
 from moesaic.parallel.precision import Float32
@@ -41,7 +42,8 @@ def shrink_config(run: Run) -> ShrunkRun:
     ``sqrt(v) + eps``: with an eps far below the gradients its first steps are their signs, and a
     gradient of 1e-9 that another order of sums makes -1e-9 would change its weight the other way.
     ``eps`` is therefore raised to 1e-3, in the reference too. For the same reason ReLU becomes its
-    square: the derivative of ReLU jumps at 0, where another order of sums changes signs.
+    square and ReGLU SwiGLU: the derivative of ReLU jumps at 0, where another order of sums changes
+    signs.
     """
     model = _shrink_model(run.model)
     shrunk = run.replace(
@@ -57,20 +59,20 @@ def shrink_config(run: Run) -> ShrunkRun:
 
 
 def _shrink_model(config: ModelConfig) -> ModelConfig:
-    """Return the model with the fewest experts that its rules allow."""
-    *fewer, most = EXPERTS
-    for experts in fewer:
+    """Return the model with the narrowest heads and the fewest experts that its rules allow."""
+    width = config.attention.head_width(config.dim)
+    *smaller, largest = product((min(width, HEAD_DIM), width), EXPERTS)
+    for head_dim, experts in smaller:
         try:
-            return _narrow_model(config, experts=experts)
-        except ConfigError:  # a rule needs more of them
+            return _narrow_model(config, head_dim=head_dim, experts=experts)
+        except ConfigError:  # a rule needs more of them, or a rotary scaling more channels
             continue
-    return _narrow_model(config, experts=most)
+    return _narrow_model(config, head_dim=largest[0], experts=largest[1])
 
 
-def _narrow_model(config: ModelConfig, *, experts: int) -> ModelConfig:
+def _narrow_model(config: ModelConfig, *, head_dim: int, experts: int) -> ModelConfig:
     hidden, dim = config.feed_forward.hidden, min(config.dim, DIM)
-    width = min(config.attention.head_width(config.dim), HEAD_DIM)
-    heads = config.attention.replace(head_dim=width)
+    heads = config.attention.replace(head_dim=head_dim)
     shape = replace(config.mixer_shape("decoder"), dim=dim, attention=heads)
     return config.replace(
         vocab_size=VOCABULARY,
@@ -85,10 +87,8 @@ def _narrow_model(config: ModelConfig, *, experts: int) -> ModelConfig:
 
 
 def _shrink_feed_forward(config: FeedForwardConfig) -> FeedForwardConfig:
-    narrow = config.replace(hidden=min(config.hidden, HIDDEN))
-    return (
-        narrow.replace(activation=SquaredReLU()) if isinstance(config.activation, ReLU) else narrow
-    )
+    smooth = {ReLU: SquaredReLU(), ReGLU: SwiGLU()}.get(type(config.activation))
+    return config.replace(hidden=min(config.hidden, HIDDEN), activation=smooth or config.activation)
 
 
 def _shrink_stack(config: ModelConfig, stack: Stack, *, experts: int) -> Stack:
