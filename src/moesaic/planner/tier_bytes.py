@@ -62,7 +62,8 @@ def moved_bytes(
     Streamed weights are fetched for each forward pass and, but for the last block's, for each
     backward pass: at most, since experts without rows are left out there, and blocks before which
     nothing is trained. A pipeline, whose last block does not stay either, fetches more. Other
-    weights go to the host to be updated, and return. ``summed`` are the bytes of gradients that ranks sum, ``saved``
+    weights go to the host to be updated, and return. ``summed`` are the bytes of gradients that
+    ranks sum, ``saved``
     those of the activations of a micro-batch that leave the device, and return if they are used.
     """
     streamed = 0 if memory.parameters.is_device else sum(state.streamed.values())
