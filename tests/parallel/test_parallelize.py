@@ -86,7 +86,7 @@ def test_a_tier_of_parameters_is_refused_where_zero_leaves_nothing_to_it() -> No
     parallel = ParallelConfig(memory=MemoryPlan(parameters=HostMemory()))
     plan = ParallelPlan(data=2, zero=1)
     dense, sparse = (Transformer(tiny_model_config(moe=moe)) for moe in (NoMoE(), BALANCED_TOP1))
-    with pytest.raises(ConfigError, match="parameters=HostMemory with parallel.plan.zero=1"):
+    with pytest.raises(ConfigError, match=r"parameters=HostMemory with parallel\.plan\.zero=1"):
         check_parallel(dense, parallel=parallel, plan=plan)
     check_parallel(dense, parallel=parallel, plan=ParallelPlan(data=2))
     check_parallel(sparse, parallel=parallel, plan=plan)

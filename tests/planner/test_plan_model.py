@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 from plan_cases import TOKENS, small_model, small_plan_model, small_space
 
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import HostMemory
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.parallel.config import ParallelConfig
-from moesaic.planner.cost_entries import gradient_operations
+from moesaic.planner.cost_entries import DEVICE, Purpose, gradient_operations
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.machine import find_machine
 from moesaic.planner.plan_model import PlanModel
@@ -75,6 +77,16 @@ def test_gradients_are_summed_into_their_norm_once_a_step_in_any_number_of_micro
     assert over is not None
     seconds = over.value * sum(compute_seconds(once, machine=machine).values())
     assert 2 * one - two == pytest.approx(seconds, rel=0.01)
+
+
+def test_each_stage_of_a_pipeline_has_the_units_in_use_of_a_tier_of_parameters():
+    """The largest stage holds what its whole step does, to 2 %: the table is on one stage."""
+    memory = MemoryPlan(parameters=HostMemory())
+    option = Option(0, memory, SPACE.checkpointing[0])  # pyright: ignore[reportArgumentType]
+    choice = CompletePlan(Degrees(2, 1, 1, 1, 1, 1, 1, 4), option)
+    found = small_plan_model(SPACE, machine=MACHINE).held(choice.degrees, option)
+    whole = _cost(choice).held_bytes(tier=DEVICE, purpose=Purpose.WEIGHTS)
+    assert found[DEVICE, Purpose.WEIGHTS] == pytest.approx(whole, rel=0.02)
 
 
 def test_no_norm_is_taken_of_frozen_parameters():

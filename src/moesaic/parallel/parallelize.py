@@ -234,8 +234,8 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
     if is_cut and not parallel.memory.parameters.is_device and not expert_counts(model):
         problems.append(
             f"parallel.memory.parameters={type(parallel.memory.parameters).__name__} with "
-            f"parallel.plan.zero={plan.zero}: ZeRO shards all weights of this model, which has no MoE "
-            "layer, so none is left for the tier: set parameters to DeviceMemory, or zero to 0"
+            f"parallel.plan.zero={plan.zero}: ZeRO shards all weights of this model, which has no "
+            "MoE layers, so none is left to it: set parameters to DeviceMemory, or zero to 0"
         )
     if problems:
         raise ConfigError(problems)

@@ -142,7 +142,7 @@ def _backward_order(units: Sequence[StreamedUnit]) -> list[StreamedUnit]:
 class ParameterStream:
     """Streams the weights of a model's blocks from ``store`` (see the module's docstring).
 
-    ``experts`` names the parameters that are units of their own: those with a slice for each expert.
+    ``experts`` names the parameters in units of their own: those with a slice for each expert.
     At most three units are on the device: a block's two, and the one that is fetched.
     ``device_bytes`` counts them, ``peak_device_bytes`` is the most there has been.
     """

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from moesaic.core.errors import UserError
 from moesaic.distributed.parallel_plan import ParallelPlan
-from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import Tier
 from moesaic.parallel.communication_volume import CommunicationVolume, routing_statistics_bytes
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
@@ -51,7 +51,7 @@ from moesaic.planner.step_time import (
     sync_seconds,
     transfer_link,
 )
-from moesaic.planner.tier_bytes import moved_bytes, resident_weights
+from moesaic.planner.tier_bytes import moved_bytes, resident_weights, tier_names
 
 _RECENT = 64  # degrees of which times are kept: the options of one degrees share them
 EXCHANGES = ("tensor", "context", "expert", "expert_tensor")  # axes between layers
@@ -167,8 +167,8 @@ class PlanModel:
         gathered = state.gathered // pipe
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
-        resident = self._resident(state, memory.parameters)
-        held[DEVICE, Purpose.WEIGHTS] += -(-resident // pipe)
+        resident = self._resident(state, memory.parameters, pipe)
+        held[DEVICE, Purpose.WEIGHTS] += resident
         if tiers["parameters"] != DEVICE:
             held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.streamed // pipe)
         held[tiers["gradients"], Purpose.GRADIENTS] += -(-state.gradients // pipe)
@@ -367,8 +367,8 @@ class PlanModel:
         updated = (state.updated, state.updated_streamed)
         return StateBytes(state.weights, state.gradients, state.states, 0, streamed, *updated)
 
-    def _resident_weights(self, state: ShardBytes, parameters: Tier) -> int:
-        return resident_weights(self._tiered(state), parameters)
+    def _resident_weights(self, state: ShardBytes, parameters: Tier, stages: int) -> int:
+        return resident_weights(self._tiered(state), parameters, stages=stages)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.
@@ -387,16 +387,6 @@ class PlanModel:
 def dtype_name(precision: Precision) -> str:
     """Return the name of the dtype of matrix products, as in a machine file."""
     return str(precision.compute_dtype).removeprefix("torch.")
-
-
-def tier_names(memory: MemoryPlan) -> dict[str, str]:
-    """Return the name of the tier of each purpose."""
-    return {
-        "parameters": type(memory.parameters).__name__,
-        "gradients": type(memory.gradients).__name__,
-        "optimizer_states": type(memory.optimizer_states).__name__,
-        "activations": type(memory.activations).__name__,
-    }
 
 
 def _bubble(degrees: Degrees) -> float:

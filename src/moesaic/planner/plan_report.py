@@ -36,12 +36,12 @@ from moesaic.planner.plan_model import (
     PlanModel,
     PlanModelSettings,
     dtype_name,
-    tier_names,
 )
 from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
 from moesaic.planner.search import Certificate, SearchResult, search
 from moesaic.planner.state_bytes import ShardedState
 from moesaic.planner.step_cost import CostSettings, step_cost
+from moesaic.planner.tier_bytes import tier_names
 
 RESERVE = 0.05  # of device memory: the context of the driver, libraries, fragmentation
 

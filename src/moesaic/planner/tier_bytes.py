@@ -15,11 +15,25 @@ def tier_name(tier: Tier) -> str:
     return type(tier).__name__
 
 
-def resident_weights(state: StateBytes, parameters: Tier) -> int:
-    """Return the bytes of weights on the device: all, or what is not streamed and units in use."""
+def tier_names(memory: MemoryPlan) -> dict[str, str]:
+    """Return the name of the tier of each purpose."""
+    return {
+        "parameters": tier_name(memory.parameters),
+        "gradients": tier_name(memory.gradients),
+        "optimizer_states": tier_name(memory.optimizer_states),
+        "activations": tier_name(memory.activations),
+    }
+
+
+def resident_weights(state: StateBytes, parameters: Tier, *, stages: int = 1) -> int:
+    """Return the bytes of weights on the device: all, or what is not streamed and units in use.
+
+    The weights of ``state`` are those of so many pipeline stages, each of which has units in use.
+    """
     if parameters.is_device:
-        return state.weights
-    return state.weights - sum(state.streamed.values()) + most_streamed(state.streamed)
+        return -(-state.weights // stages)
+    stays = state.weights - sum(state.streamed.values())
+    return -(-stays // stages) + most_streamed(state.streamed)
 
 
 def most_streamed(units: Mapping[str, int]) -> int:
