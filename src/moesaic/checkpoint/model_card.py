@@ -14,6 +14,7 @@ from moesaic.core.files import atomic_write
 from moesaic.core.markdown import markdown_table
 from moesaic.core.units import show_count
 from moesaic.model.config import ModelConfig
+from moesaic.model.head import LanguageModelHead
 from moesaic.model.parameter_flop_count import count_parameters
 
 MAX_SOURCES = 30  # listed by name
@@ -40,10 +41,10 @@ class ModelCard:
     name: str
     languages: Sequence[str]
     licence: str
+    task: str
     parameters: Mapping[str, tuple[int, int]]
     sources: Sequence[DataSource] = ()
     scores: Sequence[Mapping[str, str | float]] = ()
-    task: str = "translation"
     facts: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -83,10 +84,20 @@ class ModelCard:
 
 
 def add_to_card(model: Path, name: str, text: str) -> None:
-    """Add a fact to the card of a model directory, if it has one, at its end."""
+    """Add a fact to the card of a model directory, if it has one: the last one of its model."""
     card = RunDir(model).card
     if card.is_file():
-        atomic_write(card, f"{card.read_text(encoding='utf-8').rstrip()}\n- {name}: {text}\n")
+        known = card.read_text(encoding="utf-8")
+        begin = known.find("\n## ", known.find("## Model\n"))
+        parts = (known, "") if begin < 0 else (known[:begin], known[begin:])
+        atomic_write(card, f"{parts[0].rstrip()}\n- {name}: {text}\n{parts[1]}")
+
+
+def card_task(model: ModelConfig) -> str:
+    """Return the Hub's name of what a model does: empty for a head other than a vocabulary's."""
+    if not isinstance(model.head, LanguageModelHead):
+        return ""
+    return "translation" if model.encoder.layers else "text-generation"
 
 
 def card_parameters(model: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -71,6 +71,8 @@ class RunDir:
         if not run.config.is_file():
             runs = [p.name for p in path.iterdir() if cls(p).config.is_file()]
             has = f"; it contains the runs {', '.join(sorted(runs))}" if runs else ""
+            if (path / "config.json").is_file():
+                has = f"; a model of transformers becomes one by moesaic import {path} --out RUN"
             raise CheckpointError(f"{path}: not a run directory, it has no config.yaml{has}")
         run.require_no_links_out()
         return run

@@ -23,6 +23,7 @@ with deferred():
         check_exported_weights,
     )
     from moesaic.checkpoint.manifest import MANIFEST_FILE, read_manifest
+    from moesaic.checkpoint.model_card import add_to_card
     from moesaic.checkpoint.reshard import CheckpointForm, FullForm, ShardedForm, reshard
     from moesaic.checkpoint.run_directory import RunDir
     from moesaic.checkpoint.run_record import adopt_files, run_problems
@@ -120,6 +121,7 @@ def merge(
     """
     run = RunDir.open(path)
     value = {"path": str(run.model), "matrices": merge_adapter(run)}
+    add_to_card(path, "merged", "model.safetensors has the adapter added, and needs no other run")
     text = f"{run.model}: {value['matrices']} matrices have their adapter added"
     return Result(value, lambda console: console.print(text))
 

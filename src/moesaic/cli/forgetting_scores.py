@@ -8,6 +8,7 @@ from moesaic.core.errors import UserError
 from moesaic.evaluate.harness import EvaluationSettings
 from moesaic.evaluate.testset import corpus_testsets
 from moesaic.model.beam_search import Search
+from moesaic.report.forgetting_section import count_worse
 from moesaic.serve.forgetting import score_forgetting
 from moesaic.train.warm_start import WeightsOfRun
 
@@ -17,7 +18,7 @@ def write_forgetting(
 ) -> str | None:
     """Write ``forgetting.json`` of a run that started from another one that translates.
 
-    Returns a note if it cannot be scored; None if there is nothing to score, or if it was written.
+    Returns a note of what was found, or why it cannot be scored; None if there is nothing to score.
     """
     start, record = evaluated.config.initial_weights, evaluated.record
     if not isinstance(start, WeightsOfRun) or record is None:
@@ -35,4 +36,5 @@ def write_forgetting(
     except UserError as error:
         return f"what was not tuned is not scored: {error}"
     summary.write(RunDir(evaluated.path).forgetting)
-    return None
+    changes = [r["differences"]["before"]["chrf"] for r in summary.to_dict()["languages"].values()]
+    return f"{count_worse(changes)} (forgetting.json)"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint.checkpoint_directory import Disk
-from moesaic.checkpoint.model_card import ModelCard, card_parameters
+from moesaic.checkpoint.model_card import ModelCard, card_parameters, card_task
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import weights_metadata, write_run_record
 from moesaic.checkpoint.safetensors_io import serialize_chunks
@@ -256,7 +256,7 @@ def _write_card(
         licence="other",
         parameters=card_parameters(run.model),
         facts=facts,
-        task="translation" if run.model.encoder.layers else "text-generation",
+        task=card_task(run.model),
         notes=["The licence is that of the imported model.", *notes],
     )
     atomic_write(part.card, card.text())

@@ -1,6 +1,6 @@
 """Report section on forgetting: directions that a fine-tuned run was not tuned in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moesaic.report.html import Html, html_table
@@ -19,9 +19,14 @@ def forgetting_section(inputs: ReportInputs) -> Html | None:
     head = ("not tuned", "sentences", "chrF++ before", "chrF++ after", "change", "95 % interval")
     scored = inputs.forgetting["languages"].values()
     changes = [lookup(result, "differences", "before", "chrf") for result in scored]
+    return html_table(head, rows=rows, caption=f"{count_worse(changes)}.")
+
+
+def count_worse(changes: Sequence[Mapping[str, float]]) -> str:
+    """Say how many of the directions that were not tuned lost chrF++ beyond their interval."""
     worse = sum(change["high"] < 0 for change in changes)
-    words = f"{worse} of {len(changes)} directions lost chrF++ beyond their interval."
-    return html_table(head, rows=rows, caption=words)
+    of = f"{worse} of {len(changes)} directions that were not tuned"
+    return f"{of} lost chrF++ beyond their interval"
 
 
 def _rows(inputs: ReportInputs) -> Iterator[tuple[str, ...]]:

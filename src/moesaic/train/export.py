@@ -1,13 +1,15 @@
 """Model export: final weights (``model.safetensors``) or adapter, and the model card of a run."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from moesaic.checkpoint.checkpoint_directory import CheckpointPaths
-from moesaic.checkpoint.model_card import ModelCard, card_parameters
+from moesaic.checkpoint.model_card import ModelCard, card_parameters, card_task
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import rewrite_run_record, weights_metadata
 from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.checkpoint.streamed_export import export_checkpoint_weights
+from moesaic.checkpoint.trained_directions import TrainedStream, read_trained_directions
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
@@ -55,14 +57,31 @@ def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard
     }
     if isinstance(run.initial_weights, WeightsOfRun):
         facts["started from"] = Path(run.initial_weights.path).name
+    if run.trainable.keeps_base:
+        facts["trained"] = f"{type(run.trainable).__name__}, saved alone"
+    notes = ["The licences of the training text are those of its sources, listed above."]
+    record = read_trained_directions(run_dir.directions)
+    own = _languages_of(s for s in record.streams if s.share) if record else set[str]()
+    if own and own < set(languages):
+        facts["languages trained here"] = ", ".join(map(_bcp47, sorted(own)))
+        notes.append("Listed is the whole corpus; read were the languages trained here.")
     if best.step:
         facts["best validation loss"] = f"{best.loss:.3f} at step {best.step:,}"
     return ModelCard(
         name=run.name,
-        languages=[resolve_language(code).bcp47 for code in languages],
+        languages=[_bcp47(code) for code in languages],
         licence="other",
+        task=card_task(run.model),
         parameters=card_parameters(run.model),
         sources=run.data.sources(run_dir),
         facts=facts,
-        notes=["The licences of the training text are those of its sources, listed above."],
+        notes=notes,
     )
+
+
+def _languages_of(streams: Iterable[TrainedStream]) -> set[str]:
+    return {code for stream in streams for code in (stream.source, stream.target)}
+
+
+def _bcp47(code: str) -> str:
+    return resolve_language(code).bcp47

@@ -71,7 +71,8 @@ class TextData(TrainingData):
     def sources(self, run_dir: RunDir) -> list[DataSource]:
         sources = open_run_corpus(self.corpus, run_dir=run_dir).manifest["sources"]
         return [
-            DataSource(name, about["licence"], about["pairs"]) for name, about in sources.items()
+            DataSource(name, about["licence"], about["pairs"] + about["texts"])
+            for name, about in sources.items()
         ]
 
 
