@@ -17,7 +17,6 @@ from functools import lru_cache
 
 from moesaic.core.errors import UserError
 from moesaic.distributed.parallel_plan import ParallelPlan
-from moesaic.memory.tier import Tier
 from moesaic.parallel.communication_volume import CommunicationVolume, routing_statistics_bytes
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
@@ -167,7 +166,7 @@ class PlanModel:
         gathered = state.gathered // pipe
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
-        resident = self._resident(state, memory.parameters, pipe)
+        resident = self._resident(state, tiers["parameters"] != DEVICE, pipe)
         held[DEVICE, Purpose.WEIGHTS] += resident
         if tiers["parameters"] != DEVICE:
             held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.streamed // pipe)
@@ -367,8 +366,8 @@ class PlanModel:
         updated = (state.updated, state.updated_streamed)
         return StateBytes(state.weights, state.gradients, state.states, 0, streamed, *updated)
 
-    def _resident_weights(self, state: ShardBytes, parameters: Tier, stages: int) -> int:
-        return resident_weights(self._tiered(state), parameters, stages=stages)
+    def _resident_weights(self, state: ShardBytes, streams: bool, stages: int) -> int:
+        return resident_weights(self._tiered(state), streams=streams, stages=stages)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.

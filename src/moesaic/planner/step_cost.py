@@ -200,7 +200,7 @@ class _Composition:
     def _state_lines(self) -> Iterator[HeldBytes]:
         """Yield the bytes of weights, gradients and states, each in its tier."""
         state, memory = self._state, self._memory
-        resident = resident_weights(state, memory.parameters)
+        resident = resident_weights(state, streams=not memory.parameters.is_device)
         yield HeldBytes(DEVICE, Purpose.WEIGHTS, resident)
         if not memory.parameters.is_device:
             streamed = sum(state.streamed.values())
@@ -290,7 +290,7 @@ class _Composition:
     def _peak(self) -> tuple[int, int]:
         """Return the most bytes of the device at once, and of activations kept there."""
         state, memory = self._state, self._memory
-        fixed = resident_weights(state, memory.parameters)
+        fixed = resident_weights(state, streams=not memory.parameters.is_device)
         fixed += state.counters + state.stored * memory.optimizer_states.is_device
         fixed += self._pipeline.buffers()
         passes = self._passes_peak if self.parameters.stages is None else self._pipeline_peak

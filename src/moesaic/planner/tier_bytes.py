@@ -25,12 +25,12 @@ def tier_names(memory: MemoryPlan) -> dict[str, str]:
     }
 
 
-def resident_weights(state: StateBytes, parameters: Tier, *, stages: int = 1) -> int:
+def resident_weights(state: StateBytes, *, streams: bool, stages: int = 1) -> int:
     """Return the bytes of weights on the device: all, or what is not streamed and units in use.
 
     The weights of ``state`` are those of so many pipeline stages, each of which has units in use.
     """
-    if parameters.is_device:
+    if not streams:
         return -(-state.weights // stages)
     stays = state.weights - sum(state.streamed.values())
     return -(-stays // stages) + most_streamed(state.streamed)
