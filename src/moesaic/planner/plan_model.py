@@ -166,7 +166,7 @@ class PlanModel:
         gathered = state.gathered // pipe
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
-        resident = self._resident(state, tiers["parameters"] != DEVICE, pipe)
+        resident = self._resident(state, pipe, streams=tiers["parameters"] != DEVICE)
         held[DEVICE, Purpose.WEIGHTS] += resident
         if tiers["parameters"] != DEVICE:
             held[tiers["parameters"], Purpose.WEIGHTS] += -(-state.streamed // pipe)
@@ -366,7 +366,7 @@ class PlanModel:
         updated = (state.updated, state.updated_streamed)
         return StateBytes(state.weights, state.gradients, state.states, 0, streamed, *updated)
 
-    def _resident_weights(self, state: ShardBytes, streams: bool, stages: int) -> int:
+    def _resident_weights(self, state: ShardBytes, stages: int, *, streams: bool) -> int:
         return resident_weights(self._tiered(state), streams=streams, stages=stages)
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
