@@ -159,7 +159,7 @@ def test_directions_that_lost_beyond_their_interval_are_counted(tmp_path):
         "mean_differences": mean["differences"],
     }
     inputs = ReportInputs(name="run", forgetting=found)
-    assert "1 of 2 directions lost chrF++" in str(forgetting_section(inputs))
+    assert "1 of 2 directions that were not tuned lost chrF++" in str(forgetting_section(inputs))
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):

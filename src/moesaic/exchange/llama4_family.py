@@ -12,7 +12,14 @@ from moesaic.exchange.config_entries import (
     SwitchedQKNorm,
     shortest_pattern,
 )
-from moesaic.exchange.config_mapping import ConfigEntry, ConfigMapping, FixedKey, Key, Theirs
+from moesaic.exchange.config_mapping import (
+    ConfigEntry,
+    ConfigMapping,
+    FixedKey,
+    Key,
+    Theirs,
+    field_of,
+)
 from moesaic.exchange.decoder_families import (
     CHOSEN,
     FEED_FORWARD,
@@ -43,7 +50,7 @@ from moesaic.nn.attention_parts import (
     LogPositionTemperature,
     NoWindow,
 )
-from moesaic.nn.positional_encoding import NoPositionalEncoding, Rotary
+from moesaic.nn.positional_encoding import NoPositionalEncoding, PositionalEncoding, Rotary
 from moesaic.nn.qk_norm import L2QKNorm, NoQKNorm
 
 CHUNKED, NO_ROTARY = "chunked_attention", "no_rotary"
@@ -83,15 +90,16 @@ class RotaryLayers(ConfigEntry):
         }
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
-        stack, shape = ours.decoder, ours.mixer_shape("decoder")
+        stack = ours.decoder
         mixers = [ours.mixers_of_layer(stack, layer=i)[0] for i in range(stack.layers)]
-        own = [one if isinstance(one, Attention) else Attention() for one in mixers]
-        rotary = [int(isinstance(one.encoding(shape), Rotary)) for one in own]
+        own = [field_of(one, "position") for one in mixers]
+        given = (one if isinstance(one, PositionalEncoding) else ours.position for one in own)
+        rotary = [int(isinstance(one, Rotary)) for one in given]
         window = ours.attention.window
         size = window.size if isinstance(window, Chunks) else None
         keys = {_NO_ROPE: rotary, _CHUNK: size, _TUNING: False}
         keys["layer_types"] = [_kind(has, size) for has in rotary]
-        found = (one.config(shape).temperature for one in own)
+        found = [ours.attention.temperature, *(field_of(one, "temperature") for one in mixers)]
         tuned = next((one for one in found if isinstance(one, LogPositionTemperature)), None)
         if tuned is None:
             return keys
