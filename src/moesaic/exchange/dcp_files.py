@@ -2,8 +2,8 @@
 
 ``.metadata`` is a pickle. It is read without importing or calling what it names: each class on a
 list of names is replaced by a record of its fields, and any other name, opcode or kind of key is an
-error. An item of a
-``.distcp`` file is opened by ``torch.load(weights_only=True)`` on fake tensors, which read no data.
+error. An item of a ``.distcp`` file is opened by ``torch.load(weights_only=True)`` on fake tensors,
+which read no data.
 """
 
 import io

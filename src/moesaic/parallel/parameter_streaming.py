@@ -260,7 +260,7 @@ class ParameterStream:
         What is left of others is frozen or waits in a pipeline, or its pass was interrupted.
         """
         for other in self._units:
-            if not (other.is_in(unit) or unit.is_in(other)):
+            if other.in_use and not (other.is_in(unit) or unit.is_in(other)):
                 self._release(other)
         parts = unit.parts(backward=_in_backward())
         if unit.present != parts and unit.present != unit.parts(backward=False):
