@@ -219,8 +219,8 @@ def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> di
 
 def _notes(source: ExportSource) -> Iterator[str]:
     """Yield what is otherwise where the model is loaded."""
-    if source.family.otherwise_there:
-        yield source.family.otherwise_there
+    if source.family.transformers_note:
+        yield source.family.transformers_note
     tokenizer = source.run.tokenizer
     if tokenizer.is_file() and Tokenizer.load(tokenizer).copies.slots:
         yield (
