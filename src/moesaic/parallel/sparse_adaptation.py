@@ -31,11 +31,12 @@ class PlacedAdapter(AdapterChoice):
     def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
         sizes = parallel.plan.to_dict()
         for axis in self.refused_axes:
-            if (size := sizes.get(axis)) not in (None, 0, 1):
+            none = int(axis != "zero")  # ZeRO 1 shards, too
+            if (size := sizes.get(axis)) not in (None, none):
                 yield (
                     f"trainable={type(self).__name__} under parallel.plan.{axis}={size}: its "
-                    f"places in a matrix are not shared between ranks: set {axis} to "
-                    f"{int(axis != 'zero')}, or train LoRA"
+                    f"places in a matrix are not shared between ranks: set {axis} to {none}, or "
+                    "train LoRA"
                 )
 
 
