@@ -16,7 +16,12 @@ from moesaic.moe.sparse_experts import ChosenExperts, SparseExperts
 from moesaic.monitor.expert_usage import LayerUsage, read_usage
 from moesaic.nn.adapter import adapter_name, add_adapter
 from moesaic.nn.sparse_adapter import SparseLinear, scatter_values
-from moesaic.parallel.adapter_choice import AdapterChoice, MatrixAdapter, declare_adapters
+from moesaic.parallel.adapter_choice import (
+    BANK_MATRICES,
+    AdapterChoice,
+    MatrixAdapter,
+    declare_adapters,
+)
 from moesaic.parallel.config import ParallelConfig
 
 
@@ -147,7 +152,7 @@ class ExpertsOfLanguage(PlacedAdapter):
         for layer in moe_layers(model):
             if isinstance(layer.experts, GroupedExperts) and layer.name in self.experts:
                 layer.experts.adapter = ChosenExperts(
-                    layer.experts, matrices=("up", "down"), chosen=self.experts[layer.name]
+                    layer.experts, matrices=BANK_MATRICES, chosen=self.experts[layer.name]
                 )
         declare_adapters(model)
 
