@@ -110,7 +110,7 @@ def test_every_tensor_is_accounted_for_or_nothing_is_written(mixtral, tmp_path):
         "4 tensors are not those of its config (mixtral); nothing was written",
         f"| {first} | is missing |  | [40, 16] |",
         "| extra.bias | is unexpected | [3] |  |",
-        "| extra.bias | is in two files |  |  |",
+        "| extra.bias | is there twice |  |  |",
         "| model.norm.weight | has another shape | [5] | [16] |",
     ):
         assert line in str(error.value)

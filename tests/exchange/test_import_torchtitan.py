@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from transformers_models import MODELS, save_per_expert
 
 from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.core.errors import CheckpointError
 from moesaic.exchange.import_model import import_model
 
 MATRICES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
@@ -73,3 +74,14 @@ def test_a_checkpoint_of_torchtitan_is_the_model_of_hugging_face(kind, tmp_path)
     ours, again = (read_tensors(tmp_path / p / "model.safetensors") for p in ("ours", "again"))
     assert ours.keys() == again.keys()
     assert all(ours[name].equal(again[name]) for name in ours)
+
+
+def test_two_tensors_with_one_name_are_refused(tmp_path):
+    save_per_expert(MODELS["llama"].build(), tmp_path)
+    both = {"tok_embeddings.weight": torch.ones(4, 2)}
+    both |= dict.fromkeys(("output.weight", "lm_head.weight"), torch.ones(4, 2))
+    dcp.save(both, checkpoint_id=tmp_path / "titan", no_dist=True)
+    (tmp_path / "titan/config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*is there twice"):
+        import_model(tmp_path / "titan", out=tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()

@@ -166,7 +166,10 @@ class DCPFiles(TensorFiles):
             shown = listed(map(printable, others), most=10)
             self.notes = (f"{DCP_METADATA}: no weights, so not read: {shown}",)
         weights: dict[str, StoredRows] = {n: t for n, t in found.items() if n not in left}
-        self.tensors = hugging_face_tensors(weights, theirs)
+        for name, tensor in hugging_face_tensors(weights, theirs):
+            if name in self.tensors:
+                self.repeated.append(name)
+            self.tensors[name] = tensor
 
 
 def open_tensors(directory: Path, theirs: Mapping[str, Any]) -> TensorFiles:

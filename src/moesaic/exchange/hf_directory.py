@@ -133,7 +133,7 @@ def require_same_tensors(
     family: Family, files: TensorFiles, *, expected: Mapping[str, Shape], where: Path
 ) -> None:
     """Raise CheckpointError with a table of all tensors that are not those of a family's model."""
-    rows: list[tuple[object, ...]] = [(n, "is in two files", "", "") for n in files.repeated]
+    rows: list[tuple[object, ...]] = [(n, "is there twice", "", "") for n in files.repeated]
     rows += [(n, "is missing", "", list(s)) for n, s in expected.items() if n not in files.tensors]
     for name, tensor in files.tensors.items():
         if name in expected:

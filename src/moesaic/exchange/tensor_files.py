@@ -81,7 +81,7 @@ class MXFP4Tensor:
 
 
 class TensorFiles:
-    """The tensors of safetensors files by name; ``repeated`` names are in several of them.
+    """The tensors of safetensors files by name; ``repeated`` names are there twice.
 
     ``notes`` say what is left out of what the files have.
     """

@@ -98,17 +98,21 @@ class _RotatedHalves:
 
 def hugging_face_tensors(
     tensors: Mapping[str, StoredRows], theirs: Mapping[str, Any]
-) -> dict[str, StoredRows]:
-    """Return tensors by their names in Hugging Face; a name that is not torchtitan's stays.
+) -> Iterator[tuple[str, StoredRows]]:
+    """Yield tensors with their names in Hugging Face; a name that is not torchtitan's stays.
 
-    ``theirs`` is the config of the model. A wrapper around all names of the model is removed.
+    ``theirs`` is the config of the model. A wrapper around all names of the model is removed. A
+    name comes twice if two tensors have it.
     """
     known = (EMBEDDING, *_OUTSIDE.values())
     wrapper = max(WRAPPERS, key=lambda w: (sum(w + name in tensors for name in known), -len(w)))
-    inner = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
-    if EMBEDDING not in inner:
-        return inner
-    return {new: made for name, t in inner.items() for new, made in _renamed(name, t, theirs)}
+    is_torchtitan = wrapper + EMBEDDING in tensors or EMBEDDING in tensors
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(wrapper)
+        if is_torchtitan:
+            yield from _renamed(inner, tensor, theirs)
+        else:
+            yield inner, tensor
 
 
 def _renamed(
