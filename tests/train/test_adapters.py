@@ -347,6 +347,7 @@ def test_what_adapters_cannot_do_is_refused_by_name():
     sharded = ParallelPlan(data=2, expert=2, zero=2)
     for choice, plan, axes in (
         (SPIEL, sharded, r"expert=2(.|\n)*zero=2"),
+        (SPIEL, ParallelPlan(data=2, zero=1), "zero=1: .* set zero to 0"),
         (SPARSE, ParallelPlan(data=1, tensor=2), "tensor=2"),
     ):
         with pytest.raises(ConfigError, match=axes):

@@ -16,7 +16,7 @@ from moesaic.model.mixer_pattern import DEFAULT_MIXER
 from moesaic.moe.auxiliary_losses import Balance, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.nn.attention import Attention
-from moesaic.nn.attention_parts import NoWindow, SlidingWindow, Window
+from moesaic.nn.attention_parts import NoWindow, SlidingWindow
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.qk_norm import NoQKNorm, QKNorm
 from moesaic.nn.rotary_scaling import (
@@ -214,7 +214,7 @@ class Windows(ConfigEntry):
         }
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
-        windows = [_window_of_layer(ours, layer) for layer in range(ours.decoder.layers)]
+        windows = values_of_layers(ours, "attention.window")
         size = next((w.size for w in windows if isinstance(w, SlidingWindow)), None)
         keys: dict[str, Any] = {} if self.switch is None else {self.switch: size is not None}
         if self.default_kinds is not None:
@@ -237,10 +237,15 @@ def shortest_pattern(names: Sequence[str]) -> str:
     return ", ".join(names[:number])
 
 
-def _window_of_layer(ours: ModelConfig, layer: int) -> Window:
-    mixer = ours.mixers_of_layer(ours.decoder, layer=layer)[0]
-    own = field_of(mixer, "window")
-    return own if isinstance(own, Window) else ours.attention.window
+def values_of_layers(ours: ModelConfig, path: str) -> list[Any]:
+    """Return a value of each layer of the decoder: that of its mixer, or else the one at ``path``.
+
+    The mixer has it under the last name of the path (``window`` of ``attention.window``).
+    """
+    stack, name = ours.decoder, path.rpartition(".")[2]
+    mixers = (ours.mixers_of_layer(stack, layer=i)[0] for i in range(stack.layers))
+    own = [field_of(mixer, name) for mixer in mixers]
+    return [field_of(ours, path) if is_absent(one) or one is None else one for one in own]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from moesaic.exchange.decoder_families import (
     QK_NORMS,
     QKV_BIAS,
     QWEN_EXPERTS,
-    ROUTED,
     SIZES,
     SIZES_TIED_OR_NOT,
     SPARSE_MODEL,
@@ -32,6 +31,8 @@ from moesaic.exchange.decoder_families import (
     shared_tensors,
 )
 from moesaic.exchange.deepseek_families import (
+    CORRECTION,
+    CORRECTION_IN_GATE,
     NO_PREDICTED_TOKENS,
     ExpertGroupKeys,
     FirstDenseLayers,
@@ -47,8 +48,6 @@ from moesaic.nn.norm import RMSNorm
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.nn.qk_norm import AcrossHeadsQKNorm, PerHeadQKNorm
 
-_CORRECTION = f"{ROUTED}router.balance0_bias"
-
 
 def _model(select: Select, shared_experts: SharedExpertBranch) -> ModelConfig:
     moe = SPARSE_MODEL.moe.replace(
@@ -62,7 +61,7 @@ _GLM_TENSORS: TensorTable = {
     **QKV_BIAS,
     **QK_NORMS,
     **shared_tensors("mlp.shared_experts"),
-    _CORRECTION: Rows(f"{LAYER}mlp.gate.e_score_correction_bias"),
+    CORRECTION: CORRECTION_IN_GATE,
 }
 GLM4_MOE = llama_like(
     "glm4_moe",
@@ -122,12 +121,12 @@ MINIMAX_M2 = llama_like(
         PER_EXPERT: {
             **_MINIMAX_TENSORS,
             **MIXTRAL_EXPERTS,
-            _CORRECTION: Rows(f"{LAYER}block_sparse_moe.e_score_correction_bias"),
+            CORRECTION: Rows(f"{LAYER}block_sparse_moe.e_score_correction_bias"),
         },
         FUSED: {
             **_MINIMAX_TENSORS,
             **FUSED_EXPERTS,
-            _CORRECTION: Rows(f"{LAYER}mlp.e_score_correction_bias"),
+            CORRECTION: Rows(f"{LAYER}mlp.e_score_correction_bias"),
         },
     },
 )
@@ -155,7 +154,7 @@ def _ernie_tensors(correction: str) -> TensorTable:
     return {
         **LLAMA_TENSORS,
         **shared_tensors("mlp.shared_experts"),
-        _CORRECTION: RowVector(f"{LAYER}mlp.{correction}.e_score_correction_bias"),
+        CORRECTION: RowVector(f"{LAYER}mlp.{correction}.e_score_correction_bias"),
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moesaic.core.errors import CheckpointError, printable
+from moesaic.core.errors import CheckpointError, listed, printable
 from moesaic.core.file_reader import MIB, FileKind, read_bytes, require_inside
 from moesaic.core.shapes import Tensor
 from moesaic.exchange.hf_directory import DCP_METADATA, weight_files
@@ -163,9 +163,8 @@ class DCPFiles(TensorFiles):
         left = {name for name, part in parts.items() if part in NOT_WEIGHTS}
         others = sorted({*others, *(parts[name] for name in left)})
         if others:
-            shown = ", ".join(printable(name) for name in others[:10])
-            more = f" and {len(others) - 10} more" if len(others) > 10 else ""
-            self.notes = (f"{DCP_METADATA}: no weights, so not read: {shown}{more}",)
+            shown = listed(map(printable, others), most=10)
+            self.notes = (f"{DCP_METADATA}: no weights, so not read: {shown}",)
         weights: dict[str, StoredRows] = {n: t for n, t in found.items() if n not in left}
         self.tensors = hugging_face_tensors(weights, theirs)
 

@@ -114,6 +114,8 @@ class SequenceBalanceLoss(ConfigEntry):
         return {"aux_loss_alpha": losses[0].weight, "seq_aux": each}
 
 
+CORRECTION = f"{ROUTED}router.balance0_bias"  # of scores, by ``BiasUpdate``
+CORRECTION_IN_GATE = Rows(f"{LAYER}mlp.gate.e_score_correction_bias")
 _LATENT = "mixers.attention."
 _MIXER = f"{OURS}latent_attention."
 _TENSORS: TensorTable = {
@@ -126,7 +128,7 @@ _TENSORS: TensorTable = {
     f"{_MIXER}inner.kv_norm.weight": projections("kv_a_layernorm", of="self_attn"),
     f"{_MIXER}inner.kv_up.weight": projections("kv_b_proj", of="self_attn"),
     f"{_MIXER}inner.out.weight": projections("o_proj", of="self_attn"),
-    f"{ROUTED}router.balance0_bias": Rows(f"{LAYER}mlp.gate.e_score_correction_bias"),
+    CORRECTION: CORRECTION_IN_GATE,
     **shared_tensors("mlp.shared_experts"),
 }
 _MODEL = SPARSE_MODEL.replace(

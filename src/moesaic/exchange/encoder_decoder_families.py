@@ -258,7 +258,7 @@ NLLB_MOE = Family(
     derived=POSITIONS,
     tag=FirstTargetToken(),
     fairseq_rows=True,
-    otherwise_there=(
+    transformers_note=(
         "transformers 5.24 uses experts 0 and 1 of NLLB-MoE alone; call "
         "moesaic.exchange.transformers_repairs.repair_forward(model) after loading it there"
     ),

@@ -27,7 +27,6 @@ from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
-    GENERATION,
     INDEX,
     WEIGHTS,
     carried_files,
@@ -36,7 +35,7 @@ from moesaic.exchange.hf_directory import (
 from moesaic.exchange.same_model import canonical, resolved
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.model.config import ModelConfig
-from moesaic.serve.imported_generation import GENERATION_FILE
+from moesaic.serve.imported_generation import GENERATION, GENERATION_FILE
 from moesaic.serve.open_run import read_collator, read_model_config
 
 SHARD_BYTES = 5 * 10**9
@@ -220,8 +219,8 @@ def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> di
 
 def _notes(source: ExportSource) -> Iterator[str]:
     """Yield what is otherwise where the model is loaded."""
-    if source.family.otherwise_there:
-        yield source.family.otherwise_there
+    if source.family.transformers_note:
+        yield source.family.transformers_note
     tokenizer = source.run.tokenizer
     if tokenizer.is_file() and Tokenizer.load(tokenizer).copies.slots:
         yield (

@@ -33,7 +33,7 @@ class Family:
     the tensors whose rows are the channels of queries and keys; ``variants`` are the rules of
     tensors that have another name in a model of this config. ``tag`` is where an encoder-decoder
     has the tags of languages; ``fairseq_rows`` is true where the ids of a SentencePiece model are
-    not the rows of the table. ``otherwise_there`` says what transformers computes otherwise.
+    not the rows of the table. ``transformers_note`` says what transformers computes otherwise.
     """
 
     model_type: str
@@ -45,7 +45,7 @@ class Family:
     rotated: str = ""
     tag: FirstTargetToken | NoTag = field(default_factory=NoTag)
     fairseq_rows: bool = False
-    otherwise_there: str = ""
+    transformers_note: str = ""
     variants: Callable[[ModelConfig], TensorTable] = _no_variants
 
     def pieces(self, model: ModelConfig, *, layout: str) -> list[TensorPiece]:

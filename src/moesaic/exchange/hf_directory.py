@@ -13,13 +13,13 @@ from moesaic.data.tokenizer_file import TOKENIZER_FILE
 from moesaic.exchange.family import Family
 from moesaic.exchange.tensor_files import TensorFiles
 from moesaic.exchange.tensor_table import Region, Rows, Shape
+from moesaic.serve.imported_generation import GENERATION
 
 HF_CONFIG_FILE = FileKind(name="config.json of a model", max_bytes=16 * MIB, error=CheckpointError)
 HF_INDEX_FILE = FileKind(
     name="index of weights", max_bytes=256 * MIB, max_values=20_000_000, error=CheckpointError
 )
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-GENERATION = "generation_config.json"
 CARRIED = (
     CONFIG,
     GENERATION,

@@ -36,7 +36,6 @@ from moesaic.exchange.families import FAMILIES, family_of
 from moesaic.exchange.family import Family
 from moesaic.exchange.hf_directory import (
     CONFIG,
-    GENERATION,
     TextStart,
     carried_files,
     find_text_start,
@@ -47,7 +46,7 @@ from moesaic.exchange.hf_directory import (
 from moesaic.exchange.tensor_files import PutTogether, TensorFiles
 from moesaic.exchange.tensor_table import TensorPiece, source_shapes
 from moesaic.model.config import ModelConfig
-from moesaic.serve.imported_generation import read_imported_generation
+from moesaic.serve.imported_generation import GENERATION, read_imported_generation
 from moesaic.train.corpus_source import CorpusFolder
 from moesaic.train.run import Run
 from moesaic.train.text_data import TextData

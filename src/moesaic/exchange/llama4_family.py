@@ -11,6 +11,7 @@ from moesaic.exchange.config_entries import (
     RotaryPositions,
     SwitchedQKNorm,
     shortest_pattern,
+    values_of_layers,
 )
 from moesaic.exchange.config_mapping import (
     ConfigEntry,
@@ -18,7 +19,6 @@ from moesaic.exchange.config_mapping import (
     FixedKey,
     Key,
     Theirs,
-    field_of,
 )
 from moesaic.exchange.decoder_families import (
     CHOSEN,
@@ -50,7 +50,7 @@ from moesaic.nn.attention_parts import (
     LogPositionTemperature,
     NoWindow,
 )
-from moesaic.nn.positional_encoding import NoPositionalEncoding, PositionalEncoding, Rotary
+from moesaic.nn.positional_encoding import NoPositionalEncoding, Rotary
 from moesaic.nn.qk_norm import L2QKNorm, NoQKNorm
 
 CHUNKED, NO_ROTARY = "chunked_attention", "no_rotary"
@@ -90,16 +90,12 @@ class RotaryLayers(ConfigEntry):
         }
 
     def write(self, ours: ModelConfig) -> dict[str, Any]:
-        stack = ours.decoder
-        mixers = [ours.mixers_of_layer(stack, layer=i)[0] for i in range(stack.layers)]
-        own = [field_of(one, "position") for one in mixers]
-        given = (one if isinstance(one, PositionalEncoding) else ours.position for one in own)
-        rotary = [int(isinstance(one, Rotary)) for one in given]
+        rotary = [int(isinstance(one, Rotary)) for one in values_of_layers(ours, "position")]
         window = ours.attention.window
         size = window.size if isinstance(window, Chunks) else None
         keys = {_NO_ROPE: rotary, _CHUNK: size, _TUNING: False}
         keys["layer_types"] = [_kind(has, size) for has in rotary]
-        found = [ours.attention.temperature, *(field_of(one, "temperature") for one in mixers)]
+        found = values_of_layers(ours, "attention.temperature")
         tuned = next((one for one in found if isinstance(one, LogPositionTemperature)), None)
         if tuned is None:
             return keys

@@ -48,6 +48,10 @@ _IN_LAYER = {
         for ours, theirs in _MATRICES.items()
     },
 }
+_ROTATED = {  # the key of the number of heads
+    "self_attn.q_proj.weight": "num_attention_heads",
+    "self_attn.k_proj.weight": "num_key_value_heads",
+}
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERTS = re.compile(r"moe\.(?:routed_experts\.inner_)?experts\.(w[123])(?:_EFD|_EDF)?")
 
@@ -125,11 +129,8 @@ def _renamed(
         return
     if theirs.get("kv_lora_rank") and new == "self_attn.q_norm.weight":
         new = "self_attn.q_a_layernorm.weight"
-    heads = {"self_attn.q_proj.weight": "num_attention_heads"}
-    heads["self_attn.k_proj.weight"] = "num_key_value_heads"
-    number = theirs.get(heads.get(new, "")) or theirs.get("num_attention_heads")
-    fits = isinstance(number, int) and number > 0 and tensor.shape[0] % (2 * number) == 0
-    if theirs.get("model_type") == "llama" and new in heads and fits:
-        assert isinstance(number, int)
-        tensor = _RotatedHalves(tensor, number)
+    if theirs.get("model_type") == "llama" and new in _ROTATED and tensor.shape:
+        heads = theirs.get(_ROTATED[new]) or theirs.get("num_attention_heads")
+        if isinstance(heads, int) and heads > 0 and tensor.shape[0] % (2 * heads) == 0:
+            tensor = _RotatedHalves(tensor, heads)
     yield layer + new, tensor

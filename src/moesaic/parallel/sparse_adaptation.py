@@ -16,7 +16,12 @@ from moesaic.moe.sparse_experts import ChosenExperts, SparseExperts
 from moesaic.monitor.expert_usage import LayerUsage, read_usage
 from moesaic.nn.adapter import adapter_name, add_adapter
 from moesaic.nn.sparse_adapter import SparseLinear, scatter_values
-from moesaic.parallel.adapter_choice import AdapterChoice, MatrixAdapter, declare_adapters
+from moesaic.parallel.adapter_choice import (
+    BANK_MATRICES,
+    AdapterChoice,
+    MatrixAdapter,
+    declare_adapters,
+)
 from moesaic.parallel.config import ParallelConfig
 
 
@@ -31,11 +36,12 @@ class PlacedAdapter(AdapterChoice):
     def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
         sizes = parallel.plan.to_dict()
         for axis in self.refused_axes:
-            if (size := sizes.get(axis)) not in (None, 0, 1):
+            none = int(axis != "zero")  # ZeRO 1 shards, too
+            if (size := sizes.get(axis)) not in (None, none):
                 yield (
                     f"trainable={type(self).__name__} under parallel.plan.{axis}={size}: its "
-                    f"places in a matrix are not shared between ranks: set {axis} to "
-                    f"{int(axis != 'zero')}, or train LoRA"
+                    f"places in a matrix are not shared between ranks: set {axis} to {none}, or "
+                    "train LoRA"
                 )
 
 
@@ -146,7 +152,7 @@ class ExpertsOfLanguage(PlacedAdapter):
         for layer in moe_layers(model):
             if isinstance(layer.experts, GroupedExperts) and layer.name in self.experts:
                 layer.experts.adapter = ChosenExperts(
-                    layer.experts, matrices=("up", "down"), chosen=self.experts[layer.name]
+                    layer.experts, matrices=BANK_MATRICES, chosen=self.experts[layer.name]
                 )
         declare_adapters(model)
 

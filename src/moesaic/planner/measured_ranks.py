@@ -144,9 +144,8 @@ def _shared_once(watch: Stopwatch, *, group: Any) -> dict[str, list[_Timing]]:
     for size in MEMORY_SIZES:
         distributed.barrier(group=group)
         each = memory_bound(watch, size=size)
-        quartiles = statistics.quantiles(
-            each.seconds, n=4
-        )  # ranks differ in their numbers of rounds
+        # ranks differ in their numbers of rounds, but not in that of quartiles
+        quartiles = statistics.quantiles(each.seconds, n=4)
         seconds = _mean_of_ranks(quartiles, group=group)
         found["memory"].append((f"memory {size}, two ranks", each.size, seconds))
     return found

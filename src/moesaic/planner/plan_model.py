@@ -246,10 +246,8 @@ class PlanModel:
         """Return the seconds of the exchanges between layers, and of a step's sums of numbers."""
         found = dict(self._exchange_seconds(choice.degrees))
         for line in step_sums(choice.plan):
-            name, seconds = (
-                f"{line.kind} {line.axis}",
-                self._seconds_of(line, line.bytes, choice.degrees),
-            )
+            name = f"{line.kind} {line.axis}"
+            seconds = self._seconds_of(line, line.bytes, choice.degrees)
             found[name] = found.get(name, 0.0) + seconds
         return found
 

@@ -70,8 +70,8 @@ class StepCost:
     ``peak`` is the most bytes in each tier at once. ``operations`` are those of all micro-batches
     and of the update, ``gradient_operations`` between them (``cost_entries.gradient_operations``).
     ``synced`` is sent for gradients and ZeRO's weights, ``exchanged`` between layers and for the
-    update. ``bubble`` is the share of a
-    pipeline's time in which the rank waits for others (0 without one).
+    update. ``bubble`` is the share of a pipeline's time in which the rank waits for others (0
+    without one).
     """
 
     held: tuple[HeldBytes, ...]

@@ -14,19 +14,21 @@ from pydantic import Field
 from moesaic.core.errors import CheckpointError
 from moesaic.core.file_reader import MIB, Count, FileKind, FileShape, read_json_mapping
 
-GENERATION_FILE = FileKind(name="generation_config.json", max_bytes=16 * MIB, error=CheckpointError)
-_NAMES = ("generation_config.json", "config.json")  # the first one that there is
+GENERATION = "generation_config.json"
+GENERATION_FILE = FileKind(name=GENERATION, max_bytes=16 * MIB, error=CheckpointError)
+_NAMES = (GENERATION, "config.json")  # the first one that there is
 _NO_SEARCH = frozenset(  # of no consequence for a search, or read elsewhere
     """bos_token_id pad_token_id eos_token_id decoder_start_token_id transformers_version use_cache
     _from_model_config cache_implementation return_dict_in_generate output_attentions
     output_hidden_states output_scores output_logits""".split()  # noqa: SIM905
 )
-_ONE_IS_NONE = (
+_NEUTRAL_AT_ONE = {
+    "num_beams",
     "num_beam_groups",
     "num_return_sequences",
     "typical_p",
     "encoder_repetition_penalty",
-)
+}
 _BOTH = {"no_repeat_ngram_size", "repetition_penalty"}
 _OF_TRANSLATION = {"num_beams", "length_penalty", "early_stopping", "max_length", "max_new_tokens"}
 _OF_TEXTS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens"}
@@ -83,7 +85,7 @@ def read_imported_generation(imported: Path) -> ImportedGeneration:
         del beam["length_penalty"]  # which would prefer short answers, and has no bound
     if "size" in beam:
         beam = {"early_stopping": False} | beam  # what an absent key means there
-    of_file = path.name == _NAMES[0]  # config.json has other keys than these, and top_k of routers
+    of_file = path.name == GENERATION  # config.json has other keys than these, and top_k of routers
     sample = _given(found, temperature="", top_k="", top_p="", min_p="") if of_file else {}
     if found.do_sample:
         sample = {"temperature": 1.0, "top_k": 50} | sample
@@ -113,7 +115,7 @@ def _given(found: _GenerationShape, **names: str) -> dict[str, Any]:
 def _unused(given: Mapping[str, Any], used: set[str]) -> Iterator[str]:
     """Yield the keys that would do something and do not here."""
     for key, value in given.items():
-        neutral = not value or (value == 1 and key in {*_ONE_IS_NONE, "num_beams"})
+        neutral = not value or (value == 1 and key in _NEUTRAL_AT_ONE)
         negative = key == "length_penalty" and isinstance(value, int | float) and value < 0
         if negative or not (neutral or key in used or key in _NO_SEARCH):
             yield key
