@@ -12,6 +12,7 @@ import gc
 import json
 import re
 import statistics
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocation_meter import AllocationMeter
 from support import write_result
 
 from moesaic.core.markdown import markdown_table
@@ -55,8 +55,13 @@ from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
 from moesaic.planner.step_cost import step_cost
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "guide" / "cost.md"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cost_counters import AllocationMeter  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "guide" / "cost.md"
 MARKS = re.compile(r"(<!-- peak: begin -->\n).*?(<!-- peak: end -->)", re.S)
 MODEL = ModelConfig(
     vocab_size=512,

@@ -5,7 +5,6 @@ Bytes sent are those of ``distributed/communication_counter.py``.
 
 import inspect
 import os
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import torch.distributed as distributed
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from moesaic.distributed.allocation_ledger import AllocationLedger
 
 LEFT_FACTOR = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument of a product
 WAITS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique")
@@ -64,16 +65,15 @@ class OperationCounter(TorchDispatchMode):
         return sum(self.names[name] for name in WAITS)
 
 
-class HeldBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make while it is entered.
+class AllocationMeter(TorchDispatchMode):
+    """Keeps a ``ledger`` of the storages that operations make while it is entered.
 
-    ``peak`` is the most that were alive at once; what existed before does not count.
+    What existed before does not count, and what a kernel uses inside of one operation is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
+        self.ledger = AllocationLedger()
 
     def __torch_dispatch__(
         self,
@@ -85,18 +85,9 @@ class HeldBytes(TorchDispatchMode):
         given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self._known and not tensor.is_meta:
-                self._known.add(key)
-                self.live += size
-                weakref.finalize(storage, self._free, key, size)
-        self.peak = max(self.peak, self.live)
+            if tensor.untyped_storage()._cdata not in given:
+                self.ledger.add(tensor)
         return out
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -119,9 +110,9 @@ def count_flops(function: Callable[[], object]) -> int:
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """Return the most bytes at once that a call holds beside what existed before."""
-    with HeldBytes() as held:
+    with AllocationMeter() as meter:
         function()
-    return held.peak
+    return meter.ledger.peak_bytes
 
 
 class CountingStore:

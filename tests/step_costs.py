@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from cost_counters import CostLaw, HeldBytes, OperationCounter, peak_bytes
+from cost_counters import AllocationMeter, CostLaw, OperationCounter, peak_bytes
 from moesaic.checkpoint import manifest, sharded_checkpoint
 from moesaic.checkpoint.full_checkpoint import save_checkpoint
 from moesaic.checkpoint.snapshot import Snapshot
@@ -101,13 +101,13 @@ def step_work(size: StepSize) -> StepWork:
         trainer.train_step()
         tier = trainer.optimizer.tier
         before = tier.store.moved.fetched + tier.store.moved.written if tier else 0
-        with HeldBytes() as held, OperationCounter() as done, CommunicationCounter() as sent:
+        with AllocationMeter() as held, OperationCounter() as done, CommunicationCounter() as sent:
             trainer.train_step()
         after = tier.store.moved.fetched + tier.store.moved.written if tier else 0
         return StepWork(
             done.total,
             done.flops,
-            held.peak,
+            held.ledger.peak_bytes,
             sent.total_bytes(),
             sent.calls().total(),
             after - before,

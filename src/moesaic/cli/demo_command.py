@@ -2,7 +2,6 @@
 
 import shlex
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -104,8 +103,10 @@ def demo(
     report = write_evaluation(out, summary=summary, tests=chosen.tests)
     phases.end("report")
     value = summary.to_dict() | {"report": str(report), "run_directory": str(out)}
-    shown = partial(_show, out, corpus=corpus, summary=summary, phases=phases)
-    return Result(value, lambda console: shown(console=console))
+    return Result(
+        value,
+        lambda console: _show(out, corpus=corpus, summary=summary, phases=phases, console=console),
+    )
 
 
 def run_counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 A storage counts from the first operation that returns it until nothing refers to it; storages that
 are resized (ZeRO frees gathered parameters so) count with their present size. ``SimulatedRank``
-(``simulation.py``) keeps a ledger of fake tensors, a meter of benchmarks one of real ones.
+(``simulation.py``) keeps a ledger of fake tensors, a meter of tests one of real ones.
 """
 
 import weakref
