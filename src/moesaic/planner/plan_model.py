@@ -22,7 +22,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
-from moesaic.planner.cost_entries import DEVICE, Phase, Purpose, gradient_operations
+from moesaic.planner.cost_entries import DEVICE, HOST, Phase, Purpose, gradient_operations
 from moesaic.planner.machine import Machine
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_space import (
@@ -50,7 +50,7 @@ from moesaic.planner.step_time import (
     sync_seconds,
     transfer_link,
 )
-from moesaic.planner.tier_bytes import moved_bytes, resident_weights, tier_names
+from moesaic.planner.tier_bytes import CopyBuffers, moved_bytes, resident_weights, tier_names
 
 _RECENT = 64  # degrees of which times are kept: the options of one degrees share them
 EXCHANGES = ("tensor", "context", "expert", "expert_tensor")  # axes between layers
@@ -176,6 +176,11 @@ class PlanModel:
         inner, saved = self._activations(degrees, option)
         held[tiers["activations"], Purpose.ACTIVATIONS] += saved
         held[DEVICE, Purpose.TRANSIENT] += inner
+        kind = self.settings.machine.device
+        whole = self._tiered(state)
+        copies = CopyBuffers.of(memory, whole, saved=saved, device=kind, stages=pipe)
+        held[DEVICE, Purpose.TRANSIENT] += copies.device
+        held[HOST, Purpose.TRANSIENT] += copies.host
         return {key: size for key, size in held.items() if size}
 
     def forecast(self, choice: CompletePlan) -> PlanForecast:

@@ -27,7 +27,6 @@ from moesaic.parallel.parameter_inventory import RankParameters
 from moesaic.planner.block_chain import BlockChain, ChainPlace
 from moesaic.planner.cost_entries import (
     DEVICE,
-    DISK,
     HOST,
     HeldBytes,
     MovedBytes,
@@ -39,12 +38,7 @@ from moesaic.planner.cost_entries import (
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import volumes
 from moesaic.planner.inventory_cache import inventory_of
-from moesaic.planner.measured_step import (
-    MeasuredPart,
-    MeasuredStep,
-    Span,
-    smallest_plan,
-)
+from moesaic.planner.measured_step import MeasuredPart, MeasuredStep, Span, smallest_plan
 from moesaic.planner.operation_recorder import Operation, OperationKind
 from moesaic.planner.owner_update import owner_communication, owner_operations
 from moesaic.planner.pipeline_cost import PipelineCost
@@ -60,7 +54,7 @@ from moesaic.planner.step_memory import (
     state_bytes,
     with_offloaded_activations,
 )
-from moesaic.planner.tier_bytes import moved_bytes, resident_weights, tier_name
+from moesaic.planner.tier_bytes import CopyBuffers, moved_bytes, resident_weights, tier_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +204,7 @@ class _Composition:
         yield HeldBytes(DEVICE, Purpose.STATES, state.counters)
         kept = min(memory.run_ahead_bytes, state.overwritten)
         yield HeldBytes(HOST, Purpose.OVERWRITTEN, kept)
+        yield HeldBytes(HOST, Purpose.TRANSIENT, self._copies.host)
 
     @property
     def _memory(self) -> MemoryPlan:
@@ -218,7 +213,6 @@ class _Composition:
     def cost(self) -> StepCost:
         """Return the whole cost."""
         held, peak = self.held()
-        spans = chain.from_iterable(self._spans(self.measured, micro_batch=0))
         return StepCost(
             held=held,
             peak=peak,
@@ -235,7 +229,7 @@ class _Composition:
                     self._memory,
                     micro_batches=self.settings.micro_batches,
                     summed=sum(bucket.bytes for bucket in self._buckets),
-                    saved=sum(span.saved for span in spans),
+                    saved=self._saved,
                 )
             ),
             bubble=self._pipeline.bubble(),
@@ -245,6 +239,16 @@ class _Composition:
                 buckets=Counter(bucket.bytes for bucket in self._buckets),
             ),
         )
+
+    @cached_property
+    def _copies(self) -> CopyBuffers:
+        kind = self.settings.device
+        return CopyBuffers.of(self._memory, self._state, saved=self._saved, device=kind)
+
+    @cached_property
+    def _saved(self) -> int:
+        spans = chain.from_iterable(self._spans(self.measured, micro_batch=0))
+        return sum(span.saved for span in spans)
 
     @cached_property
     def _state(self) -> StateBytes:
@@ -298,7 +302,7 @@ class _Composition:
         summed = sum(bucket.bytes for bucket in self._buckets[-IN_FLIGHT:])
         update_peak = max(self._update_peak(), summed)
         gradients = state.gradients * memory.gradients.is_device
-        return fixed + max(peak, gradients + update_peak), most_kept
+        return fixed + max(peak + self._copies.device, gradients + update_peak), most_kept
 
     def _passes_peak(self) -> tuple[int, int]:
         """Return the most bytes of forward and backward beside what is there for good, and kept."""
@@ -329,11 +333,8 @@ class _Composition:
 
     def _update_peak(self) -> int:
         """Return the most bytes that the update has beside weights, gradients and states."""
-        states = self._memory.optimizer_states
-        if states.is_device:
-            return self.measured.update.peak
-        on_disk = tier_name(states) == DISK
-        return on_disk * min(self._memory.in_flight_bytes, self._state.stored)
+        is_resident = self._memory.optimizer_states.is_device
+        return self.measured.update.peak if is_resident else self._copies.in_update
 
     def _operations(self) -> tuple[OperationCost, ...]:
         found: Counter[tuple[Phase, Operation]] = Counter()
