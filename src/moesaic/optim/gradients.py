@@ -2,9 +2,10 @@
 
 On a tier a gradient leaves the device as soon as backward has made it (torch calls a hook after it
 has accumulated one, FSDP2 after it has reduced one), and micro-batches add up there, in the same
-order as in ``Parameter.grad``.
-Beside a GPU it leaves through a ring of pinned buffers and a thread adds it up, while backward goes
-on; who reads a gradient waits for it. Of the experts in ``banks`` only those whose gradient is not
+order as in ``Parameter.grad``. Beside a GPU it leaves through a ring of pinned buffers and a thread
+adds it up, while backward goes on; who reads a gradient waits for it.
+
+Of the experts in ``banks`` only those whose gradient is not
 zero are moved; the others are zeros wherever gradients are read. The norm of a gradient is taken
 while it is at hand, so the exact global norm needs no second reading. Clipping becomes a factor
 that the update applies: the product of a gradient and the factor is the value that scaling in place
