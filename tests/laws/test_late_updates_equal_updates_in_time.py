@@ -13,6 +13,7 @@ import pytest
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.optim.gradients import TieredGradients
+from moesaic.parallel.precision import BFloat16
 from moesaic.train.trainer import Trainer
 from tier_cells import DISK, EXPERTS, HOST, PLANS, RESIDENT, TIERS, resume_in, train, trainer_of
 
@@ -51,6 +52,14 @@ def test_late_updates_equal_updates_in_time(
     for missed, found in run_on_ranks(ranks, _differences, plan, first, then, tmp_path):
         assert missed
         assert found == []
+
+
+def test_weights_of_late_experts_are_rounded_from_their_masters() -> None:
+    in_time, late = (
+        train(trainer_of("one process", TIERS[tier], precision=BFloat16()), steps=STEPS)
+        for tier in ("host", "late on host")
+    )
+    assert late.differences(in_time) == []
 
 
 @dataclass
