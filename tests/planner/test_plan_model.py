@@ -90,7 +90,8 @@ def test_each_stage_of_a_pipeline_has_the_units_in_use_of_a_tier_of_parameters()
     assert found[DEVICE, Purpose.WEIGHTS] == pytest.approx(whole, rel=0.02)
 
 
-def test_no_norm_is_taken_of_frozen_parameters():
+def test_no_norm_is_taken_of_frozen_parameters_and_clipping_scales_the_others():
     assert not gradient_operations(gradients=0, trained=0, buckets={})
-    norms = gradient_operations(gradients=4 * 30, trained=3, buckets={120: 1})[-1]
-    assert (norms.count, norms.bytes_read) == (3, 40)
+    *_, norms, scaled = gradient_operations(gradients=4 * 30, trained=3, buckets={120: 1})
+    assert (norms.count, norms.bytes_read, norms.bytes_written) == (3, 40, 0)
+    assert (scaled.count, scaled.bytes_read, scaled.bytes_written) == (3, 40, 40)

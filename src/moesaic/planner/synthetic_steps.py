@@ -18,7 +18,8 @@ from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.planner.cost_entries import OperationCost, Phase
+from moesaic.optim.gradient_clipping import scale_gradients, tensor_norms
+from moesaic.planner.cost_entries import OperationCost
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import dummy_batch, with_round_robin_routing
 from moesaic.planner.machine import PRODUCTS, Machine
@@ -58,8 +59,7 @@ def step_call(watch: Stopwatch) -> Measurement:
     Modules, dispatch, autograd and the optimizer's loop are in it. ``size`` are the bytes of a mean
     operation.
     """
-    cost = step_cost(TINY.replace(device=watch.device.type))
-    operations = (*cost.operations, *cost.gradient_operations)
+    operations = _operations(TINY.replace(device=watch.device.type))
     calls = sum(each.count for each in operations)
     moved = sum(each.count * (each.bytes_read + each.bytes_written) for each in operations)
     call = _training_step(TINY, device=watch.device)
@@ -68,8 +68,8 @@ def step_call(watch: Stopwatch) -> Measurement:
 
 
 def synthetic_step(watch: Stopwatch, settings: CostSettings) -> Measurement:
-    """Time a step of middle size."""
-    call = training_passes(settings, device=watch.device)
+    """Time a step of middle size: its update leaves other operands in the caches."""
+    call = _training_step(settings, device=watch.device)
     return watch.measure(f"synthetic step, dim {settings.model.dim}", call, size=1)
 
 
@@ -77,11 +77,11 @@ def memory_over_parts(found: Sequence[Measurement], *, machine: Machine) -> floa
     """Return what memory-bound operations and attention take in the ``MIDDLE`` steps over alone.
 
     It is the factor with which the sums of operations' times fit the steps in least squares of
-    their relative errors.
+    their relative errors; products and the update have none.
     """
     shares: list[tuple[float, float]] = []
     for parts, each in zip(_parts(machine), found, strict=True):
-        products = sum(parts.pop(kind, 0.0) for kind in PRODUCTS)
+        products = sum(parts.pop(kind, 0.0) for kind in (*PRODUCTS, "update"))
         shares.append((1 - products / each.median, sum(parts.values()) / each.median))
     return sum(rest * memory for rest, memory in shares) / sum(memory**2 for _, memory in shares)
 
@@ -93,6 +93,7 @@ def beside_memory_curve(slow_down: float, *, machine: Machine) -> float:
             each.compute_factor(OperationKind(kind), neighbours=False) * seconds
             for parts in _parts(each)
             for kind, seconds in parts.items()
+            if kind != "update"
         )
         for each in (machine, machine.beside_busy_ranks())
     )
@@ -105,16 +106,13 @@ def _parts(machine: Machine) -> list[dict[str, float]]:
     for settings in MIDDLE:
         moe = settings.model.moe
         experts = moe.experts if isinstance(moe, MoE) else 1
-        passes = _passes(settings)
-        found.append(compute_seconds(passes, machine=machine, local_experts=experts))
+        operations = _operations(settings)
+        found.append(compute_seconds(operations, machine=machine, local_experts=experts))
     return found
 
 
 def training_passes(settings: CostSettings, *, device: torch.device) -> Callable[[], None]:
-    """Return forward and backward of a step, with the norms of its gradients.
-
-    As ``measured_step.py`` records them, with the routers' statistics.
-    """
+    """Return forward and backward of a step, with its routers' statistics, and clipping."""
     model, passes = _model_and_passes(settings, device=device)
 
     def call() -> None:
@@ -150,7 +148,9 @@ def _model_and_passes(
         terms = [value for record in output.records for value in record.losses.values()]
         torch.stack([model.loss(output).total, *terms]).sum().backward()
         accumulate_routing_stats(model, output.records)
-        torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = float(torch.stack(tensor_norms(gradients)).norm())
+        scale_gradients(gradients, norm=norm, max_norm=norm / 2)
 
     return model, passes
 
@@ -166,7 +166,6 @@ def steps_in_turn(settings: Sequence[CostSettings]) -> Callable[[], None]:
     return call
 
 
-def _passes(settings: CostSettings) -> list[OperationCost]:
+def _operations(settings: CostSettings) -> tuple[OperationCost, ...]:
     cost = step_cost(settings)
-    passes = [each for each in cost.operations if each.phase is not Phase.UPDATE]
-    return [*passes, *cost.gradient_operations]
+    return (*cost.operations, *cost.gradient_operations)
