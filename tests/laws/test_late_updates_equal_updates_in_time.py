@@ -12,14 +12,20 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.model.config import Stack
 from moesaic.optim.gradients import TieredGradients
+from moesaic.optim.master_weights import StochasticRounding
+from moesaic.optim.optimizer import Muon
+from moesaic.parallel.low_rank_adaptation import LoRA
+from moesaic.parallel.precision import BFloat16
 from moesaic.testing.tiny_models import random_batch, tiny_model_config
 from moesaic.train.trainer import Trainer
-from tier_cells import DISK, HOST, PLANS, RESIDENT, TIERS, resume_in, train, trainer_of
+from tier_cells import DISK, HOST, MODEL, PLANS, RESIDENT, TIERS, resume_in, train, trainer_of
 
 STEPS = 5
 
@@ -154,3 +160,22 @@ def test_weights_that_stay_gathered_are_not_late() -> None:
         strict=True,
     ):
         assert all(map(torch.equal, late, in_time))
+
+
+def test_late_steps_without_effect_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"late_steps=2 with .*=DeviceMemory"):
+        MemoryPlan(late_steps=2)
+    late = TIERS["late on host"]
+    dense = MODEL.replace(encoder=Stack(layers=0), decoder=Stack(layers=1, moe_every=0))
+    with pytest.raises(ConfigError, match="late_steps=8: this model has no MoE layers"):
+        trainer_of("one process", late, model=dense)
+    with pytest.raises(ConfigError, match="none of them is trained"):
+        trainer_of("one process", late, trainable=LoRA())
+    with pytest.raises(ConfigError, match="StochasticRounding rounds by"):
+        trainer_of("one process", late, precision=BFloat16(master=StochasticRounding()))
+    run_on_ranks(2, _refused_copies, late)
+
+
+def _refused_copies(late: MemoryPlan) -> None:
+    with pytest.raises(ConfigError, match="2 ranks share the update of each matrix of muon/expert"):
+        trainer_of("data", late, optimizer=Muon())

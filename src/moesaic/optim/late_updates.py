@@ -58,7 +58,10 @@ class ExpertBank:
 
     def weights(self, expert: int) -> list[Tensor]:
         """Return one expert's weights, wherever they are; writing them is unknown to autograd."""
-        places = [local_tensor(self.parameter.data), *([] if self.resting is None else [self.resting])]
+        places = [
+            local_tensor(self.parameter.data),
+            *([] if self.resting is None else [self.resting]),
+        ]
         return [weights[expert : expert + 1] for weights in places]
 
     @property

@@ -1,12 +1,13 @@
 """Memory tiers of a trainer: the stores that a memory plan asks for, given to its parts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.memory_plan import MemoryPlan
@@ -55,20 +56,14 @@ def use_memory_plan(
         plan.in_flight_bytes,
         at_rest=frozenset(stream.names if stream else ()),
     )
-    late: dict[MoELayer, list[ExpertBank]] = {}
-    for group in optimizer.param_groups:
-        for name in group["param_names"]:
-            if name in banks and _can_be_late(name, group, optimizer=optimizer, model=model):
-                layer, parameter = banks[name]
-                resting = None if stream is None else stream.resting(name)
-                bank = ExpertBank(name, parameter, group["name"], resting)
-                late.setdefault(layer, []).append(bank)
-    optimizer.late = LateUpdates(
-        [bank for each in late.values() for bank in each if bank.missed],
-        max_steps=plan.late_steps,
-    )
-    for layer, each in late.items():
-        _catch_up_before_use(layer, each, optimizer=optimizer, model=model)
+    if banks:
+        late = _late_banks(banks, optimizer=optimizer, model=model)
+        optimizer.late = LateUpdates(
+            [bank for each in late.values() for bank in each if bank.missed],
+            max_steps=plan.late_steps,
+        )
+        for layer, each in late.items():
+            _catch_up_before_use(layer, each, optimizer=optimizer, model=model)
     return _run_ahead(plan, optimizer=optimizer, model=model)
 
 
@@ -92,17 +87,53 @@ def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, MoELayer, nn.Para
                 yield name, layer, parameter
 
 
-def _can_be_late(
+def _late_banks(
+    banks: Mapping[str, tuple[MoELayer, nn.Parameter]],
+    *,
+    optimizer: NamedOptimizer,
+    model: ParallelModel,
+) -> dict[MoELayer, list[ExpertBank]]:
+    """Return the weights whose experts may be late, by layer. Raises ConfigError if none may."""
+    stream = model.parameter_stream
+    late: dict[MoELayer, list[ExpertBank]] = {}
+    whys: list[str] = []
+    for group in optimizer.param_groups:
+        names: list[str] = [name for name in group["param_names"] if name in banks]
+        for name in names:
+            layer, parameter = banks[name]
+            if why := _why_in_time(name, group, optimizer=optimizer, model=model):
+                whys.append(f"{name}: {why}")
+            else:
+                resting = None if stream is None else stream.resting(name)
+                bank = ExpertBank(name, parameter, group["name"], resting)
+                late.setdefault(layer, []).append(bank)
+    if not late:
+        why = next(iter(whys), f"none of them is trained ({next(iter(banks))})")
+        raise ConfigError(
+            [f"parallel.memory.late_steps: no expert can be updated late. {why}: set it to 0"]
+        )
+    return late
+
+
+def _why_in_time(
     name: str, group: dict[str, Any], *, optimizer: NamedOptimizer, model: ParallelModel
-) -> bool:
-    """Whether this rank can update single experts by itself, with the bits of the whole update."""
+) -> str:
+    """Return why this rank cannot update one expert with the bits of the whole update; else ''."""
     placement, sync = model.sharding_plan[name], model.gradient_sync[name]
     axes = [sharded.axis for sharded in placement.sharded_dims if sharded.dim]
     axes += [*sync.all_reduce_axes, *(sync.zero_axes if model.zero_dim(name) else ())]
     holders = model.mesh.size(*axes, num_experts=placement.num_experts)
-    alone = group["rule"].elementwise or holders == 1
-    narrow = model.precision.parameter_dtype.itemsize < 4
-    return alone and (optimizer.master_weights.rounds_to_nearest or not narrow)
+    if not group["rule"].elementwise and holders > 1:
+        return (
+            f"{holders} ranks share the update of each matrix of {group['name']}; with "
+            "parallel.plan.zero or expert each expert would be on one rank"
+        )
+    if (
+        not optimizer.master_weights.rounds_to_nearest
+        and model.precision.parameter_dtype.itemsize < 4
+    ):
+        return f"{type(optimizer.master_weights).__name__} rounds by the number of the step"
+    return ""
 
 
 def _catch_up_before_use(
