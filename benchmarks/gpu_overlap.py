@@ -54,7 +54,9 @@ def _tensors(setting: Setting, *, steps: int) -> dict[str, torch.Tensor]:
         trainer = setting.trainer()
         seconds_of_steps(trainer, count=steps, device=setting.device)
         weights = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
-        return weights | {name: t.cpu().clone() for name, t in live_state(trainer.optimizer).items()}
+        return weights | {
+            name: t.cpu().clone() for name, t in live_state(trainer.optimizer).items()
+        }
 
 
 def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from fake_device import FakeDevice
+
 from moesaic.memory.device_copies import DeviceCopies, device_copies
 from moesaic.memory.named_copies import NamedCopies
 from moesaic.memory.pinned_ring import PinnedRing
