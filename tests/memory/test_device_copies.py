@@ -1,4 +1,4 @@
-"""Copies beside a device stay within their bound and follow each other; a ring frees its buffers."""
+"""Copies beside a device stay within a bound and follow each other; a ring frees its buffers."""
 
 import pytest
 import torch
