@@ -4,16 +4,22 @@ The directory and its manifest are those of ``checkpoint_directory.py``; all ran
 ``block_index.py`` has the format. Functions are collective: all ranks call them in the same order.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from itertools import chain
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
-from moesaic.checkpoint.block_index import StoredTensor, first_few, read_index
+import torch.distributed as distributed
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moesaic.checkpoint.block_index import read_index
 from moesaic.checkpoint.checkpoint_directory import (
     OVERHEAD_BYTES,
     CheckpointMetadata,
@@ -23,7 +29,8 @@ from moesaic.checkpoint.checkpoint_directory import (
     encode_state,
     list_checkpoints,
 )
-from moesaic.checkpoint.checkpoint_ranks import COLLECTIVE_TIMEOUT_S, CheckpointRanks
+from moesaic.checkpoint.dcp_load import BlockLoadPlanner, SafetensorsStorageReader
+from moesaic.checkpoint.dcp_save import BalancedSavePlanner, SafetensorsStorageWriter, to_state_dict
 from moesaic.checkpoint.full_checkpoint import (
     LatestCheckpoint,
     list_available,
@@ -31,13 +38,32 @@ from moesaic.checkpoint.full_checkpoint import (
     unreadable_after,
 )
 from moesaic.checkpoint.manifest import file_problems, raise_if_damaged, read_manifest
-from moesaic.checkpoint.sharded_save import OfferedTensor, ShardedSave
 from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock, ShardFiles, as_shard
-from moesaic.checkpoint.stored_weights import StoredWeights, reject_pickles
-from moesaic.checkpoint.tensor_reader import open_reader
+from moesaic.checkpoint.stored_weights import reject_pickles
 from moesaic.core.errors import CheckpointError
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
+
+COLLECTIVE_TIMEOUT_S = 1800.0  # how long ranks wait for the slowest disk
+ProcessGroupOrNone = Any  # a torch process group, or None for a single process
+Value = TypeVar("Value")
+
+
+def open_group(world: World, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> ProcessGroupOrNone:
+    """Return a gloo process group of all ranks for checkpoints. Collective.
+
+    A separate group allows saving in the background, independent of training's collectives and of
+    the GPU. None for a single process.
+    """
+    if world.size == 1:
+        return None
+    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def close_group(group: ProcessGroupOrNone) -> None:
+    """Destroy a group of ``open_group``."""
+    if group is not None:
+        distributed.destroy_process_group(group)
 
 
 def load_sharded(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any]:
@@ -58,8 +84,11 @@ def verify_on_all_ranks(path: Path, *, world: World) -> None:
     Raises CheckpointError on every rank, naming each file that is missing, truncated or altered,
     or a pickle.
     """
-    with CheckpointRanks.open(world) as ranks:
-        ranks.run(lambda: _verify_files_of_rank(path, world=world))
+    group = open_group(world)
+    try:
+        run_on_all_ranks(lambda: _verify_files_of_rank(path, world=world), world=world, group=group)
+    finally:
+        close_group(group)
 
 
 def find_verified_checkpoint(root: Path, *, world: World) -> LatestCheckpoint:
@@ -82,57 +111,28 @@ def find_verified_checkpoint(root: Path, *, world: World) -> LatestCheckpoint:
 
 def load_verified(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any]:
     """Load a checkpoint whose files have been hashed, as ``load_sharded`` does. Collective."""
-    wanted = {
-        f"{file}/{name}": as_shard(tensor)
-        for file, tensors in into.items()
-        for name, tensor in tensors.items()
-    }
-    with CheckpointRanks.open(world) as ranks, open_reader(path) as reader:
-        index = ranks.run(lambda: read_index(path, manifest=read_manifest(path)))
-        raise_if_damaged(path, index.problems())
-        stored = {f"{file}/{name}": tensor for file, name, tensor in index}
-        ranks.exchange(
-            lambda: _fitting_names(stored, wanted, path=path),
-            at_rank0=lambda names: _require_used(stored, names, path=path),
+    group = open_group(world)
+    try:
+        index = run_on_all_ranks(
+            lambda: read_index(path, manifest=read_manifest(path)), world=world, group=group
         )
-        ranks.run(lambda: StoredWeights(stored, reader).read_into(wanted))
+        raise_if_damaged(path, index.problems())
+        state = {
+            f"{file}/{name}": as_shard(tensor)
+            for file, tensors in into.items()
+            for name, tensor in tensors.items()
+        }
+        with _unwrap_rank_errors(group, where=f"{path}: "):
+            state_dict_loader.load(
+                dict(state),
+                storage_reader=SafetensorsStorageReader(path, index=index),
+                planner=BlockLoadPlanner(),
+                process_group=group,
+                no_dist=group is None,
+            )
+    finally:
+        close_group(group)
     return read_verified_state(path)
-
-
-def _fitting_names(
-    stored: Mapping[str, StoredTensor], wanted: Mapping[str, Shard], *, path: Path
-) -> list[str]:
-    """Return the names that a rank loads. Raises CheckpointError unless each of them fits."""
-    problems = []
-    for name, shard in wanted.items():
-        found = stored.get(name)
-        if found is None:
-            problems.append(f"{name} is not in it")
-            continue
-        # floating-point numbers are rounded: a run may resume in another precision
-        floats = found.dtype.is_floating_point and shard.dtype.is_floating_point
-        if found.shape != shard.shape or not (floats or found.dtype == shard.dtype):
-            here, there = (OfferedTensor(t.shape, t.dtype, ()) for t in (shard, found))
-            problems.append(f"{name} is {there} in it, expected {here}")
-    _require_no_problems(problems, path=path)
-    return list(wanted)
-
-
-def _require_used(
-    stored: Mapping[str, StoredTensor], names: list[list[str]], *, path: Path
-) -> list[None]:
-    """Raise CheckpointError for a tensor of a kind that is loaded, but which no rank has."""
-    wanted = set(chain.from_iterable(names))
-    kinds = {name.partition("/")[0] for name in wanted}
-    unused = (name for name in stored if name.partition("/")[0] in kinds and name not in wanted)
-    problems = [f"{name} is in it, but not in the model of any rank" for name in unused]
-    _require_no_problems(problems, path=path)
-    return [None] * len(names)
-
-
-def _require_no_problems(problems: Sequence[str], *, path: Path) -> None:
-    if problems:
-        raise CheckpointError(f"{path}: the checkpoint does not fit: {first_few(problems)}")
 
 
 def copy_to_host(files: ShardFiles) -> ShardFiles:
@@ -141,6 +141,24 @@ def copy_to_host(files: ShardFiles) -> ShardFiles:
         file: {name: _copy_shard(as_shard(tensor)) for name, tensor in tensors.items()}
         for file, tensors in files.items()
     }
+
+
+def run_on_all_ranks(
+    action: Callable[[], Value], *, world: World, group: ProcessGroupOrNone
+) -> Value:
+    """Run ``action`` on every rank; a CheckpointError of one is raised on all. Collective."""
+    result, error = None, ""
+    try:
+        result = action()
+    except (CheckpointError, OSError) as raised:
+        error = str(raised)
+    errors = [error]
+    if group is not None:
+        errors = [""] * world.size
+        distributed.all_gather_object(errors, error, group=group)
+    if any(errors):
+        raise CheckpointError(" | ".join(dict.fromkeys(e for e in errors if e)))
+    return result  # pyright: ignore[reportReturnType] - no rank raised, so it is set
 
 
 def _verify_files_of_rank(path: Path, *, world: World) -> None:
@@ -157,6 +175,22 @@ def _verify_files_of_rank(path: Path, *, world: World) -> None:
 def _copy_shard(shard: Shard) -> Shard:
     blocks = (ShardBlock(b.offset, b.data.detach().to("cpu", copy=True)) for b in shard.blocks)
     return Shard(shard.shape, shard.dtype, tuple(blocks))
+
+
+@contextmanager
+def _unwrap_rank_errors(group: ProcessGroupOrNone, *, where: str = "") -> Iterator[None]:
+    """Raise the error of a rank itself instead of DCP's CheckpointException."""
+    try:
+        with warnings.catch_warnings() if group is None else nullcontext():
+            if group is None:  # DCP warns about a single process
+                warnings.simplefilter("ignore")
+            yield
+    except CheckpointException as error:
+        raised = {rank: found[0] for rank, found in error.failures.items()}
+        known = [str(e) for e in raised.values() if isinstance(e, CheckpointError)]
+        if len(known) == len(raised):
+            raise CheckpointError(where + " | ".join(dict.fromkeys(known))) from None
+        raise next(e for e in raised.values() if not isinstance(e, CheckpointError)) from error
 
 
 class CheckpointSaver:
@@ -176,7 +210,7 @@ class CheckpointSaver:
         disk: Disk | None = None,
     ) -> None:
         self.root, self.world, self._disk = root, world, disk or Disk()
-        self._ranks = CheckpointRanks.open(world, timeout_s=timeout_s)
+        self._group = open_group(world, timeout_s=timeout_s)
         self._pending: Future[Path] | None = None
 
     def save(self, snapshot: RankSnapshot, *, retention: RetentionPolicy) -> Path:
@@ -220,7 +254,7 @@ class CheckpointSaver:
         try:
             self.wait()
         finally:
-            self._ranks.close()
+            close_group(self._group)
 
     def _write(self, snapshot: RankSnapshot, retention: RetentionPolicy) -> Path:
         disk, text = self._disk, encode_state(snapshot.state)
@@ -228,10 +262,24 @@ class CheckpointSaver:
         metadata = CheckpointMetadata(
             snapshot.step, text, snapshot.expert_parameters, snapshot.plan
         )
-        save = ShardedSave(
-            paths, metadata=metadata, retention=retention, ranks=self._ranks, disk=disk
+        writer = SafetensorsStorageWriter(
+            paths, metadata=metadata, retention=retention, world=self.world, disk=disk
         )
-        return save.write(snapshot.files)
+        state = to_state_dict(snapshot.files, expert_parameters=snapshot.expert_parameters)
+        try:
+            with _unwrap_rank_errors(self._group):
+                state_dict_saver.save(
+                    dict(state),
+                    storage_writer=writer,
+                    planner=BalancedSavePlanner(snapshot.expert_parameters),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
+        except CheckpointError:
+            if self.world.rank == 0:
+                paths.remove_staging(disk)
+            raise
+        return paths.final
 
     def _write_into(
         self, future: Future[Path], snapshot: RankSnapshot, retention: RetentionPolicy

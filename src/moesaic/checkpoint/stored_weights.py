@@ -38,16 +38,6 @@ from moesaic.nn.initializer import allocate_on, allocate_parameters
 
 
 @dataclass(frozen=True, slots=True)
-class _Slice:
-    """A part of a stored block, from ``start`` on in it, and the view that it is read into."""
-
-    stored: StoredTensor
-    block: StoredBlock
-    start: tuple[int, ...]
-    target: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class StoredWeights:
     """The ``tensors`` of a model by name, and the reader of their files."""
 
@@ -63,17 +53,9 @@ class StoredWeights:
         """
         expected = {name: shard.shape for name, shard in shards.items()}
         raise_if_unfit(fitting_problems(expected, self.shapes))
-        slices = (
-            one
-            for name, shard in shards.items()
-            for block in shard.blocks
-            for one in self._slices(name, block)
-        )
-        for one in sorted(slices, key=lambda one: (one.block.file, one.block.key)):
-            data = self.reader.read_slice(
-                one.stored, block=one.block, start=one.start, shape=tuple(one.target.shape)
-            )
-            one.target.copy_(data)
+        for name, shard in shards.items():
+            for block in shard.blocks:
+                self._read_block(name, block)
 
     def whole(self, name: str) -> Tensor:
         """Return one whole tensor, in the dtype that it is stored in."""
@@ -87,10 +69,8 @@ class StoredWeights:
         """The shape of every tensor."""
         return {name: stored.shape for name, stored in self.tensors.items()}
 
-    def _slices(self, name: str, wanted: ShardBlock) -> list[_Slice]:
-        """Return the slices of stored blocks that fill a block."""
-        stored = self.tensors[name]
-        slices = []
+    def _read_block(self, name: str, wanted: ShardBlock) -> None:
+        stored, filled = self.tensors[name], 0
         for block in stored.blocks:
             start = tuple(map(max, block.offset, wanted.offset))
             ends = (_end(block.offset, block.shape), _end(wanted.offset, wanted.data.shape))
@@ -101,11 +81,11 @@ class StoredWeights:
             for dim, (first, size) in enumerate(zip(start, shape, strict=True)):
                 target = target.narrow(dim, first - wanted.offset[dim], size)
             within = tuple(s - o for s, o in zip(start, block.offset, strict=True))
-            slices.append(_Slice(stored, block, within, target))
-        if sum(one.target.numel() for one in slices) != wanted.data.numel():
+            target.copy_(self.reader.read_slice(stored, block=block, start=within, shape=shape))
+            filled += target.numel()
+        if filled != wanted.data.numel():
             problems = [f"{name}: {text}" for text in coverage_problems(stored)]
             raise CheckpointError(f"{self.reader.directory}: {first_few(problems)}")
-        return slices
 
 
 def load_transformer(

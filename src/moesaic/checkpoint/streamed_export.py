@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.checkpoint_directory import Disk
-from moesaic.checkpoint.checkpoint_ranks import CheckpointRanks
 from moesaic.checkpoint.safetensors_io import TensorFileLayout, tensor_bytes
+from moesaic.checkpoint.sharded_checkpoint import close_group, open_group, run_on_all_ranks
 from moesaic.checkpoint.snapshot import Shard
 from moesaic.checkpoint.stored_weights import StoredWeights, open_weights
 from moesaic.core.errors import CheckpointError
@@ -40,14 +40,18 @@ def export_checkpoint_weights(
     are not checked. Raises CheckpointError on every rank: a damaged checkpoint, a full disk.
     """
     disk = disk or Disk()
-    with CheckpointRanks.open(world) as ranks, open_weights(source) as stored:
-        export = _Export(path, stored, dtypes=dtypes, metadata=metadata, disk=disk)
-        try:
-            for step in (export.create, export.write, export.publish):  # each on all ranks
-                ranks.run(lambda step=step: step(world))
-        except CheckpointError:
-            export.remove(world)
-            raise
+    group = open_group(world)
+    try:
+        with open_weights(source) as stored:
+            export = _Export(path, stored, dtypes=dtypes, metadata=metadata, disk=disk)
+            try:
+                for step in (export.create, export.write, export.publish):  # each on all ranks
+                    run_on_all_ranks(lambda step=step: step(world), world=world, group=group)
+            except CheckpointError:
+                export.remove(world)
+                raise
+    finally:
+        close_group(group)
 
 
 @dataclass(frozen=True, slots=True)

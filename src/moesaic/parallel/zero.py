@@ -146,6 +146,12 @@ def _fsdp() -> Any:
     return importlib.import_module("torch.distributed.fsdp")
 
 
+def gather_again(module: nn.Module) -> None:
+    """Have the next forward pass of a module gather its weights, also where it has them still."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 class _ViewWarningFilter:
     """Ignores FSDP2's warning about outputs that are views, within the calls of one module.
 
