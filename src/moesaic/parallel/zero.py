@@ -7,6 +7,7 @@ step: stage 3 gathers a block's parameters for its forward and again for its bac
 """
 
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -135,7 +136,7 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
 
 def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) -> None:
     """Set whether the next backward is the step's last: stage 1 reduces gradients only then."""
-    sharded: Any = (m for m in model.modules() if zero_stage and isinstance(m, _fsdp().FSDPModule))
+    sharded: Any = filter(_is_sharded, model.modules())
     for module in sharded:
         module.set_requires_gradient_sync(last or zero_stage > 1, recurse=False)
         module.set_is_last_backward(last)
@@ -146,10 +147,16 @@ def _fsdp() -> Any:
     return importlib.import_module("torch.distributed.fsdp")
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def gather_again(module: nn.Module) -> None:
     """Have the next forward pass of a module gather its weights, also where it has them still."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    if _is_sharded(module):
+        sharded: Any = module
+        sharded.reshard()
 
 
 class _ViewWarningFilter:
