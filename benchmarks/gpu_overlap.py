@@ -4,7 +4,7 @@ Each plan runs with its copies on streams of their own, and with all on the stre
 where copies are made in turn. Both must have the same bits. What stays on the device where an
 update computes (weights and activations on a tier) must have those of a resident run, too; an
 update on the host has the processor's arithmetic. The share of the copies' time that is hidden is
-``(in turn - beside) / (in turn - resident)``.
+``(in turn - overlapped) / (in turn - resident)``.
 """
 
 import statistics
@@ -76,17 +76,17 @@ def correctness(device: torch.device) -> dict[str, Any]:
     resident = trained(RESIDENT)
     found: dict[str, Any] = {"resident, repeated": _equal(resident, trained(RESIDENT))}
     for name, memory in PLANS.items():
-        beside = trained(memory)
+        overlapped = trained(memory)
         with copies_in_turn(device):
             in_turn = trained(memory)
-        found[name] = {"beside equals in turn": _equal(beside, in_turn)}
+        found[name] = {"overlapped equals in turn": _equal(overlapped, in_turn)}
         if name in SAME_ARITHMETIC:
-            found[name]["equals resident"] = _equal(beside, resident)
+            found[name]["equals resident"] = _equal(overlapped, resident)
     return found
 
 
 def overlap(device: torch.device, *, tiny: bool) -> dict[str, Any]:
-    """Return, by plan, the seconds of a step beside, in turn and resident, and the share hidden."""
+    """Return, by plan, the seconds of a step overlapped, in turn and resident, and the share hidden."""
     config = model_config(2 if tiny else 12, experts=4 if tiny else 16, dim=32 if tiny else 1024)
     sizes = BatchDims(2, 16, 16) if tiny else BatchDims(32, 256, 256)
 
@@ -97,13 +97,13 @@ def overlap(device: torch.device, *, tiny: bool) -> dict[str, Any]:
 
     resident, found = seconds(RESIDENT), dict[str, Any]()
     for name, memory in PLANS.items():
-        beside = seconds(memory)
+        overlapped = seconds(memory)
         with copies_in_turn(device):
             in_turn = seconds(memory)
         copied = in_turn - resident
         found[name] = {
-            "beside_s": round(beside, 4),
+            "overlapped_s": round(overlapped, 4),
             "in_turn_s": round(in_turn, 4),
-            "hidden": round((in_turn - beside) / copied, 3) if copied > 0 else None,
+            "hidden": round((in_turn - overlapped) / copied, 3) if copied > 0 else None,
         }
     return {"resident_s": round(resident, 4), "plans": found}

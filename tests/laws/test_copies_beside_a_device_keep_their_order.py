@@ -66,13 +66,13 @@ def test_buffers_take_at_most_the_bytes_of_the_forecast() -> None:
     settings = CostSettings(
         model=run.model, parallel=run.parallel, sizes=BatchDims(rows=1, source=4, target=4)
     )
-    beside, without = (step_cost(settings.replace(device=kind)) for kind in ("cuda", "cpu"))
+    on_gpu, on_cpu = (step_cost(settings.replace(device=kind)) for kind in ("cuda", "cpu"))
     gradients, weights = trainer.parallel_model.gradients, trainer.optimizer.weights.copies
     assert isinstance(gradients, TieredGradients)
     assert gradients._ring
     assert gradients.store.copies
     assert weights
-    more = beside.held_bytes(tier=HOST) - without.held_bytes(tier=HOST)
+    more = on_gpu.held_bytes(tier=HOST) - on_cpu.held_bytes(tier=HOST)
     sent, updated = gradients.store.copies.to_host, weights.copies.to_host
     assert gradients._ring.num_bytes + updated.peak_bytes <= more
-    assert sent.peak_bytes <= beside.peak[DEVICE] - without.peak[DEVICE]
+    assert sent.peak_bytes <= on_gpu.peak[DEVICE] - on_cpu.peak[DEVICE]

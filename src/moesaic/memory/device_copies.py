@@ -131,7 +131,7 @@ class DeviceCopies:
         self.to_host = CopyQueue(streams.to_host, streams=streams, max_bytes=max_bytes)
         self.to_device = CopyQueue(streams.to_device, streams=streams, max_bytes=max_bytes)
 
-    def settle(self) -> None:
+    def release_done(self) -> None:
         """Release the tensors of copies that are done."""
         self.to_host.make_room(0)
         self.to_device.make_room(0)

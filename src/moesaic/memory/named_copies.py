@@ -46,7 +46,7 @@ class NamedCopies:
         def release() -> None:
             if access is not Access.READ:
                 self._start(back, names, list(zip(views, fetched, strict=True)))
-            copies.settle()
+            copies.release_done()
 
         return FetchedTensors(wait, release)
 
@@ -61,7 +61,7 @@ class NamedCopies:
             last = self._last.pop(name, None)
             if last is not None:
                 last.synchronize()
-        self.copies.settle()
+        self.copies.release_done()
 
     def join(self) -> None:
         """Have the device's work wait for what comes, and wait for what leaves it."""
@@ -70,7 +70,7 @@ class NamedCopies:
             self.copies.wait_on_device(arriving)
         if leaving is not None:
             leaving.synchronize()
-        self.copies.settle()
+        self.copies.release_done()
 
     def _start(
         self, queue: CopyQueue, names: Sequence[str], pairs: Sequence[tuple[Tensor, Tensor]]

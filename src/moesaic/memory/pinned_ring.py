@@ -76,7 +76,7 @@ class PinnedRing:
         finally:
             for _ in arrived:  # of the last buffer, and those that a failed function has left
                 pass
-            self._copies.settle()
+            self._copies.release_done()
 
     def _arrived(self, sent: "SimpleQueue[_Piece | None]", count: int) -> Iterator[Tensor]:
         for _ in range(count):
