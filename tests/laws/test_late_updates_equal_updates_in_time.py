@@ -42,6 +42,7 @@ def _differences(plan: str, first: str, then: str, folder: Path) -> tuple[int, l
         ("one process, Muon", "late on disk", "states on host"),
         ("data", "late on disk", "late on host"),
         ("experts without copies", "late, all away", "late on disk"),
+        ("one process, 8-bit", "late on disk", "late on host"),
     ],
 )
 def test_late_updates_equal_updates_in_time(
