@@ -117,27 +117,21 @@ def _mean_of_ranks(seconds: Sequence[float], *, group: Any) -> tuple[float, ...]
 def _shared_cores(watch: Stopwatch, *, group: Any) -> Mapping[str, Sequence[_Timing]]:
     """Time what is slower beside another rank: collectives, ZeRO's units, large operands.
 
-    Operands are timed in two passes, some seconds apart, of which the faster counts: what else a
-    shared host does only makes them slower. Collectives and ZeRO's units are differences of
-    timings, so compute with and without them takes turns, and all samples count.
+    Collectives and operands are timed in two passes, some seconds apart, of which the faster
+    counts: what else a shared host does only makes them slower. Of ZeRO's units, which are small
+    differences of two models' timings, all samples count.
     """
+    passes = [_shared_once(watch, group=group) for _ in range(2)]
     found: dict[str, list[_Timing]] = {}
-    added: list[list[_Timing]] = []
-    memory: list[list[_Timing]] = []
-    for _ in range(2):
-        added.append(_added_by_collectives(watch, group=group))
-        memory.append(_memory_beside(watch, group=group))
-    for (what, size, first), (*_, second) in zip(*added, strict=True):
-        found.setdefault(what.split()[0], []).append((what, size, first + second))
-    found["memory"] = [
-        min(same, key=lambda each: statistics.median(each[2])) for same in zip(*memory, strict=True)
-    ]
+    for same in zip(*passes, strict=True):
+        fastest = min(same, key=lambda each: statistics.median(each[2]))
+        found.setdefault(fastest[0].split()[0], []).append(fastest)
     units = [_unit_timings(watch, dim, group=group) for dim in DIMS]
     found["unit-gather"], found["unit-scatter"] = map(list, zip(*units, strict=True))
     return found
 
 
-def _added_by_collectives(watch: Stopwatch, *, group: Any) -> list[_Timing]:
+def _shared_once(watch: Stopwatch, *, group: Any) -> list[_Timing]:
     compute, found = _piece_of_compute(), list[_Timing]()
     for name in COLLECTIVES:
         for size in CALL_SIZES:
@@ -145,11 +139,6 @@ def _added_by_collectives(watch: Stopwatch, *, group: Any) -> list[_Timing]:
             rounds = 6 if size > 2**20 else 12
             seconds = _added_between(watch, call, rounds, compute=compute, group=group)
             found.append((f"{name} {size} between compute", float(size), seconds))
-    return found
-
-
-def _memory_beside(watch: Stopwatch, *, group: Any) -> list[_Timing]:
-    found: list[_Timing] = []
     for size in MEMORY_SIZES:
         distributed.barrier(group=group)
         each = memory_bound(watch, size=size)

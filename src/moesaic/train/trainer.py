@@ -27,6 +27,7 @@ from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.optim.optimizer_state import (
+    frozen_names,
     frozen_state,
     masters_of,
     restore_state,
@@ -294,6 +295,7 @@ class Trainer:
         if not self.parallel_model.is_replicated:
             blocks = state_blocks(self.optimizer)
             shards = local_shards(self.parallel_model, optimizer_state, blocks=blocks)
+            about["frozen"] = frozen_names(self.optimizer)
             return RankSnapshot(self.step, shards | files, state, **about)
         files["model"] = self.parallel_model.saved_weights() | masters_of(optimizer_state)
         files["optimizer"] = without_masters(optimizer_state)
