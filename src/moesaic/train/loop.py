@@ -101,8 +101,9 @@ class StopRequest:
 def training_loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> StopReason:
     """Train up to step ``until``; Ctrl-C and SIGTERM stop after the current step.
 
-    Several ranks stop one step later: each step sums up their requests before it begins and reads
-    the sum after it, so that the host waits for no device in between. Raises NonFiniteError and DiskFullError after the hooks have finished (and saved a checkpoint).
+    Several ranks stop one step later: their requests are summed before a step and read after it,
+    so that the host waits for no device in between. Raises NonFiniteError and DiskFullError after
+    the hooks have finished (and saved a checkpoint).
     """
     with StopRequest() as stop:
         for hook in hooks:
