@@ -69,7 +69,8 @@ def evaluate(
     split: Annotated[str, typer.Option(help="valid, test or a held-out domain.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="Strings of each.")] = None,
     beam: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Beam size (default: the model's; 1: greedy).")
+        int | None,
+        typer.Option(min=1, max=1024, help="Beam size (default: the model's; 1: greedy)."),
     ] = None,
     resamples: Annotated[int, typer.Option(min=10, max=10**6, help="Bootstrap resamples.")] = 1000,
     corpus_folder: CorpusOption = None,
