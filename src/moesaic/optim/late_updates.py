@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.world import local_tensor
 from moesaic.memory.tensor_store import Part
 from moesaic.optim.group_update import GroupUpdate, UpdateRule
 from moesaic.optim.tiered_states import ParameterRows
@@ -28,7 +29,7 @@ CACHED_VALUES = 1 << 15  # of one piece that is replayed: weights and two moment
 
 @dataclass(slots=True)
 class ExpertBank:
-    """The weights ``[E, M, N]`` of a layer's experts, and how many updates each expert misses.
+    """This rank's weights ``[E, M, N]`` of experts, and how many updates each expert misses.
 
     ``group`` is the name of the parameter's group. ``resting`` is where the weights are between
     uses, if they are streamed. ``scalars`` are the step counts of each expert; empty: those of the
@@ -48,7 +49,7 @@ class ExpertBank:
 
     def clear(self) -> None:
         """Have no expert miss anything."""
-        self.missed = [0] * self.parameter.shape[0]
+        self.missed = [0] * local_tensor(self.parameter).shape[0]
         self.missed_by_weights, self.scalars = list(self.missed), []
 
     def rows(self, expert: int) -> ParameterRows:
@@ -57,7 +58,10 @@ class ExpertBank:
 
     def weights(self, expert: int) -> list[Tensor]:
         """Return one expert's weights, wherever they are; writing them is unknown to autograd."""
-        places = [self.parameter.data, *([] if self.resting is None else [self.resting])]
+        places = [
+            local_tensor(self.parameter.data),
+            *([] if self.resting is None else [self.resting]),
+        ]
         return [weights[expert : expert + 1] for weights in places]
 
     @property

@@ -108,7 +108,7 @@ class MatrixOwners:
                 name, blocks=_map_blocks(shape, widths, output), stack=stack, pieces=owners
             )
         for holders, maps in by_holders.items():
-            if maps:  # the holders of a shard without experts have none
+            if maps:  # ZeRO may leave a rank no experts
                 yield self._plan(holders, maps)
 
     def _plan(self, holders: _Holders, maps: Sequence[OwnedMaps]) -> "_OwnerPlan":

@@ -230,6 +230,11 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
             "gradients of a stage are complete at the end of a step, so no update runs ahead: set "
             "run_ahead_bytes to 0, or pipe to 1"
         )
+    if parallel.memory.late_steps and not expert_counts(model):
+        problems.append(
+            f"parallel.memory.late_steps={parallel.memory.late_steps}: this model has no MoE "
+            "layers, so no experts without tokens: set it to 0"
+        )
     is_cut = plan.zero and (plan.data or 1) * plan.context > 1
     if is_cut and not parallel.memory.parameters.is_device and not expert_counts(model):
         problems.append(

@@ -218,11 +218,11 @@ class ParameterStream:
             self._use(unit)
 
         def note(rows_per_expert: Int[Tensor, "E"]) -> None:
-            if not _in_backward():
+            if not in_backward():
                 unit.noted = [*(unit.noted or []), UsedExperts(rows_per_expert)]
 
         def after(_module: nn.Module, _inputs: Any, output: MoEOutput | BlockState) -> None:
-            if _in_backward():  # recomputed: the backward of the unit comes next
+            if in_backward():  # recomputed: the backward of the unit comes next
                 return
             out = output.out if isinstance(output, MoEOutput) else output.x
             if out.requires_grad:
@@ -262,16 +262,16 @@ class ParameterStream:
         for other in self._units:
             if other.in_use and not (other.is_in(unit) or unit.is_in(other)):
                 self._release(other)
-        parts = unit.parts(backward=_in_backward())
+        parts = unit.parts(backward=in_backward())
         if unit.present != parts and unit.present != unit.parts(backward=False):
             self._release(unit)  # what an interrupted backward has left
         if not unit.in_use:
             for name, parameter in unit.parameters.items():
                 self._move(unit, name, parameter)
             self._fill(unit, parts)
-        following = self._next[_in_backward()].get(unit)
+        following = self._next[in_backward()].get(unit)
         if following is not None and not following.in_use:
-            self._prefetch(following, following.parts(backward=_in_backward()))
+            self._prefetch(following, following.parts(backward=in_backward()))
 
     def _fill(self, unit: StreamedUnit, parts: list[Part]) -> None:
         self._prefetch(unit, parts)
@@ -330,5 +330,6 @@ class ParameterStream:
         self._count_bytes(-unit.num_bytes)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, also where that repeats a forward pass."""
     return torch._C._current_graph_task_id() != -1

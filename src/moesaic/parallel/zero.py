@@ -147,6 +147,12 @@ def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) 
             module.set_is_last_backward(last)
 
 
+def gather_again(module: nn.Module) -> None:
+    """Have the next forward pass of a module gather its weights, also where it has them still."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 class _ViewWarningFilter:
     """Ignores FSDP2's warning about outputs that are views, within the calls of one module.
 
