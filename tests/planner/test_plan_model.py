@@ -12,6 +12,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.planner.cost_entries import DEVICE, Purpose, gradient_operations
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.machine import find_machine
+from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_model import PlanModel
 from moesaic.planner.plan_space import RESIDENT, CompletePlan, Degrees, Option
 from moesaic.planner.step_cost import StepCost, step_cost
@@ -73,9 +74,9 @@ def test_gradients_are_summed_into_their_norm_once_a_step_in_any_number_of_micro
         for m in (1, 2)
     )
     once = _cost(_plan(rows=4, micro_batches=1)).gradient_operations
-    machine, over = MACHINE.beside_busy_ranks(), MACHINE.step_over_parts
-    assert over is not None
-    seconds = over.value * sum(compute_seconds(once, machine=machine).values())
+    machine = MACHINE.beside_busy_ranks()
+    factor = machine.compute_factor(OperationKind.MEMORY, neighbours=True)
+    seconds = factor * sum(compute_seconds(once, machine=machine).values())
     assert 2 * one - two == pytest.approx(seconds, rel=0.01)
 
 
@@ -89,7 +90,8 @@ def test_each_stage_of_a_pipeline_has_the_units_in_use_of_a_tier_of_parameters()
     assert found[DEVICE, Purpose.WEIGHTS] == pytest.approx(whole, rel=0.02)
 
 
-def test_no_norm_is_taken_of_frozen_parameters():
+def test_no_norm_is_taken_of_frozen_parameters_and_clipping_scales_the_others():
     assert not gradient_operations(gradients=0, trained=0, buckets={})
-    norms = gradient_operations(gradients=4 * 30, trained=3, buckets={120: 1})[-1]
-    assert (norms.count, norms.bytes_read) == (3, 40)
+    *_, norms, scaled = gradient_operations(gradients=4 * 30, trained=3, buckets={120: 1})
+    assert (norms.count, norms.bytes_read, norms.bytes_written) == (3, 40, 0)
+    assert (scaled.count, scaled.bytes_read, scaled.bytes_written) == (3, 40, 40)

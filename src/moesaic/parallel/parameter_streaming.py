@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.distributed.tensor import DTensor
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Int, Tensor
+from moesaic.distributed.world import is_dtensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
 from moesaic.model.block import Block, BlockState
 from moesaic.moe.experts import GroupedExperts
@@ -124,7 +124,7 @@ def _units(model: nn.Module, *, experts: Set[str]) -> Iterator[StreamedUnit]:
             name
             for name, parameter in module.named_parameters()
             if (f"{prefix}{name}" in experts) != is_block
-            and not (is_block and isinstance(parameter, DTensor))
+            and not (is_block and is_dtensor(parameter))
         )
         if names:
             yield StreamedUnit(module, prefix, names)
@@ -192,7 +192,7 @@ class ParameterStream:
         known = unit.resting.get(name)
         if known is not None and known.data_ptr() == parameter.data_ptr():
             return
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             raise ConfigError(
                 [
                     f"parallel.memory.parameters: ZeRO shards {name} over the ranks with copies of "

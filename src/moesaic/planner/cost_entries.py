@@ -57,8 +57,8 @@ def gradient_operations(
 ) -> tuple[OperationCost, ...]:
     """Return what a rank does once a step with its gradients, after the backward passes.
 
-    These are the copies into ``buckets`` (number by bytes) and back, and the norms of ``trained``
-    parameters' ``gradients`` in bytes.
+    These are the copies into ``buckets`` (number by bytes) and back, the norms of ``trained``
+    parameters' ``gradients`` in bytes, and their scaling, as in a step that clips.
     """
     memory = OperationKind.MEMORY
     found = [
@@ -67,7 +67,10 @@ def gradient_operations(
     ]
     if trained:
         read = gradients // trained
-        found.append(OperationCost(Phase.BACKWARD, memory, "float32", 0, read, 0, trained))
+        for written in (0, read):
+            found.append(
+                OperationCost(Phase.BACKWARD, memory, "float32", 0, read, written, trained)
+            )
     return tuple(found)
 
 
