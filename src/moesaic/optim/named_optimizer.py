@@ -26,6 +26,7 @@ from moesaic.optim.tiered_states import ParameterRows, TieredStates
 
 MASTER = "master"  # the slot of a float32 copy
 MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
+MAX_BATCHED_BYTES = 1 << 22  # states of small tensors that one call updates
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -134,12 +135,15 @@ class NamedOptimizer(torch.optim.Optimizer):
     ) -> Iterator[Sequence[ParameterRows]]:
         """Split a group so that copies in float32, or from a tier, are few at a time.
 
+        Small parts from a tier are updated in one call; larger ones one by one, so that a part is
+        computed with while the one before it is written.
         Rules that are not elementwise batch matrices of one shape, so their groups stay whole.
         """
         tier = self.tier
         if tier is not None and rule.elementwise:
             parts = [part for rows in members for part in self.split(rows)]
-            yield from _filled(parts, size=tier.num_bytes, most=tier.in_flight_bytes // 2)
+            most = min(tier.in_flight_bytes // 2, MAX_BATCHED_BYTES)
+            yield from _filled(parts, size=tier.num_bytes, most=most)
             return
         banks = self.late.banks
         yield from _filled(

@@ -6,7 +6,7 @@ precision. Other state is exported as flat tensors named ``slot/parameter``, e.g
 not state: the schedule gives them for any step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 
@@ -37,6 +37,15 @@ def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
     for bank in late:
         state |= _late_in_memory(optimizer, bank)
     return state
+
+
+def frozen_names(optimizer: NamedOptimizer) -> Set[tuple[str, str]]:
+    """Return the file and name in a checkpoint of what ``frozen_state`` has frozen."""
+    names = (name.partition("/") for name in (optimizer.tier.store.specs if optimizer.tier else ()))
+    return {
+        ("model", name) if slot == MASTER else ("optimizer", f"{slot}/{name}")
+        for slot, _, name in names
+    }
 
 
 def _late_in_memory(optimizer: NamedOptimizer, bank: ExpertBank) -> dict[str, Tensor]:

@@ -26,7 +26,13 @@ from moesaic.model.weights import restore_tensors
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
-from moesaic.optim.optimizer_state import frozen_state, masters_of, restore_state, without_masters
+from moesaic.optim.optimizer_state import (
+    frozen_names,
+    frozen_state,
+    masters_of,
+    restore_state,
+    without_masters,
+)
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
@@ -282,6 +288,7 @@ class Trainer:
         state, optimizer_state = self._json_state(), frozen_state(self.optimizer)
         if not self.parallel_model.is_replicated:
             shards = local_shards(self.parallel_model, optimizer_state)
+            about["frozen"] = frozen_names(self.optimizer)
             return RankSnapshot(self.step, shards | files, state, **about)
         files["model"] = self.parallel_model.saved_weights() | masters_of(optimizer_state)
         files["optimizer"] = without_masters(optimizer_state)
