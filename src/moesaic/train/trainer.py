@@ -62,6 +62,10 @@ class StatefulComponent(Protocol):
 
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None: ...
 
+    def discard_attempt(self) -> None:
+        """Leave out what was added by an attempt at a step that is skipped."""
+        ...
+
 
 class NonFiniteError(UserError):
     """More than ``max_bad_steps`` consecutive steps had a non-finite loss or gradient."""
@@ -135,7 +139,6 @@ class Trainer:
         self.stateful_components: dict[str, StatefulComponent] = {"metrics": self.metrics}
         self.retry_queue = RetryQueue()
         self.loss_history = LossHistory()
-        self.when_skipped: list[Callable[[], None]] = []  # called after each skipped attempt
         self.step = 0
         self.event_log = EventLog()
 
@@ -251,9 +254,8 @@ class Trainer:
         self.optimizer.zero_grad()
         reset_routing_stats(self.model)
         self.retry_queue.mark_failed(attempt)
-        self.metrics.skipped += 1
-        for discard in self.when_skipped:
-            discard()
+        for component in self.stateful_components.values():
+            component.discard_attempt()
         outcome = "given up after its second try" if attempt.is_retry else "queued for one retry"
         self.event_log.add_note(f"step {self.step + 1} skipped: {reason}; its batch is {outcome}")
 
