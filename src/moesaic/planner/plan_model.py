@@ -308,6 +308,7 @@ class PlanModel:
         try:
             parallel = self.settings.base.replace(plan=plan)
             self.settings.inventory.on_rank(parallel, world=plan.world_size)
+            self.settings.inventory.check_states(self.settings.state.optimizer, plan=plan)
         except UserError:
             return False
         return True

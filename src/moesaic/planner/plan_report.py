@@ -24,6 +24,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, Precision
+from moesaic.parallel.state_blocks import check_state_blocks
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
@@ -290,6 +291,9 @@ def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
         parallel = request.parallel.replace(plan=plan)
         try:
             check_parallel(few, parallel=parallel, plan=plan)
+            check_state_blocks(
+                few, optimizer=request.optimizer, trainable=request.trainable, plan=plan
+            )
         except UserError:
             return False
         return True

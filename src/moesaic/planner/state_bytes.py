@@ -93,7 +93,7 @@ class ShardedState:
     def __init__(
         self, inventory: ParameterInventory, *, optimizer: Optimizer, each: Precision
     ) -> None:
-        self._each = each
+        self.optimizer, self._each = optimizer, each
         narrow = each.parameter_dtype != torch.float32
         master = each.master_weights.bytes_per_value if narrow else 0
         counted = Counter(

@@ -31,11 +31,13 @@ from moesaic.optim.optimizer_state import (
     frozen_state,
     masters_of,
     restore_state,
+    state_blocks,
     without_masters,
 )
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.state_blocks import check_state_blocks
 from moesaic.parallel.trainable_parameters import freeze_others
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
 from moesaic.train.memory_tiers import use_memory_plan
@@ -103,6 +105,12 @@ class Trainer:
         self.model = model
         run.trainable.attach(model)
         fused = fused_outputs(model)  # of the whole model, before it is sharded
+        check_state_blocks(
+            model,
+            optimizer=run.optimizer,
+            trainable=run.trainable,
+            plan=run.parallel.plan.resolve(world.size),
+        )
         self.parallel_model = parallelize(
             model,
             parallel=run.parallel,
@@ -287,7 +295,8 @@ class Trainer:
         }
         state, optimizer_state = self._json_state(), frozen_state(self.optimizer)
         if not self.parallel_model.is_replicated:
-            shards = local_shards(self.parallel_model, optimizer_state)
+            blocks = state_blocks(self.optimizer)
+            shards = local_shards(self.parallel_model, optimizer_state, blocks=blocks)
             about["frozen"] = frozen_names(self.optimizer)
             return RankSnapshot(self.step, shards | files, state, **about)
         files["model"] = self.parallel_model.saved_weights() | masters_of(optimizer_state)
