@@ -86,7 +86,7 @@ def correctness(device: torch.device) -> dict[str, Any]:
 
 
 def overlap(device: torch.device, *, tiny: bool) -> dict[str, Any]:
-    """Return, by plan, the seconds of a step overlapped, in turn and resident, and the share hidden."""
+    """Return, by plan, the seconds of a step overlapped and in turn, and the share hidden."""
     config = model_config(2 if tiny else 12, experts=4 if tiny else 16, dim=32 if tiny else 1024)
     sizes = BatchDims(2, 16, 16) if tiny else BatchDims(32, 256, 256)
 

@@ -55,6 +55,7 @@ def _differences(plan: str, first: str, then: str, folder: Path) -> tuple[int, l
         ("experts without copies", "late, all away", "late on disk"),
         ("ZeRO 1", "late on host", "late on disk"),
         ("ZeRO 3, Muon", "late on disk", "late on host"),
+        ("ZeRO 3, 8-bit", "late on disk", "late on host"),
     ],
 )
 def test_late_updates_equal_updates_in_time(

@@ -104,7 +104,9 @@ def _forecast_moves(run: Run, *, ranks: int) -> dict[tuple[str, str, Purpose], i
     return {(m.source, m.target, m.purpose): m.bytes for m in step_cost(settings).moved}
 
 
-@pytest.mark.parametrize(("plan", "accumulation"), [("one process", 1), ("data", 3)])
+@pytest.mark.parametrize(
+    ("plan", "accumulation"), [("one process", 1), ("data", 3), ("one process, 8-bit", 1)]
+)
 def test_the_bytes_between_tiers_are_those_of_the_forecast(plan: str, accumulation: int) -> None:
     changes = {"gradient_accumulation_steps": accumulation}
 
@@ -145,6 +147,7 @@ def _resumed_differences(plan: str, tiers: tuple[str, str], folder: Path) -> lis
         ("one process", ("weights on disk", "all away")),
         ("ZeRO 3, Muon", ("disk", "gradients on host")),
         ("experts without copies", ("states on host", "disk")),
+        ("ZeRO 3, 8-bit", ("disk", "gradients on host")),
     ],
 )
 def test_a_run_resumed_into_another_tier_equals_resident_training(

@@ -97,8 +97,8 @@ class _ForkedRanks:
                 process.join()
 
     def _fork(self) -> list[BaseProcess]:
-        # torch.optim and ZeRO import these when first used, which would take each fork seconds
-        for name in ("torch._dynamo", "torch.distributed.fsdp"):
+        # imported when first used, by torch.optim, ZeRO and pipelines: each fork would take seconds
+        for name in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.pipelining"):
             importlib.import_module(name)
         context = get_context("fork")
         processes: list[BaseProcess] = [

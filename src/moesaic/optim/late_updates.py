@@ -12,7 +12,7 @@ and saves the bytes only.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -143,25 +143,6 @@ class LateUpdates:
 
 def _replay(rule: UpdateRule, update: GroupUpdate, rates: Sequence[float]) -> None:
     if rates:
-        for piece in _pieces(update) if rule.elementwise else [update]:
+        for piece in update.pieces(CACHED_VALUES) if rule.elementwise else [update]:
             for lr in rates:
                 rule.apply(replace(piece, lr=lr))
-
-
-def _pieces(update: GroupUpdate) -> Iterator[GroupUpdate]:
-    """Split one member into pieces that share its memory; the step count is advanced by the last.
-
-    A rule counts a step for each piece, so all but the last count in a copy.
-    """
-    (values,), (grad,), (state,) = update.params, update.grads, update.states
-    count = max(1, -(-values.numel() // CACHED_VALUES))
-    flat = {slot: t.view(-1).split(CACHED_VALUES) for slot, t in state.items() if t.dim()}
-    scalars = {slot: t for slot, t in state.items() if not t.dim()}
-    whole = zip(
-        values.view(-1).split(CACHED_VALUES), grad.view(-1).split(CACHED_VALUES), strict=True
-    )
-    for index, (piece, zeros) in enumerate(whole):
-        last = index == count - 1
-        counted = scalars if last else {slot: t.clone() for slot, t in scalars.items()}
-        states = {slot: pieces[index] for slot, pieces in flat.items()} | counted
-        yield replace(update, params=[piece], grads=[zeros], states=[states])

@@ -75,6 +75,15 @@ def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
     return state
 
 
+def state_blocks(optimizer: NamedOptimizer) -> dict[str, int]:
+    """Return the number of values of a row that share a number of a state tensor, by its name."""
+    return {
+        f"{slot}/{name}": block
+        for name, _, rule in _named_parameters(optimizer)
+        for slot, block in rule.state_blocks.items()
+    }
+
+
 def without_masters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state that a checkpoint has beside weights."""
     return {key: tensor for key, tensor in state.items() if key.partition("/")[0] != MASTER}

@@ -235,13 +235,7 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
             f"parallel.memory.late_steps={parallel.memory.late_steps}: this model has no MoE "
             "layers, so no experts without tokens: set it to 0"
         )
-    is_cut = plan.zero and (plan.data or 1) * plan.context > 1
-    if is_cut and not parallel.memory.parameters.is_device and not expert_counts(model):
-        problems.append(
-            f"parallel.memory.parameters={type(parallel.memory.parameters).__name__} with "
-            f"parallel.plan.zero={plan.zero}: ZeRO shards all weights of this model, which has no "
-            "MoE layers, so none is left to it: set parameters to DeviceMemory, or zero to 0"
-        )
+    problems += parallel.replace(plan=plan).tier_problems(expert_counts(model))
     if problems:
         raise ConfigError(problems)
 

@@ -3,7 +3,7 @@
 Stage 1 shards optimizer state, stage 2 also gradients, stage 3 also parameters. FSDP2 keeps
 parameters sharded between steps in every stage; stages differ in what stays unsharded within a
 step: stage 3 gathers a block's parameters for its forward and again for its backward, stages 1 and
-2 gather them once; stage 1 keeps gradients unsharded until the step's last micro-batch.
+2 gather them once in a step; stage 1 keeps gradients unsharded until the step's last micro-batch.
 """
 
 import importlib
@@ -135,10 +135,14 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
 
 
 def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) -> None:
-    """Set whether the next backward is the step's last: stage 1 reduces gradients only then."""
+    """Set whether the next backward is the step's last.
+
+    Stage 1 reduces gradients only then, and stages 1 and 2 release gathered parameters only then.
+    """
     sharded: Any = filter(_is_sharded, model.modules())
     for module in sharded:
         module.set_requires_gradient_sync(last or zero_stage > 1, recurse=False)
+        module.set_reshard_after_backward(last or zero_stage == 3, recurse=False)
         module.set_is_last_backward(last)
 
 
@@ -148,7 +152,7 @@ def _fsdp() -> Any:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # imported where modules are sharded
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 

@@ -24,20 +24,27 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import BFloat16, Precision
+from moesaic.parallel.state_blocks import check_state_blocks
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
 from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.machine import Machine
+from moesaic.planner.plan_forecast import Limits, PlanForecast
 from moesaic.planner.plan_model import (
     EXCHANGES,
-    Limits,
-    PlanForecast,
+    MORE_ROWS,
     PlanModel,
     PlanModelSettings,
     dtype_name,
 )
-from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
+from moesaic.planner.plan_space import (
+    CompletePlan,
+    Degrees,
+    Option,
+    PlanSpace,
+    expert_numbers,
+)
 from moesaic.planner.search import Certificate, SearchResult, search
 from moesaic.planner.state_bytes import ShardedState
 from moesaic.planner.step_cost import CostSettings, step_cost
@@ -208,10 +215,12 @@ def plan_model(
         device=machine.device,
         trainable=request.trainable,
     )
+    more_rows = settings.replace(sizes=request.space.micro_batch(MORE_ROWS))
     return PlanModel(
         PlanModelSettings(
             inventory=inventory,
             reference=step_cost(settings),
+            more_rows=step_cost(more_rows).operations,
             exchanges=_measure_exchanges(request, settings),
             machine=machine,
             state=ShardedState(inventory, optimizer=request.optimizer, each=request.precision),
@@ -246,8 +255,10 @@ def _measure_exchanges(
 
 
 def training_problems(request: PlanRequest, choice: CompletePlan) -> Iterator[str]:
-    """Yield why what is trained cannot be trained under a plan."""
-    yield from request.trainable.parallel_problems(choice.parallel_config(request.parallel))
+    """Yield why what is trained, or kept on a tier, cannot be under a plan."""
+    parallel = choice.parallel_config(request.parallel)
+    yield from request.trainable.parallel_problems(parallel)
+    yield from parallel.tier_problems(expert_numbers(request.model))
 
 
 def _untrainable(request: PlanRequest, found: SearchResult) -> list[str]:
@@ -280,6 +291,9 @@ def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
         parallel = request.parallel.replace(plan=plan)
         try:
             check_parallel(few, parallel=parallel, plan=plan)
+            check_state_blocks(
+                few, optimizer=request.optimizer, trainable=request.trainable, plan=plan
+            )
         except UserError:
             return False
         return True

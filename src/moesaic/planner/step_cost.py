@@ -129,6 +129,7 @@ class _Composition:
             raise ConfigError(problems)
         inventory = inventory_of(settings.model, trainable=settings.trainable)
         parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
+        inventory.check_states(settings.optimizer, plan=parameters.plan)
         counts = sorted(set(inventory.expert_modules.values()))
         small = smallest_plan(parameters.plan, expert_counts=counts)
         parallel = settings.parallel.replace(plan=small, memory=MemoryPlan())
@@ -202,8 +203,7 @@ class _Composition:
         yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
         yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.stored)
         yield HeldBytes(DEVICE, Purpose.STATES, state.counters)
-        kept = min(memory.run_ahead_bytes, state.overwritten)
-        yield HeldBytes(HOST, Purpose.OVERWRITTEN, kept)
+        yield HeldBytes(HOST, Purpose.OVERWRITTEN, min(memory.run_ahead_bytes, state.overwritten))
         yield HeldBytes(HOST, Purpose.TRANSIENT, self._copies.host)
 
     @property
