@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,20 +36,18 @@ class DiskFullError(UserError):
 class FileChunk(Chunk):
     """A chunk in a file without a directory entry; ``path`` is the name it was made with.
 
-    Raises DiskFullError if the file may not be so large.
+    Raises DiskFullError if the file may not be so large, UserError if it cannot be made.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         super().__init__(num_bytes)
         self.path, self._copies = path, 0
         self.file = _open_unlinked(path)
+        weakref.finalize(self, os.close, self.file)  # a mapping of it stays valid
         try:
             os.ftruncate(self.file, num_bytes)
         except OSError as error:
             raise self._without_room(num_bytes, error) from error
-
-    def __del__(self) -> None:
-        os.close(self.file)  # a mapping of it stays valid
 
     def mapping(self) -> Any:
         return mmap.mmap(self.file, self.num_bytes)
@@ -214,9 +213,15 @@ def _row_offset(spec: TensorSpec, part: Part) -> int:
 
 
 def _open_unlinked(path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    path.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: this file of a memory tier cannot be made ({error.strerror}): name a folder "
+            'that may be written to in parallel.memory (DiskStorage(folder="..."))'
+        ) from error
     return file
 
 
