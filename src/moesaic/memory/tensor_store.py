@@ -7,7 +7,7 @@ CPU run are those beside a GPU. Content starts as zeros; memory is taken when it
 
 Two threads may use a store at once, for different tensors.
 
-Beside a GPU, copies between it and host memory are made on streams of their own
+With a GPU, copies between it and host memory are made on streams of their own
 (``device_copies.py``); ``in_flight_bytes`` bounds those of a store in each direction.
 
 ``freeze`` returns the content at one moment: no later update changes it, so a checkpoint may be
