@@ -22,7 +22,7 @@ from moesaic.optim.gradients import Gradients, ResidentGradients
 from moesaic.optim.group_update import GroupUpdate, MatrixSharding, UpdateRule
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
 from moesaic.optim.master_weights import MasterWeights, ShardUpdate
-from moesaic.optim.tiered_states import ParameterRows, TieredStates
+from moesaic.optim.tiered_states import ParameterRows, TieredStates, UpdatedWeights
 
 MASTER = "master"  # the slot of a float32 copy
 MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
@@ -44,6 +44,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.fused_outputs: Mapping[str, Sequence[int]] = {}
         self.gradients: Gradients = ResidentGradients()
         self.tier: TieredStates | None = None  # states that are not on the device
+        self.updated_weights = UpdatedWeights()
         self.late = LateUpdates()
         # parameters that the present step has updated already, and the rows that it has
         self.updated: dict[str, list[ParameterRows]] = {}
@@ -236,6 +237,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         access: Access,
     ) -> tuple[GroupUpdate, FetchedTensors]:
         states, held = self._fetch_states(members, place=place, access=access)
+        for rows, state in zip(members, states, strict=True):
+            self.updated_weights.count(rows, place=place, reads=MASTER not in state)
         local = self._local_rows(members)
         working = [self._float32_values(*pair, place) for pair in zip(local, states, strict=True)]
         rounds = self.master_weights.rounds_to_nearest
@@ -266,8 +269,6 @@ class NamedOptimizer(torch.optim.Optimizer):
         if self.tier is None:
             return resident, FetchedTensors(list[Tensor], lambda: None)
         stored, held = self.tier.fetch(members, place=place, access=access)
-        for rows in members:
-            self.tier.count_weights(rows, place=place)
         scalars = [{slot: t.clone() for slot, t in state.items()} for state in resident]
         return [a | b for a, b in zip(stored, scalars, strict=True)], held
 

@@ -32,6 +32,7 @@ from moesaic.parallel.context_parallel import ContextRanks, SequenceSharder
 from moesaic.parallel.expert_dispatch import DispatchGroups
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parameter_streaming import ParameterStream
+from moesaic.parallel.partial_forward import BlockRange
 from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.precision import Float32, Precision, set_gradient_dtype
 from moesaic.parallel.sharding_plan import (
@@ -112,7 +113,10 @@ def parallelize_on_mesh(
     if not memory.parameters.is_device:
         store = open_tier(memory, "parameters", mesh=mesh)
         experts = {name for name, each in local_plan.items() if each.num_experts is not None}
-        stream = ParameterStream(model, store=store, experts=experts)
+        ranges = [BlockRange.all_blocks(model.config)]
+        if stages is not None:
+            ranges = stages.ranges_of_rank(mesh.coordinates()["pipe"])
+        stream = ParameterStream(model, store=store, experts=experts, stages=ranges)
     if any(parameter.is_meta for parameter in model.parameters()):
         hook = allocate or allocate_by_plan(mesh.device, stream=stream)
         allocate_parameters(model, allocate=hook, device=mesh.device)

@@ -22,7 +22,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
-from moesaic.planner.cost_entries import DEVICE, Phase, Purpose, gradient_operations
+from moesaic.planner.cost_entries import DEVICE, Phase, Purpose, StepCost, gradient_operations
 from moesaic.planner.machine import Machine
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_space import (
@@ -34,7 +34,6 @@ from moesaic.planner.plan_space import (
     plan_of,
 )
 from moesaic.planner.state_bytes import PlanKey, ShardBytes, ShardedState
-from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_memory import StateBytes
 from moesaic.planner.step_time import (
     GroupShape,
@@ -50,7 +49,13 @@ from moesaic.planner.step_time import (
     sync_seconds,
     transfer_link,
 )
-from moesaic.planner.tier_bytes import moved_bytes, resident_weights, tier_names
+from moesaic.planner.tier_bytes import (
+    PassBytes,
+    fetched_by_1f1b,
+    most_streamed,
+    moved_bytes,
+    tier_names,
+)
 
 _RECENT = 64  # degrees of which times are kept: the options of one degrees share them
 EXCHANGES = ("tensor", "context", "expert", "expert_tensor")  # axes between layers
@@ -337,10 +342,16 @@ class PlanModel:
         share, m = self._share(degrees), degrees.micro_batches
         moved: Counter[tuple[str, str]] = Counter()
         tiered = self._tiered(state)
+        fetched = fetched_by_1f1b(
+            {} if option.memory.parameters.is_device else tiered.streamed,
+            last=f"stack.{self._blocks - 1}",
+            stages=degrees.pipe,
+            micro_batches=m,
+            share=share,
+        )
         saved = self._activations(degrees, option)[1]
-        for each in moved_bytes(
-            tiered, option.memory, micro_batches=m, summed=state.summed, saved=saved
-        ):
+        passes = PassBytes(m, fetched=fetched, saved=saved, summed=state.summed)
+        for each in moved_bytes(tiered, option.memory, passes):
             moved[each.source, each.target] += each.bytes
         machine = self.settings.machine
         return {
@@ -361,11 +372,15 @@ class PlanModel:
         streamed = {f"stack.{n}": (state.streamed - state.experts) // blocks for n in range(blocks)}
         for number in range(blocks - sparse, blocks):
             streamed[f"stack.{number}.experts"] = state.experts // sparse
-        updated = (state.updated, state.updated_streamed)
-        return StateBytes(state.weights, state.gradients, state.states, 0, streamed, *updated)
+        reads = self.settings.state.reads_weights
+        return StateBytes(
+            state.weights, 0, streamed, state.updated, state.by_matrix, reads_weights=reads
+        )
 
     def _resident_weights(self, state: ShardBytes, stages: int, *, streams: bool) -> int:
-        return resident_weights(self._tiered(state), streams=streams, stages=stages)
+        """Return the bytes of weights on the device: all, or what stays and the units in use."""
+        in_use = most_streamed(self._tiered(state).streamed) if streams else 0
+        return -(-(state.weights - streams * state.streamed) // stages) + in_use
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.
@@ -379,11 +394,6 @@ class PlanModel:
             return 0, round(whole * flying)
         inputs = self._row_bytes * self._layers * self._tokens(degrees)
         return block, round(min(inputs, whole) * flying)
-
-
-def dtype_name(precision: Precision) -> str:
-    """Return the name of the dtype of matrix products, as in a machine file."""
-    return str(precision.compute_dtype).removeprefix("torch.")
 
 
 def _bubble(degrees: Degrees) -> float:

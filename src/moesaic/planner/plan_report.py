@@ -28,14 +28,13 @@ from moesaic.parallel.trainable_parameters import AllParameters, TrainableParame
 from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
 from moesaic.planner.inventory_cache import inventory_of
-from moesaic.planner.machine import Machine
+from moesaic.planner.machine import Machine, dtype_name
 from moesaic.planner.plan_model import (
     EXCHANGES,
     Limits,
     PlanForecast,
     PlanModel,
     PlanModelSettings,
-    dtype_name,
 )
 from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
 from moesaic.planner.search import Certificate, SearchResult, search

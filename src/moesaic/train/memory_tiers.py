@@ -45,13 +45,12 @@ def use_memory_plan(
             banks=banks,
         )
     optimizer.gradients = model.gradients
+    stream = model.parameter_stream
+    optimizer.updated_weights.tier = stream.store if stream else None
     if plan.optimizer_states.is_device:
         return RunAhead(optimizer, memory=torch.empty(0, dtype=torch.uint8))
-    stream = model.parameter_stream
     optimizer.tier = TieredStates(
-        opened(plan.optimizer_states, "optimizer-states"),
-        plan.in_flight_bytes,
-        at_rest=frozenset(stream.names if stream else ()),
+        opened(plan.optimizer_states, "optimizer-states"), plan.in_flight_bytes
     )
     late: dict[ExpertModule, list[ExpertBank]] = {}
     for group in optimizer.param_groups:
