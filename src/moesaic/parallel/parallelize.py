@@ -34,6 +34,7 @@ from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parameter_streaming import ParameterStream
 from moesaic.parallel.partial_forward import BlockRange
 from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.plan_problems import memory_problems
 from moesaic.parallel.precision import Float32, Precision, set_gradient_dtype
 from moesaic.parallel.sharding_plan import (
     GradientSync,
@@ -228,19 +229,7 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
             problems.append(f"parallel.dispatch={dispatch} of {layer.name}: {why}")
         if plan.expert_tensor > 1:
             problems += _expert_tensor_problems(layer, ranks=plan.expert_tensor)
-    if plan.pipe > 1 and (kept := parallel.memory.run_ahead_bytes):
-        problems.append(
-            f"parallel.memory.run_ahead_bytes={kept} with parallel.plan.pipe={plan.pipe}: the "
-            "gradients of a stage are complete at the end of a step, so no update runs ahead: set "
-            "run_ahead_bytes to 0, or pipe to 1"
-        )
-    is_cut = plan.zero and (plan.data or 1) * plan.context > 1
-    if is_cut and not parallel.memory.parameters.is_device and not expert_counts(model):
-        problems.append(
-            f"parallel.memory.parameters={type(parallel.memory.parameters).__name__} with "
-            f"parallel.plan.zero={plan.zero}: ZeRO shards all weights of this model, which has no "
-            "MoE layers, so none is left to it: set parameters to DeviceMemory, or zero to 0"
-        )
+    problems += memory_problems(parallel.memory, plan=plan, expert_counts=expert_counts(model))
     if problems:
         raise ConfigError(problems)
 

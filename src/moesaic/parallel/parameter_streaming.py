@@ -25,7 +25,6 @@ from torch import nn
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 
-from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
 from moesaic.model.block import Block, BlockState
@@ -209,13 +208,6 @@ class ParameterStream:
         known = unit.resting.get(name)
         if known is not None and known.data_ptr() == parameter.data_ptr():
             return
-        if isinstance(parameter, DTensor):
-            raise ConfigError(
-                [
-                    f"parallel.memory.parameters: ZeRO shards {name} over the ranks with copies of "
-                    "its expert: set parallel.plan.expert so that there is one copy, or zero to 0"
-                ]
-            )
         resting = self.memory(name, parameter.shape, parameter.dtype)
         if resting.data_ptr() != parameter.data_ptr():
             resting.copy_(parameter)

@@ -168,7 +168,8 @@ class PlanModel:
         state, memory = self._state(degrees, option), option.memory
         tiers, pipe = tier_names(memory), degrees.pipe
         held: Counter[tuple[str, Purpose]] = Counter()
-        gathered = state.gathered // pipe
+        # a stage has its share of what stages 1 and 2 of ZeRO gather, but stage 3 gathers by unit
+        gathered = state.gathered if option.zero == 3 else -(-state.gathered // pipe)
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
         resident = self._resident(state, pipe, streams=tiers["parameters"] != DEVICE)

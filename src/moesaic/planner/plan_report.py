@@ -23,6 +23,7 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.plan_problems import memory_problems, pipeline_problems
 from moesaic.parallel.precision import BFloat16, Precision
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.block_chain import BlockChain
@@ -36,7 +37,13 @@ from moesaic.planner.plan_model import (
     PlanModel,
     PlanModelSettings,
 )
-from moesaic.planner.plan_space import CompletePlan, Degrees, Option, PlanSpace
+from moesaic.planner.plan_space import (
+    CompletePlan,
+    Degrees,
+    Option,
+    PlanSpace,
+    expert_numbers,
+)
 from moesaic.planner.search import Certificate, SearchResult, search
 from moesaic.planner.state_bytes import ShardedState
 from moesaic.planner.step_cost import CostSettings, step_cost
@@ -183,12 +190,13 @@ def find_plans(
     """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
     inventory = inventory_of(request.model, trainable=request.trainable)
     model = plan_model(request, inventory=inventory, machine=machine)
+    problems = training_problems(request)
     found = search(
         model,
         limits=limits,
         keep=keep,
         legal=_can_be_cut(request),
-        trains=lambda choice: not any(training_problems(request, choice)),
+        trains=lambda choice: not any(problems(choice)),
     )
     if not found.best:
         raise ConfigError(_untrainable(request, found) or [nothing_fits(request, found)])
@@ -244,9 +252,31 @@ def _measure_exchanges(
     return found
 
 
-def training_problems(request: PlanRequest, choice: CompletePlan) -> Iterator[str]:
-    """Yield why what is trained cannot be trained under a plan."""
-    yield from request.trainable.parallel_problems(choice.parallel_config(request.parallel))
+def training_problems(request: PlanRequest) -> Callable[[CompletePlan], Iterator[str]]:
+    """Return what yields why training refuses a plan, of layers that can be cut so.
+
+    The sentences are training's own. The search asks for thousands of plans, so no config is built
+    where what is trained does not ask for one.
+    """
+    stages = cache(
+        lambda pipe: request.parallel.replace(
+            plan=request.parallel.plan.replace(pipe=pipe)
+        ).pipeline_stages(request.model)
+    )
+    experts, trainable = expert_numbers(request.model), request.trainable
+    asks = type(trainable).parallel_problems is not TrainableParameters.parallel_problems
+
+    def problems(choice: CompletePlan) -> Iterator[str]:
+        degrees, plan = choice.degrees, choice.plan
+        yield from memory_problems(choice.option.memory, plan=plan, expert_counts=experts)
+        if asks:
+            yield from trainable.parallel_problems(choice.parallel_config(request.parallel))
+        if degrees.pipe > 1:
+            yield from pipeline_problems(
+                stages(degrees.pipe), micro_batches=degrees.micro_batches, zero=plan.zero
+            )
+
+    return problems
 
 
 def _untrainable(request: PlanRequest, found: SearchResult) -> list[str]:
@@ -255,7 +285,8 @@ def _untrainable(request: PlanRequest, found: SearchResult) -> list[str]:
     if found.nearest is not None or degrees is None:
         return []
     plans = [CompletePlan(degrees, option) for option in request.space.options()]
-    return list(dict.fromkeys(each for plan in plans for each in training_problems(request, plan)))
+    problems = training_problems(request)
+    return list(dict.fromkeys(each for plan in plans for each in problems(plan)))
 
 
 def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
