@@ -168,8 +168,7 @@ class PlanModel:
         state, memory = self._state(degrees, option), option.memory
         tiers, pipe = tier_names(memory), degrees.pipe
         held: Counter[tuple[str, Purpose]] = Counter()
-        # a stage has its share of what stages 1 and 2 of ZeRO gather, but stage 3 gathers by unit
-        gathered = state.gathered if option.zero == 3 else -(-state.gathered // pipe)
+        gathered = -(-state.gathered // (1 if option.zero == 3 else pipe))  # 3 gathers by unit
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
         resident = self._resident(state, pipe, streams=tiers["parameters"] != DEVICE)
@@ -340,9 +339,8 @@ class PlanModel:
         return size / self.settings.machine.update.value
 
     def _transfers(self, degrees: Degrees, option: Option, state: ShardBytes) -> dict[str, float]:
-        share, m = self._share(degrees), degrees.micro_batches
+        share, m, tiered = self._share(degrees), degrees.micro_batches, self._tiered(state)
         moved: Counter[tuple[str, str]] = Counter()
-        tiered = self._tiered(state)
         fetched = fetched_by_1f1b(
             {} if option.memory.parameters.is_device else tiered.streamed,
             last=f"stack.{self._blocks - 1}",
