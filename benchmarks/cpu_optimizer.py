@@ -18,10 +18,13 @@ import torch
 from support import write_result
 
 from moesaic.bench.paired_timing import measure_in_turns, ratio_to_baseline
+from moesaic.memory.tier import MAX_IN_FLIGHT_BYTES, HostMemory
 from moesaic.ops import kernel_selection
 from moesaic.ops.adamw import AdamWSettings, AdamWTensor, adamw_by_operations
 from moesaic.ops.cpu.cpu_adamw import AdamWStatus, load_adamw
+from moesaic.optim.named_optimizer import NamedOptimizer
 from moesaic.optim.optimizer import AdamW
+from moesaic.optim.tiered_states import TieredStates
 
 SHAPES: Mapping[str, list[tuple[int, ...]]] = {
     "4 large": [(8, 512, 512)] * 4,
@@ -48,11 +51,19 @@ def torch_step(shapes: list[tuple[int, ...]], **options: Any) -> Callable[[], ob
     return torch.optim.AdamW(made, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, **options).step
 
 
-def our_step(shapes: list[tuple[int, ...]], *, dtype: torch.dtype) -> Callable[[], object]:
-    """Return a step of moesaic's AdamW with the compiled kernel."""
+def our_optimizer(shapes: list[tuple[int, ...]], *, dtype: torch.dtype) -> NamedOptimizer:
+    """Return moesaic's AdamW with the compiled kernel."""
     named = {str(i): p for i, p in enumerate(parameters(shapes, dtype=dtype))}
     kinds = dict.fromkeys(named, "matrix")
-    return AdamW(lr=1e-3, weight_decay=0.01).build(named.items(), kinds=kinds).step
+    return AdamW(lr=1e-3, weight_decay=0.01).build(named.items(), kinds=kinds)
+
+
+def tiered_step(shapes: list[tuple[int, ...]]) -> Callable[[], object]:
+    """Return a step of moesaic's AdamW with its states on the host tier."""
+    optimizer = our_optimizer(shapes, dtype=torch.float32)
+    store = HostMemory().open(device=torch.device("cpu"), label="states")
+    optimizer.tier = TieredStates(store, MAX_IN_FLIGHT_BYTES)
+    return optimizer.step
 
 
 def kernel_step(
@@ -94,9 +105,10 @@ def implementations(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], obj
         BASELINE: torch_step(shapes, foreach=False),
         "torch foreach": torch_step(shapes, foreach=True),
         "torch fused": torch_step(shapes, fused=True),
-        "ours": our_step(shapes, dtype=torch.float32),
+        "ours": our_optimizer(shapes, dtype=torch.float32).step,
+        "ours, states on the host tier": tiered_step(shapes),
         "ours, separate operations": our_separate(shapes),
-        "ours, bfloat16 with master": our_step(shapes, dtype=torch.bfloat16),
+        "ours, bfloat16 with master": our_optimizer(shapes, dtype=torch.bfloat16).step,
         "ours, kernel alone, bfloat16": kernel_step(shapes, kernel=compiled),
     }
     if importlib.util.find_spec("deepspeed"):
@@ -107,7 +119,7 @@ def implementations(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], obj
 
 def our_separate(shapes: list[tuple[int, ...]]) -> Callable[[], object]:
     """Return a step of moesaic's AdamW without the compiled kernel."""
-    step, status = our_step(shapes, dtype=torch.float32), AdamWStatus(None, "not used")
+    step, status = our_optimizer(shapes, dtype=torch.float32).step, AdamWStatus(None, "not used")
 
     def run() -> None:
         before, kernel_selection.load_adamw = kernel_selection.load_adamw, lambda: status

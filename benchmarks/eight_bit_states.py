@@ -1,17 +1,21 @@
-"""AdamW with 8-bit states (torchao) beside float32 states: held-out loss and bytes, seeded.
+"""AdamW with 8-bit states, ours and torchao's, beside float32: loss, bytes, time of an update.
 
-A small MoE language model learns a random Markov chain of second order. Usage::
+A small MoE language model learns a random Markov chain of second order; updates are timed on
+square matrices, interleaved, the median of many. Usage::
 
-    python benchmarks/eight_bit_states.py [--steps 300] [--seeds 3]
+    python benchmarks/eight_bit_states.py [--steps 150] [--seeds 2]
 """
 
 import argparse
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
 from support import write_result
+from torch import nn
 from torchao.optim import AdamW8bit
 
 from moesaic.data.batch import Batch, InputRows
@@ -20,7 +24,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.optim.optimizer import AdamW
+from moesaic.optim.optimizer import AdamW, EightBitStates
 
 OUT = Path(__file__).parents[1] / "benchmarks/results/eight_bit_states.json"
 WORDS, ROWS, TOKENS = 32, 16, 32
@@ -34,6 +38,8 @@ MODEL = ModelConfig(
     moe=MoE(experts=8, select=TopK(k=2)),
 )
 CONFIG = AdamW(lr=3e-3, betas=(0.9, 0.95))
+FORMS = ("float32", "8-bit", "torchao 8-bit")
+SIDE, MATRICES, REPEATS = 2048, 4, 15  # of the timed updates: 16.8 million values
 
 
 def batch_of(chain: torch.Tensor, *, seed: int) -> Batch:
@@ -48,20 +54,42 @@ def batch_of(chain: torch.Tensor, *, seed: int) -> Batch:
     return Batch(source=source, target=target, labels=ids[:, 1:], groups={}, key=zero)
 
 
-def train(seed: int, *, bits: int, steps: int) -> dict[str, float]:
+def build(form: str, named: Iterable[tuple[str, nn.Parameter]], kinds: dict[str, Any]) -> Any:
+    """Return an optimizer whose states have a form."""
+    if form == "torchao 8-bit":
+        decay, betas = CONFIG.weight_decay, CONFIG.betas
+        given = [parameter for _, parameter in named]
+        return AdamW8bit(given, lr=CONFIG.lr, betas=betas, eps=CONFIG.eps, weight_decay=decay)
+    config = CONFIG if form == "float32" else CONFIG.replace(states=EightBitStates())
+    return config.build(named, kinds=kinds)
+
+
+def time_updates() -> list[dict[str, Any]]:
+    """Return the nanoseconds of an update for each value of large matrices."""
+    optimizers: dict[str, Any] = {}
+    for form in FORMS:
+        weights = [nn.Parameter(torch.randn(SIDE, SIDE)) for _ in range(MATRICES)]
+        for weight in weights:
+            weight.grad = torch.randn(SIDE, SIDE)
+        named = [(str(number), weight) for number, weight in enumerate(weights)]
+        optimizers[form] = build(form, named, {name: "matrix" for name, _ in named})
+        optimizers[form].step()  # makes the states, and compiles
+    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    for _ in range(REPEATS):
+        for form, optimizer in optimizers.items():
+            started = time.perf_counter()
+            optimizer.step()
+            seconds[form].append(time.perf_counter() - started)
+    values = SIDE * SIDE * MATRICES
+    return [{"states": form, "ns": 1e9 * median(each) / values} for form, each in seconds.items()]
+
+
+def train(seed: int, *, form: str, steps: int) -> dict[str, float]:
     """Return the held-out loss and the bytes of states per parameter."""
     torch.manual_seed(seed)
     chain = torch.distributions.Dirichlet(torch.full((WORDS,), 0.05)).sample((WORDS, WORDS))
     model = Transformer(MODEL)
-    if bits == 32:
-        optimizer: torch.optim.Optimizer = CONFIG.build(
-            model.named_parameters(), kinds=model.parameter_kinds()
-        )
-    else:
-        decay, betas = CONFIG.weight_decay, CONFIG.betas
-        optimizer = AdamW8bit(
-            model.parameters(), lr=CONFIG.lr, betas=betas, eps=CONFIG.eps, weight_decay=decay
-        )
+    optimizer = build(form, model.named_parameters(), dict(model.parameter_kinds()))
 
     def loss_of(number: int) -> torch.Tensor:
         batch = batch_of(chain, seed=number)
@@ -86,18 +114,19 @@ def _bytes(tensor: Any) -> int:
 
 
 def main() -> None:
-    """Train both ways from each seed and write the result."""
+    """Time updates, train with each form from each seed, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
+    updates = time_updates()
     torch.compiler.set_stance("force_eager")  # torchao compiles the update of each shape
     rows = [
-        {"bits": bits, "seed": seed} | train(seed, bits=bits, steps=given.steps)
+        {"states": form, "seed": seed} | train(seed, form=form, steps=given.steps)
         for seed in range(given.seeds)
-        for bits in (32, 8)
+        for form in FORMS
     ]
-    write_result(OUT, {"steps": given.steps, "runs": rows})
+    write_result(OUT, {"steps": given.steps, "runs": rows, "updates": updates})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The other ranks are those of a fake process group: their numbers are this rank's.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from unittest.mock import patch
 
 import torch
 
-from cost_counters import AllocationMeter, CostLaw, OperationCounter, peak_bytes
-from moesaic.checkpoint import manifest, sharded_checkpoint
+from cost_counters import AllocationMeter, CostLaw, OperationCounter, open_files, peak_bytes
+from moesaic.checkpoint import manifest, sharded_checkpoint, tensor_reader
 from moesaic.checkpoint.full_checkpoint import save_checkpoint
+from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.checkpoint.stored_weights import open_weights
 from moesaic.checkpoint.tensor_reader import TensorReader
 from moesaic.data.batch import SOURCE_LANGUAGE, TARGET_LANGUAGE, TASK, Batch
 from moesaic.distributed.communication_counter import CommunicationCounter
@@ -79,6 +82,7 @@ class StepWork:
     sent_bytes: int
     messages: int
     tier_bytes: int
+    files: int
 
 
 def _trainer(size: StepSize) -> Trainer:
@@ -96,6 +100,8 @@ def _trainer(size: StepSize) -> Trainer:
 @cache
 def step_work(size: StepSize) -> StepWork:
     """Count the second step of a run: the first one makes states and selects kernels."""
+    gc.collect()  # a trainer that is gone closes its files
+    opened = open_files()
     with fake_process_group(size.ranks):
         trainer = _trainer(size)
         trainer.train_step()
@@ -111,6 +117,7 @@ def step_work(size: StepSize) -> StepWork:
             sent.total_bytes(),
             sent.calls().total(),
             after - before,
+            open_files() - opened,
         )
 
 
@@ -154,6 +161,19 @@ def step_laws() -> dict[str, CostLaw]:
         "FLOPs of a step at n experts": row(  # the router's
             "flops", "experts", lambda n: step_work(ONE).flops + 4512 * (n - 4)
         ),
+        "FLOPs of a step at n words": row(  # of the predictions' logits, and of their gradients
+            "flops", "words", lambda n: step_work(ONE).flops + 1472 * (n - 64)
+        ),
+        **{
+            f"files that a step opens at n {field}": row("files", field, lambda _: 0)
+            for field in ("ranks", "experts", "micro_batches", "words", "languages")
+        },
+        **{
+            f"files that a step with states on disk opens at n {field}": row(
+                "files", field, lambda _: 1, plan=ZERO, memory=ON_DISK
+            )
+            for field in ("ranks", "experts", "words")
+        },
         "bytes sent in a step at n ranks": row(
             "sent_bytes", "ranks", lambda n: 2 * (n - 1) / n * (WEIGHTS + COUNTERS)
         ),
@@ -193,7 +213,7 @@ def step_laws() -> dict[str, CostLaw]:
     }
 
 
-CONFIG, VALUES_AT_ONCE = tiny_model_config(), 128
+CONFIG, VALUES_AT_ONCE, OPEN_AT_ONCE = tiny_model_config(), 128, 3
 
 
 @contextmanager
@@ -224,14 +244,17 @@ def start_bytes(ranks: int) -> int:
 
 
 @contextmanager
-def _checkpoint() -> Iterator[Path]:
+def _checkpoint(*, written_by: int = 1) -> Iterator[Path]:
     with TemporaryDirectory() as folder:
         files = {"model": export_weights(Transformer(CONFIG))}
-        yield save_checkpoint(Path(folder), Snapshot(1, files, {}, {}, {}))
+        path = save_checkpoint(Path(folder) / "whole", Snapshot(1, files, {}, {}, {}))
+        if written_by > 1:
+            path = reshard(path, root=Path(folder), form=ShardedForm(written_by))
+        yield path
 
 
-def read_bytes(ranks: int) -> int:
-    """The bytes of a checkpoint that a rank of so many reads into its shards."""
+def read_bytes(ranks: int, *, written_by: int = 1) -> int:
+    """The bytes of a checkpoint of some ranks that a rank of so many reads into its shards."""
     read: Counter[str] = Counter()
     whole = TensorReader.read_slice
 
@@ -239,11 +262,32 @@ def read_bytes(ranks: int) -> int:
         read["bytes"] += torch.Size(shape).numel() * stored.dtype.itemsize
         return whole(reader, stored, block=block, start=start, shape=shape)
 
-    with _checkpoint() as path, _empty_part(ranks) as part:
+    with _checkpoint(written_by=written_by) as path, _empty_part(ranks) as part:
         into = {"model": weight_shards(part)}
         with patch.object(TensorReader, "read_slice", counting):
             sharded_checkpoint.load_verified(path, into=into, world=SingleProcess())
     return read["bytes"]
+
+
+def files_read_at_once(written_by: int) -> int:
+    """The files that are open at most while the weights of so many ranks are read."""
+    opened: list[int] = []
+    whole = TensorReader._file
+
+    def counting(reader: TensorReader, name: str) -> Any:
+        file = whole(reader, name)
+        opened.append(len(reader._opened))
+        return file
+
+    with (
+        _checkpoint(written_by=written_by) as path,
+        patch.object(TensorReader, "_file", counting),
+        patch.object(tensor_reader, "MAX_OPEN_FILES", OPEN_AT_ONCE),
+        open_weights(path) as stored,
+    ):
+        for name in stored.tensors:
+            stored.whole(name)
+    return max(opened)
 
 
 def files_hashed(ranks: int) -> int:

@@ -14,7 +14,7 @@ from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import DiskStorage, HostMemory
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import SwitchTop1
-from moesaic.optim.optimizer import AdamW, Muon, Optimizer
+from moesaic.optim.optimizer import AdamW, EightBitStates, Muon, Optimizer
 from moesaic.optim.optimizer_state import live_state
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
@@ -58,6 +58,8 @@ TIERS = {
 EXPERTS = 32
 # few tokens for many experts: some have none for several steps
 MODEL = tiny_model_config(moe=MoE(experts=EXPERTS, select=SwitchTop1()))
+# rows of 16 and 32 values have a shorter last block
+EIGHT_BIT = AdamW(lr=1e-2, states=EightBitStates(block=12))
 PLANS: dict[str, tuple[int, dict[str, int], Optimizer]] = {
     "one process": (1, {}, AdamW(lr=1e-2)),
     "one process, Muon": (1, {}, Muon(lr=1e-2)),
@@ -69,6 +71,9 @@ PLANS: dict[str, tuple[int, dict[str, int], Optimizer]] = {
     "ZeRO 3, experts without copies": (2, {"zero": 3, "expert": 2}, AdamW(lr=1e-2)),
     "tensor": (2, {"tensor": 2}, AdamW(lr=1e-2)),
     "pipeline": (2, {"pipe": 2}, AdamW(lr=1e-2)),
+    "one process, 8-bit": (1, {}, EIGHT_BIT),
+    "ZeRO 3, 8-bit": (2, {"zero": 3}, EIGHT_BIT),
+    "ZeRO 2, experts without copies, 8-bit": (2, {"zero": 2, "expert": 2}, EIGHT_BIT),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.core.errors import FileError
 from moesaic.core.file_reader import FileKind, read_json
-from moesaic.core.files import atomic_write, make_dir, sha256, write_json
+from moesaic.core.files import atomic_write, make_dir, removed_on_error, sha256, write_json
 
 
 def test_a_file_is_written_with_its_folders(tmp_path: Path) -> None:
@@ -89,3 +89,11 @@ def test_a_directory_whose_name_is_no_utf8_is_refused(tmp_path):
     with pytest.raises(FileError, match="not a file name"):
         make_dir(path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_directory_that_was_not_found_right_is_removed(error, tmp_path):
+    (made := tmp_path / "made").mkdir()
+    with pytest.raises(error), removed_on_error(made):
+        raise error
+    assert not made.exists()

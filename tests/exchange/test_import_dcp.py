@@ -125,11 +125,11 @@ def test_what_is_no_chunk_of_a_tensor_is_named(plain):
     place.relative_path, place.offset, place.length = "old", 0, (path / "old").stat().st_size
     (path / ".metadata").write_bytes(pickle.dumps(stored))
     with pytest.raises(CheckpointError, match="at byte 0 no tensor in a zip file"):
-        read_metadata(path)[0]["rows"].read_rows(0, 2)
+        read_metadata(path)[0]["rows"].read((0, 0), (2, 3))
     dcp.save({"rows": rows}, checkpoint_id=path, no_dist=True)
     stored = pickle.loads((path / ".metadata").read_bytes())
     stored.state_dict_metadata["rows"].size = torch.Size([4, 3])
     stored.state_dict_metadata["rows"].chunks *= 2
     (path / ".metadata").write_bytes(pickle.dumps(stored))
     with pytest.raises(CheckpointError, match="chunks of a tensor are missing"):
-        read_metadata(path)[0]["rows"].read_rows(0, 4)
+        read_metadata(path)[0]["rows"].read((0, 0), (4, 3))

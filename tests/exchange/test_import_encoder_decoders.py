@@ -15,6 +15,7 @@ from moesaic.exchange.families import FAMILIES
 from moesaic.exchange.import_model import import_model
 from moesaic.exchange.tensor_table import source_shapes
 from moesaic.model.beam_search import Beam, Greedy
+from moesaic.serve import score
 from moesaic.serve.translator import Translator
 
 NLLB = {
@@ -122,6 +123,16 @@ def test_a_generation_config_is_the_default_of_translate_and_survives_an_export(
     usual = translator.search
     greedy = Greedy(no_repeat_ngram_size=4)
     assert used == [usual, usual.replace(size=2, length_penalty=1.0), greedy]
+    used.clear()
+    monkeypatch.setattr(
+        score, "evaluate", lambda systems, **_: used.append(systems["model"]._search) or 1 / 0
+    )
+    (tmp_path / "pairs.tsv").write_text("abc\tabc\n")
+    words = ["eval", str(tmp_path / "ours"), "--pairs", str(tmp_path / "pairs.tsv"), *words[2:]]
+    for more in ([], ["--beam", "2"], ["--beam", "1"]):
+        with pytest.raises(ZeroDivisionError):
+            main([*words, *more])
+    assert used == [usual, Beam(size=2), Greedy()]
 
 
 def test_every_end_of_a_list_ends_an_answer(tmp_path):

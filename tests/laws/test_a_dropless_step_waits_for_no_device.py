@@ -4,6 +4,11 @@ On a GPU the host waits wherever it reads a value or a size that depends on one.
 here: keep the value on the device, or state why the host needs it.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
 import torch
 
 from cost_counters import HostReads
@@ -19,13 +24,18 @@ from moe.variants import (
     mixture,
     run,
 )
-from moesaic.distributed.forked_ranks import run_cases_on_ranks
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.distributed.forked_ranks import RankError, run_cases_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
+from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.tier import HostMemory
 from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import TopK
-from moesaic.optim.optimizer import Muon
+from moesaic.optim.master_weights import StochasticRounding
+from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert_dispatch import (
     AdaptiveExperts,
@@ -33,27 +43,38 @@ from moesaic.parallel.expert_dispatch import (
     ChunkedAllToAll,
     HierarchicalAllToAll,
 )
+from moesaic.parallel.low_rank_adaptation import LoRA
+from moesaic.parallel.precision import BFloat16, BFloat16Autocast
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
+from moesaic.train.bad_steps import SkipSpikes
+from moesaic.train.loop import training_loop
+from moesaic.train.run import LogConfig
+from moesaic.train.run_training import standard_hooks
+from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.training_hooks import Hook
 
 MICRO_BATCHES, LAYERS = 2, 2
-ON_THE_HOST = {  # reads of tensors that are in host memory on a GPU as well
+CALLS = LAYERS * MICRO_BATCHES
+MOE = MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(), RouterZLoss()))
+HOST = HostMemory()
+ON_THE_HOST = {  # reads of batches, which are in host memory on a GPU as well
     "data/batch.py:num_tokens": 2 * MICRO_BATCHES,
-    "nn/packing.py:from_mask": 2 * MICRO_BATCHES,  # of the lengths before they are copied
-    "train/step.py:forward_backward": 1,  # the predictions of all ranks
+    "data/batch.py:num_predicted": 2 * MICRO_BATCHES,
+    "model/head.py:select": MICRO_BATCHES,
+    "nn/packing.py:from_mask": 2 * MICRO_BATCHES,
 }
 ON_A_CPU = {
     "ops/cpu/cpu_moe_kernel.py:__call__",
     "ops/cpu/cpu_moe_kernel.py:_sort_edges",
     "ops/grouped_gemm.py:expert_slices",
     "optim/update_rules.py:<listcomp>",
+    "optim/named_optimizer.py:_float32_values",  # a copy in host memory of what is there
 }
 WAITS = {
-    # which states are read: once before a step on the host, once in forward
-    "data/batch.py:num_predicted": 2 * MICRO_BATCHES,
-    "model/head.py:select": MICRO_BATCHES,
     "parallel/parallel_model.py:clip_gradients": 1,  # whether the step is skipped
+    # of a sum that was begun before that, in this step and in the one before it
+    "train/loop.py:training_loop": 2,
 }
-CALLS = LAYERS * MICRO_BATCHES
 # A dispatch waits once a call, an adaptive one once more to choose; other reads are on the host.
 SIZES = {
     AllToAll(): {"moe/all_to_all_dispatcher.py:_plan": CALLS},
@@ -69,37 +90,87 @@ SIZES = {
         "moe/all_to_all_dispatcher.py:_plan": CALLS,
     },
 }
+SPANS = {"parallel/context_parallel.py:_token_spans": 4 * MICRO_BATCHES}  # of a host's packing
+AWAY = MemoryPlan(optimizer_states=HOST, gradients=HOST)
+ONE_PROCESS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "Muon": ({}, {}),
+    "AdamW": ({"optimizer": AdamW()}, {}),
+    "bfloat16": ({"precision": BFloat16()}, {}),
+    "rounded at random": ({"precision": BFloat16(master=StochasticRounding())}, {}),
+    "autocast": ({"precision": BFloat16Autocast()}, {}),
+    "an adapter": ({"trainable": LoRA(rank=2)}, {}),
+    "recomputed": ({"parallel": ParallelConfig(activation_checkpointing=CheckpointBlocks())}, {}),
+    "spikes": ({"spikes": SkipSpikes()}, {"train/trainer.py:_global_loss": 1}),
+    "states on the host": ({"parallel": ParallelConfig(memory=AWAY)}, {}),
+}
+TWO_RANKS: dict[str, tuple[ParallelConfig, dict[str, int]]] = {
+    "data": (ParallelConfig(), {}),
+    "ZeRO 1": (ParallelConfig(plan=ParallelPlan(zero=1)), {}),
+    "ZeRO 2": (ParallelConfig(plan=ParallelPlan(zero=2)), {}),
+    "ZeRO 3": (ParallelConfig(plan=ParallelPlan(zero=3)), {}),
+    "tensor": (
+        ParallelConfig(plan=ParallelPlan(tensor=2)),
+        SPANS | {"model/head.py:<genexpr>": 2 * MICRO_BATCHES},
+    ),
+    "context": (
+        ParallelConfig(plan=ParallelPlan(context=2)),
+        SPANS | {"model/head.py:<genexpr>": MICRO_BATCHES},
+    ),
+    **{
+        type(dispatch).__name__: (
+            ParallelConfig(plan=ParallelPlan(expert=2), dispatch=dispatch),
+            sizes,
+        )
+        for dispatch, sizes in SIZES.items()
+    },
+}
 
 
-def _reads(parallel: ParallelConfig) -> dict[str, int]:
+class _SecondStep(Hook):
+    """Counts the reads of the second step and of all hooks after it: the first selects kernels."""
+
+    def __init__(self) -> None:
+        self.reads = HostReads()
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        del trainer
+        if report.step == 1:
+            self.reads.__enter__()
+
+    def after_run(self, trainer: Trainer) -> None:
+        del trainer
+        self.reads.__exit__(None, None, None)
+
+
+def _reads(changes: dict[str, Any]) -> dict[str, int]:
+    """Return the reads of a step of a run with its usual hooks, of which none is due."""
     world: World = ProcessGroupWorld() if torch.distributed.is_initialized() else SingleProcess()
-    moe = MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(), RouterZLoss()))
-    trainer = tiny_trainer(
-        tiny_run(
-            model=tiny_model_config(moe=moe),
-            optimizer=Muon(lr=0.01),
-            parallel=parallel,
-            clip_norm=0.1,
-            gradient_accumulation_steps=MICRO_BATCHES,
-        ),
-        world=world,
-    )
-    trainer.train_step()  # the first one selects kernels
-    with HostReads() as reads:
-        trainer.train_step()
-    return {place: n for place, n in reads.places.items() if place not in ON_A_CPU}
+    base: dict[str, Any] = {
+        "model": tiny_model_config(moe=MOE),
+        "optimizer": Muon(lr=0.01),
+        "clip_norm": 0.1,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "log": LogConfig(every=100, routing_stats_every=100),
+    }
+    trainer, second = tiny_trainer(tiny_run(**base | changes), world=world), _SecondStep()
+    with TemporaryDirectory() as folder:
+        hooks = standard_hooks(trainer, run_dir=RunDir(Path(folder)))
+        training_loop(trainer, hooks=[*hooks, second], until=2)
+    return {place: n for place, n in second.reads.places.items() if place not in ON_A_CPU}
 
 
-def test_a_dropless_step_waits_for_no_device() -> None:
-    assert _reads(ParallelConfig()) == ON_THE_HOST | WAITS
+@pytest.mark.parametrize("name", ONE_PROCESS)
+def test_a_dropless_step_waits_for_no_device(name: str) -> None:
+    changes, more = ONE_PROCESS[name]
+    assert _reads(changes) == ON_THE_HOST | WAITS | more
 
 
-def test_a_dispatch_waits_for_no_device_but_for_the_sizes_that_it_sends() -> None:
-    plans = [ParallelConfig(plan=ParallelPlan(expert=2), dispatch=dispatch) for dispatch in SIZES]
-    for found, (dispatch, sizes) in zip(
-        run_cases_on_ranks(2, _reads, plans), SIZES.items(), strict=True
-    ):
-        assert found[0] == ON_THE_HOST | WAITS | sizes, dispatch
+def test_a_rank_waits_for_no_device_but_for_the_sizes_that_it_sends() -> None:
+    plans = [{"parallel": parallel} for parallel, _ in TWO_RANKS.values()]
+    found = run_cases_on_ranks(2, _reads, plans)
+    for reads, (name, (_, more)) in zip(found, TWO_RANKS.items(), strict=True):
+        assert not isinstance(reads, RankError), reads
+        assert reads[0] == ON_THE_HOST | WAITS | more, name
 
 
 RULES = {

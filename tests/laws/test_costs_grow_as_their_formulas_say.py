@@ -57,7 +57,17 @@ from moesaic.planner.machine import find_machine
 from moesaic.planner.measured_step import MeasuredPart
 from moesaic.planner.plan_report import PlanRequest, plan_model
 from moesaic.testing.tiny_models import tiny_model_config
-from step_costs import VALUES_AT_ONCE, WEIGHTS, files_hashed, read_bytes, start_bytes, step_laws
+from step_costs import (
+    OPEN_AT_ONCE,
+    VALUES_AT_ONCE,
+    WEIGHTS,
+    files_hashed,
+    files_read_at_once,
+    read_bytes,
+    start_bytes,
+    step_laws,
+)
+from text_costs import texts_laws
 
 SLACK = 0.1
 
@@ -287,6 +297,13 @@ LAWS: dict[str, CostLaw] = {
     "bytes that a rank of n reads of a checkpoint": CostLaw(
         read_bytes, lambda n: WEIGHTS / n, size=2
     ),
+    "bytes that a rank of n reads of a checkpoint of two ranks": CostLaw(
+        partial(read_bytes, written_by=2), lambda n: WEIGHTS / n, size=4
+    ),
+    "files that are open while a checkpoint of n ranks is read": CostLaw(
+        files_read_at_once, lambda _: OPEN_AT_ONCE, size=4
+    ),
+    **texts_laws(),
     "files that n ranks hash before they read a checkpoint": CostLaw(
         files_hashed, lambda _: 2, size=2
     ),
@@ -301,3 +318,18 @@ def test_costs_grow_as_their_formulas_say(name: str) -> None:
         counted, formula = law.count(size), law.formula(size)
         assert counted <= (1 + SLACK) * formula, f"{name}: at {size}"
         assert counted >= formula / 2, f"{name}: the formula is loose at {size}"
+
+
+SIZES = ("ranks", "texts", "languages", "experts", "micro-batches", "words")
+QUANTITIES = ("operations", "bytes sent", "bytes held", "messages", "files")
+
+
+def test_every_size_has_a_law_of_every_quantity() -> None:
+    names = [name.replace("_", "-") for name in LAWS]
+    missing = [
+        (quantity, size)
+        for quantity in QUANTITIES
+        for size in SIZES
+        if not any(name.startswith(quantity) and f"n {size}" in name for name in names)
+    ]
+    assert missing == []

@@ -1,12 +1,15 @@
 """Law: however many ranks share a batch, the loss, its parts and its gradients are the same."""
 
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
 import pytest
 import torch
 
 from head_cases import HEADS, head_batch
 from head_cases import LABELS as HEAD_LABELS
 from moe.variants import BALANCES, balanced
-from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.distributed.forked_ranks import RankError, run_cases_on_ranks, run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.adaptive_auxiliary_losses import NullBalance
@@ -148,48 +151,59 @@ def _train_head(world: World, name: str) -> Outcome:
     return [metrics.compute_and_reset(world)], grads
 
 
+def _outcomes(size: int, run: Callable[[str], Outcome], names: Sequence[str]) -> Iterator[Outcome]:
+    """Yield the outcome of each rank for each name in turn; the ranks are forked once."""
+    for name, ranks in zip(names, run_cases_on_ranks(size, run, names), strict=True):
+        assert not isinstance(ranks, RankError), f"{name}: {ranks}"
+        yield from ranks
+
+
 def _head_on_rank(name: str) -> Outcome:
     return _train_head(ProcessGroupWorld(), name)
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_data_parallel_ranks_give_the_same_loss_of_every_head(name: str) -> None:
-    (expected,), grads = _train_head(SingleProcess(), name)
-    assert any(key.startswith("train/loss/class/") for key in expected)
-    for (row,), rank_grads in run_on_ranks(2, _head_on_rank, name):
-        assert row == pytest.approx(expected, rel=1e-5, abs=1e-8)
-        for parameter, grad in grads.items():
-            torch.testing.assert_close(
-                rank_grads[parameter], grad, rtol=1e-4, atol=1e-6, msg=parameter
-            )
+def test_data_parallel_ranks_give_the_same_loss_of_every_head() -> None:
+    outcomes = _outcomes(2, _head_on_rank, list(HEADS))
+    for name in HEADS:
+        (expected,), grads = _train_head(SingleProcess(), name)
+        assert any(key.startswith("train/loss/class/") for key in expected)
+        for (row,), rank_grads in islice(outcomes, 2):
+            assert row == pytest.approx(expected, rel=1e-5, abs=1e-8), name
+            for parameter, grad in grads.items():
+                message = f"{name}: {parameter}"
+                torch.testing.assert_close(
+                    rank_grads[parameter], grad, rtol=1e-4, atol=1e-6, msg=message
+                )
 
 
-def _on_rank(moe: SparseLayer, rows: int) -> Outcome:
-    return _train(ProcessGroupWorld(), moe, rows)
+def _on_rank(variant: str, rows: int = 8) -> Outcome:
+    return _train(ProcessGroupWorld(), VARIANTS[variant], rows)
 
 
 # sums over ranks are of any number: two ranks for every rule, four for those whose order matters
-CASES = [(2, name) for name in VARIANTS] + [
-    (size, name)
-    for size, names in (
-        (1, ("top1-balance-z",)),
-        (4, ("by-weight", "random-token-selection", "deepseek-v3", "adaptive", "recurrent")),
-    )
-    for name in names
-]
+CASES = {
+    1: ["top1-balance-z"],
+    2: list(VARIANTS),
+    4: ["by-weight", "random-token-selection", "deepseek-v3", "adaptive", "recurrent"],
+}
 
 
-@pytest.mark.parametrize(("size", "variant"), CASES)
-def test_data_parallel_ranks_give_the_same_loss(size: int, variant: str) -> None:
-    losses, grads = _train(SingleProcess(), VARIANTS[variant], 8)
-    for history, rank_grads in run_on_ranks(size, _on_rank, VARIANTS[variant], 8):
-        for expected, row in zip(losses, history, strict=True):
-            assert row == pytest.approx(expected, rel=1e-6, abs=1e-9)
-        for name, grad in grads.items():
-            torch.testing.assert_close(rank_grads[name], grad, rtol=2e-4, atol=1e-6, msg=name)
+@pytest.mark.parametrize("size", CASES)
+def test_data_parallel_ranks_give_the_same_loss(size: int) -> None:
+    outcomes = _outcomes(size, _on_rank, CASES[size])
+    for variant in CASES[size]:
+        losses, grads = _train(SingleProcess(), VARIANTS[variant], 8)
+        for history, rank_grads in islice(outcomes, size):
+            for expected, row in zip(losses, history, strict=True):
+                assert row == pytest.approx(expected, rel=1e-6, abs=1e-9), variant
+            for name, grad in grads.items():
+                message = f"{variant}: {name}"
+                torch.testing.assert_close(
+                    rank_grads[name], grad, rtol=2e-4, atol=1e-6, msg=message
+                )
 
 
 def test_a_rank_without_rows_gives_the_same_loss() -> None:
     losses, _ = _train(SingleProcess(), BALANCED_TOP1, 3)
-    for history, _ in run_on_ranks(4, _on_rank, BALANCED_TOP1, 3):
+    for history, _ in run_on_ranks(4, _on_rank, "top1-balance-z", 3):
         assert history[-1] == pytest.approx(losses[-1], rel=1e-6, abs=1e-9)

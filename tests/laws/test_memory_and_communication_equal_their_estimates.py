@@ -81,7 +81,10 @@ def _group_names(mesh: Mesh) -> dict[str, str]:
 
 
 def _step() -> dict[str, tuple[list[int], Lines, dict[str, str]]]:
-    """Take a step under every plan; return memory, communication and the names of groups."""
+    """Take a step of two micro-batches under every plan.
+
+    Returns memory, communication and the names of groups.
+    """
     rank, results = distributed.get_rank(), {}
     for name, (config, parallel_config, trainable) in REAL.items():
         model = Transformer(with_round_robin_routing(config))
@@ -92,10 +95,11 @@ def _step() -> dict[str, tuple[list[int], Lines, dict[str, str]]]:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(trainable.includes(path))
         with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
-            parallel_model.before_backward(last=True)
-            output = model(dummy_batch(config, SIZES))
-            terms = [value for record in output.records for value in record.losses.values()]
-            torch.stack([model.loss(output).total, *terms]).sum().backward()
+            for last in (False, True):
+                parallel_model.before_backward(last=last)
+                output = model(dummy_batch(config, SIZES))
+                terms = [value for record in output.records for value in record.losses.values()]
+                torch.stack([model.loss(output).total, *terms]).sum().backward()
             parallel_model.sum_gradients()
         optimizer = AdamW().build(model.named_parameters(), kinds=model.parameter_kinds())
         optimizer.step()
@@ -120,6 +124,7 @@ def test_memory_and_communication_of_real_ranks_equal_their_estimates() -> None:
                 parallel=parallel_config,
                 world=4,
                 sizes=SIZES,
+                micro_batches=2,
                 trainable=trainable,
             )
             cost = step_cost(case, rank=rank)

@@ -8,7 +8,8 @@ from plan_cases import small_plan_model, small_space
 
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST
 from moesaic.planner.machine import Machine, find_machine
-from moesaic.planner.plan_model import Limits, PlanForecast, PlanModel
+from moesaic.planner.plan_forecast import Limits, PlanForecast
+from moesaic.planner.plan_model import PlanModel
 from moesaic.planner.plan_space import GRADIENTS_ON_HOST, RESIDENT, STREAMED, CompletePlan
 from moesaic.planner.search import search
 

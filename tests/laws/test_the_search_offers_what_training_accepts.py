@@ -20,7 +20,7 @@ from moesaic.parallel.sparse_adaptation import SpIEL
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST
 from moesaic.planner.cost_settings import CostSettings
-from moesaic.planner.plan_model import Limits
+from moesaic.planner.plan_forecast import Limits
 from moesaic.planner.plan_report import PlanRequest, training_problems
 from moesaic.planner.plan_space import GRADIENTS_ON_HOST, RESIDENT, STREAMED, CompletePlan
 from moesaic.planner.search import search

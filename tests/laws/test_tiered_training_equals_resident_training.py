@@ -9,14 +9,24 @@ import errno
 import os
 from collections import Counter
 from pathlib import Path
+from threading import Event
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
+from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, copy_to_host
+from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.distributed.forked_ranks import run_on_ranks
-from moesaic.memory.disk_store import DiskFullError
+from moesaic.memory.disk_store import DiskFullError, DiskStore
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.optim.gradients import TieredGradients
+from moesaic.parallel.activation_checkpointing import (
+    CheckpointBlocks,
+    CheckpointBranches,
+    CheckpointCheapOperations,
+)
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.step_cost import step_cost
@@ -98,7 +108,13 @@ def _forecast_moves(run: Run, *, ranks: int, rank: int) -> Counter[tuple[str, st
 
 @pytest.mark.parametrize(
     ("plan", "accumulation"),
-    [("one process", 1), ("one process, Muon", 2), ("data", 3), ("pipeline", 2)],
+    [
+        ("one process", 1),
+        ("one process, Muon", 2),
+        ("data", 3),
+        ("pipeline", 2),
+        ("one process, 8-bit", 1),
+    ],
 )
 def test_the_bytes_between_tiers_are_those_of_the_forecast(plan: str, accumulation: int) -> None:
     changes = {"gradient_accumulation_steps": accumulation}
@@ -109,6 +125,8 @@ def test_the_bytes_between_tiers_are_those_of_the_forecast(plan: str, accumulati
         gradients, tier = trainer.parallel_model.gradients, trainer.optimizer.tier
         assert isinstance(gradients, TieredGradients)
         assert tier is not None
+        assert isinstance(tier.store, DiskStore)
+        assert 0 < tier.store.peak_in_flight <= TIERS["disk"].in_flight_bytes
         weights = trainer.optimizer.updated_weights.moved
         counts = (gradients.store.moved, tier.store.moved, weights)
         return gradients.left.written, *(n for each in counts for n in (each.fetched, each.written))
@@ -144,6 +162,7 @@ def _resumed_differences(plan: str, tiers: tuple[str, str], folder: Path) -> lis
         ("one process", ("weights on disk", "all away")),
         ("ZeRO 3, Muon", ("disk", "gradients on host")),
         ("experts without copies", ("states on host", "disk")),
+        ("ZeRO 3, 8-bit", ("disk", "gradients on host")),
     ],
 )
 def test_a_run_resumed_into_another_tier_equals_resident_training(
@@ -151,3 +170,62 @@ def test_a_run_resumed_into_another_tier_equals_resident_training(
 ) -> None:
     for found in run_on_ranks(PLANS[plan][0], _resumed_differences, plan, tiers, tmp_path):
         assert found == []
+
+
+def _saved_while_steps_go_on(plan: str, tier: str, folder: Path) -> tuple[list[str], bool]:
+    """Write a checkpoint of step 1 after step 3 has changed everything, and resume from it."""
+    trainer, later = trainer_of(plan, TIERS[tier]), Event()
+    write = CheckpointSaver._write
+
+    def write_later(*given: Any) -> Path:
+        later.wait()
+        return write(*given)
+
+    trainer.train_step()
+    saver = CheckpointSaver(folder, world=trainer.world)
+    with patch.object(CheckpointSaver, "_write", write_later):
+        snapshot = trainer.snapshot()
+        assert isinstance(snapshot, RankSnapshot)
+        held = snapshot.files["optimizer"], copy_to_host(snapshot)["optimizer"]
+        in_place = all(held[0][name] is held[1][name] for _, name in snapshot.frozen)
+        saver.save_async(snapshot, retention=RetentionPolicy())
+        del snapshot, held
+        trainer.train_step()
+        trainer.train_step()
+        later.set()
+        saver.close()
+    other = trainer_of(plan, RESIDENT)
+    other.load_checkpoint(folder / "step-00000001")
+    found = train(other, steps=1).differences(train(trainer_of(plan, RESIDENT), steps=2))
+    return [name for name in found if name != "metrics"], in_place
+
+
+@pytest.mark.parametrize("tier", ["disk", "all away"])
+def test_a_checkpoint_that_is_written_while_steps_go_on_is_that_of_its_step(
+    tier: str, tmp_path: Path
+) -> None:
+    plan = "experts without copies"
+    for found, in_place in run_on_ranks(2, _saved_while_steps_go_on, plan, tier, tmp_path):
+        assert found == []
+        assert in_place  # states of a tier are not copied into memory
+
+
+CHECKPOINTED = [
+    CheckpointBlocks(),
+    CheckpointBranches(branches=("mixer", "moe")),
+    CheckpointCheapOperations(),
+]
+
+
+def _differences_when_checkpointed(plan: str, tier: str) -> list[list[str]]:
+    resident = train(trainer_of(plan, RESIDENT), steps=STEPS)
+    parallel = run_of(plan, TIERS[tier]).parallel
+    runs = [parallel.replace(activation_checkpointing=each) for each in CHECKPOINTED]
+    trainers = [trainer_of(plan, TIERS[tier], parallel=each) for each in runs]
+    return [train(trainer, steps=STEPS).differences(resident) for trainer in trainers]
+
+
+def test_activations_that_are_recomputed_or_offloaded_change_nothing_on_a_tier() -> None:
+    plan = "ZeRO 3, experts without copies"
+    for found in run_on_ranks(2, _differences_when_checkpointed, plan, "late, all away"):
+        assert found == [[]] * len(CHECKPOINTED)

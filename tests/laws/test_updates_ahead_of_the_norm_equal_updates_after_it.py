@@ -82,6 +82,7 @@ def _differences(plan: str, tier: str, then: str, folder: Path) -> tuple[list[st
         ("one process, Muon", "ahead on host", "ahead on disk"),
         ("data", "ahead on host", "ahead, late, all away"),
         ("ZeRO 3, Muon", "ahead on host", "host"),
+        ("one process, 8-bit", "ahead on disk", "ahead, late, all away"),
     ],
 )
 def test_updates_ahead_of_the_norm_equal_updates_after_it(
@@ -103,9 +104,16 @@ def test_updates_that_could_not_run_ahead_are_refused() -> None:
         check_parallel(Transformer.without_values(MODEL), parallel=parallel, plan=parallel.plan)
 
 
-@pytest.mark.parametrize("tier", ["ahead on host", "ahead on disk"])
-def test_the_memory_of_old_values_is_that_of_the_forecast(tier: str) -> None:
-    run = run_of("one process, Muon", TIERS[tier])
+@pytest.mark.parametrize(
+    ("plan", "tier"),
+    [
+        ("one process, Muon", "ahead on host"),
+        ("one process, Muon", "ahead on disk"),
+        ("one process, 8-bit", "ahead on host"),
+    ],
+)
+def test_the_memory_of_old_values_is_that_of_the_forecast(plan: str, tier: str) -> None:
+    run = run_of(plan, TIERS[tier])
     settings = CostSettings(
         model=run.model,
         parallel=run.parallel,
@@ -113,5 +121,5 @@ def test_the_memory_of_old_values_is_that_of_the_forecast(tier: str) -> None:
         sizes=BatchDims(rows=1, source=4, target=4),
         device="cpu",
     )
-    held = trainer_of("one process, Muon", TIERS[tier]).run_ahead.num_bytes
+    held = trainer_of(plan, TIERS[tier]).run_ahead.num_bytes
     assert step_cost(settings).held_bytes(purpose=Purpose.OVERWRITTEN) == held

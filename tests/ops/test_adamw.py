@@ -1,6 +1,5 @@
 """AdamW's kernels agree bit for bit, and a tensor updated in parts equals one updated whole."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -45,9 +44,9 @@ def problems():
         problem(1, step=9),
         problem(40_001, grad_dtype=torch.bfloat16, rounds=True, grad_scale=0.3),
         problem(3, 33, rounds=True),
-        replace(transposed, grad=transposed.grad.T.contiguous().T),
+        transposed._replace(grad=transposed.grad.T.contiguous().T),
         problem(64, grad_dtype=torch.bfloat16, step=1000),
-        replace(problem(2_000), grad=torch.zeros(2_000)),
+        problem(2_000)._replace(grad=torch.zeros(2_000)),
     ]
 
 
@@ -66,7 +65,7 @@ def test_numbers_that_are_not_finite_and_overflows_are_the_same():
     extreme = [float("nan"), float("inf"), -float("inf"), 1e30, 1e-30, -1e-42, 0.0]
     made = []
     for kernel in KERNELS.values():
-        tensor = replace(problem(7, rounds=True), grad=torch.tensor(extreme))
+        tensor = problem(7, rounds=True)._replace(grad=torch.tensor(extreme))
         kernel([tensor])
         made.append(values(tensor))
     for a, b in zip(*made, strict=True):
@@ -83,18 +82,18 @@ def test_a_tensor_updated_in_parts_equals_one_updated_whole(name):
     cuts = (0, 1, 13, 500, 1_003)
     for start, end in pairwise(cuts):
         tensors = {n: t[start:end] for n, t in state(parts).items()}
-        kernel([replace(parts, grad=parts.grad[start:end], **tensors)])
+        kernel([parts._replace(grad=parts.grad[start:end], **tensors)])
     for a, b in zip(values(whole), values(parts), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "foreach"])
 def test_torchs_adamw_differs_by_less_than_a_millionth_after_a_hundred_steps(fused):
-    ours, theirs = (replace(problem(999), exp_avg_sq=torch.ones(999)) for _ in range(2))
+    ours, theirs = (problem(999)._replace(exp_avg_sq=torch.ones(999)) for _ in range(2))
     step, make = torch.zeros(()), torch.Generator().manual_seed(1)
     for number in range(1, 101):
         grad = torch.randn(999, generator=make)
-        adamw_by_operations([replace(ours, grad=grad, factors=SETTINGS.factors(number))])
+        adamw_by_operations([ours._replace(grad=grad, factors=SETTINGS.factors(number))])
         adamw(
             [theirs.param], [grad], [theirs.exp_avg], [theirs.exp_avg_sq], [], [step],
             fused=fused, foreach=not fused, amsgrad=False, maximize=False,

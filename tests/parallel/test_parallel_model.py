@@ -1,5 +1,6 @@
 """Muon's update of a sharded matrix is that of the full matrix."""
 
+import pytest
 import torch
 
 from moesaic.core.shapes import Tensor
@@ -13,18 +14,21 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.sharding_plan import write_shard
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 
-PLANS = [
-    ParallelPlan(),
-    ParallelPlan(tensor=2, expert=2),
-    ParallelPlan(zero=3, expert=2),
-    ParallelPlan(zero=2, tensor=2, expert_tensor=2),
-    ParallelPlan(zero=1, expert=1),
-]
+PLANS = {
+    2: [
+        ParallelPlan(),
+        ParallelPlan(tensor=2, expert=2),
+        ParallelPlan(zero=3, expert=2),
+        ParallelPlan(zero=2, tensor=2, expert_tensor=2),
+        ParallelPlan(zero=1, expert=1),
+    ],
+    5: [ParallelPlan(zero=1)],  # a rank has none of them
+}
 
 
-def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
+def _weights(plan: ParallelPlan, experts: int) -> dict[str, Tensor]:
     world: World = ProcessGroupWorld() if torch.distributed.is_initialized() else SingleProcess()
-    model = tiny_model_config(moe=MoE(experts=2, select=TopK(k=2)))
+    model = tiny_model_config(moe=MoE(experts=experts, select=TopK(k=2)))
     run = tiny_run(model=model, optimizer=Muon(lr=0.01), parallel=ParallelConfig(plan=plan))
     trainer = tiny_trainer(run, world=world)
     for _ in range(2):
@@ -42,13 +46,15 @@ def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
     return weights
 
 
-def _all_plans() -> list[dict[str, Tensor]]:
-    return [_weights(plan) for plan in PLANS]
+def _all_plans(experts: int) -> list[dict[str, Tensor]]:
+    return [_weights(plan, experts) for plan in PLANS[experts]]
 
 
-def test_muon_of_sharded_matrices_is_muon_of_full_matrices() -> None:
-    expected = _weights(ParallelPlan())
-    for plan, weights in zip(PLANS, run_on_ranks(4, _all_plans, timeout_s=120)[0], strict=True):
+@pytest.mark.parametrize("experts", PLANS)
+def test_muon_of_sharded_matrices_is_muon_of_full_matrices(experts: int) -> None:
+    expected = _weights(ParallelPlan(), experts)
+    sharded, *_ = run_on_ranks(4, _all_plans, experts, timeout_s=120)
+    for plan, weights in zip(PLANS[experts], sharded, strict=True):
         for name, value in expected.items():
             torch.testing.assert_close(
                 weights[name], value, rtol=1e-4, atol=1e-5, msg=f"{plan} {name}"

@@ -49,7 +49,7 @@ def _all_cases(ranks: int) -> dict[str, Outcome]:
     return outcomes | tiled
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [3, 4])  # two: the law of context-parallel ranks
 def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
     results = run_on_ranks(ranks, _all_cases, ranks)
     assert len(results[0]) == 2 * len(CASES) + len(TILED)

@@ -5,13 +5,16 @@ import pytest
 from plan_cases import small_model
 
 from moesaic.distributed.parallel_plan import ParallelPlan
-from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.model.parameter_flop_count import BatchDims
+from moesaic.optim.optimizer import AdamW, EightBitStates, Muon
 from moesaic.parallel.communication_volume import gradient_communication
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Float32
 from moesaic.parallel.trainable_parameters import AllParameters, MatchingParameters
+from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.state_bytes import PlanKey, ShardedState
+from moesaic.planner.step_memory import state_bytes
 
 INVENTORY = ParameterInventory(small_model())
 PLANS = [
@@ -23,7 +26,11 @@ PLANS = [
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.acronym()}-{p.zero}-{p.tensor}")
-@pytest.mark.parametrize("optimizer", [AdamW(), Muon()], ids=["adamw", "muon"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [AdamW(), Muon(), AdamW(states=EightBitStates(block=2))],
+    ids=["adamw", "muon", "8-bit"],
+)
 def test_counted_classes_hold_the_values_of_every_parameter(plan: ParallelPlan, optimizer):
     state = ShardedState(INVENTORY, optimizer=optimizer, each=Float32())
     rank = INVENTORY.on_rank(ParallelConfig(plan=plan), world=8)
@@ -32,6 +39,9 @@ def test_counted_classes_hold_the_values_of_every_parameter(plan: ParallelPlan, 
     found = state.of_plan(key)
     assert found.values == values
     assert found.weights == found.gradients == 4 * values
+    settings = CostSettings(model=small_model(), optimizer=optimizer, sizes=BatchDims(1, 1, 1))
+    exact = state_bytes(rank, settings)
+    assert abs(found.states - exact.states) <= exact.counters + len(rank.shards)
     assert state.values == sum(math.prod(p.placement.shape) for p in INVENTORY.parameters)
 
 

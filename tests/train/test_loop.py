@@ -7,8 +7,13 @@ from threading import Thread
 
 import pytest
 
+from moesaic.distributed.forked_ranks import run_cases_on_ranks
+from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train import loop as stop_module
-from moesaic.train.loop import StopRequest
+from moesaic.train.loop import StopRequest, training_loop
+from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.training_hooks import Hook
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +62,20 @@ def test_no_signal_is_handled_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+class _SignalOnLastRank(Hook):
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if report.step == 2 and trainer.world.rank == trainer.world.size - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _stopped_at(_: object) -> tuple[str, int]:
+    trainer = tiny_trainer(tiny_run(), world=ProcessGroupWorld())
+    reason = training_loop(trainer, hooks=[_SignalOnLastRank()], until=9)
+    return reason, trainer.step
+
+
+def test_all_ranks_stop_at_the_same_step_where_one_gets_a_signal() -> None:
+    (found,) = run_cases_on_ranks(2, _stopped_at, [None])
+    assert found == [("SIGINT", 3), ("SIGTERM", 3)]

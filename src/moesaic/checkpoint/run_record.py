@@ -148,6 +148,13 @@ def hash_weights(run: RunDir, *, expected: str | None) -> str:
     return found
 
 
+def checked_weights_hash(run: RunDir) -> str:
+    """Return the hash of the weights of a run that ``require_unchanged`` has just hashed."""
+    record = read_run_record(run)
+    entry = record.files.get(run.model.name) if record else None
+    return hash_weights(run, expected=None) if entry is None else entry.sha256
+
+
 def require_plugins(run: RunDir) -> None:
     """Raise CheckpointError that names each plug-in of the run that is not loaded."""
     if run.record.exists() and (record := read_run_record(run)) is not None:

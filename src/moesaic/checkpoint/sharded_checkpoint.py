@@ -38,7 +38,14 @@ from moesaic.checkpoint.full_checkpoint import (
     unreadable_after,
 )
 from moesaic.checkpoint.manifest import file_problems, raise_if_damaged, read_manifest
-from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock, ShardFiles, as_shard
+from moesaic.checkpoint.snapshot import (
+    RankSnapshot,
+    Shard,
+    ShardBlock,
+    ShardFiles,
+    TensorOrShard,
+    as_shard,
+)
 from moesaic.checkpoint.stored_weights import reject_pickles
 from moesaic.core.errors import CheckpointError
 from moesaic.distributed.rank0 import run_on_rank0
@@ -135,11 +142,15 @@ def load_verified(path: Path, *, into: ShardFiles, world: World) -> dict[str, An
     return read_verified_state(path)
 
 
-def copy_to_host(files: ShardFiles) -> ShardFiles:
-    """Return a copy of a rank's shards in host memory."""
+def copy_to_host(snapshot: RankSnapshot) -> ShardFiles:
+    """Return copies of a rank's shards in host memory; what is frozen is not copied."""
+
+    def kept(file: str, name: str, tensor: TensorOrShard) -> TensorOrShard:
+        return tensor if (file, name) in snapshot.frozen else _copy_shard(as_shard(tensor))
+
     return {
-        file: {name: _copy_shard(as_shard(tensor)) for name, tensor in tensors.items()}
-        for file, tensors in files.items()
+        file: {name: kept(file, name, tensor) for name, tensor in tensors.items()}
+        for file, tensors in snapshot.files.items()
     }
 
 
@@ -226,7 +237,7 @@ class CheckpointSaver:
         """Copy the state and write it in the background; waits for the previous save.
         Collective."""
         self.wait()
-        copy = replace(snapshot, files=copy_to_host(snapshot.files), state=deepcopy(snapshot.state))
+        copy = replace(snapshot, files=copy_to_host(snapshot), state=deepcopy(snapshot.state))
         future: Future[Path] = Future()
         # a daemon: a process that exits must not wait for a rank that is dead
         Thread(target=self._write_into, args=(future, copy, retention), daemon=True).start()

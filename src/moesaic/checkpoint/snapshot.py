@@ -5,7 +5,7 @@ may hold the same block (replicas). A rank may hold several blocks of a tensor (
 split in segments) or none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ class RankSnapshot:
     """The part of a snapshot on one rank: shards, and tensors that are replicated on every rank.
 
     Tensors of other pipeline stages are absent. ``state``, ``expert_parameters`` and ``plan`` are
-    the same on all ranks.
+    the same on all ranks. ``frozen`` are files and tensors in them that no later step changes.
     """
 
     step: int
@@ -100,3 +100,4 @@ class RankSnapshot:
     state: dict[str, Any] = field(default_factory=dict)
     expert_parameters: Mapping[str, int] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
+    frozen: Set[tuple[str, str]] = frozenset()

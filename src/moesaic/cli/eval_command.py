@@ -68,7 +68,10 @@ def evaluate(
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
     split: Annotated[str, typer.Option(help="valid, test or a held-out domain.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="Strings of each.")] = None,
-    beam: Annotated[int, typer.Option(min=1, max=1024, help="Beam size; 1 is greedy.")] = 1,
+    beam: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Beam size (default: the model's; 1: greedy)."),
+    ] = None,
     resamples: Annotated[int, typer.Option(min=10, max=10**6, help="Bootstrap resamples.")] = 1000,
     corpus_folder: CorpusOption = None,
     routes: RoutesOption = None,
@@ -103,7 +106,7 @@ def evaluate(
         choice=DirectionChoice.parse(source, target),
     )
     chosen = wanted.find(evaluated)
-    search = Greedy() if beam == 1 else Beam(size=beam)
+    search = _search_of(beam)
     settings = EvaluationSettings(resamples=resamples)
     summary = _score(run, chosen, search=search, settings=settings)
     if wanted.is_headline and evaluated.trained_on(chosen.tests, chosen.corpus):
@@ -115,8 +118,14 @@ def evaluate(
     return Result(summary.to_dict(), lambda console: _show(summary, console))
 
 
+def _search_of(beam: int | None) -> Search | None:
+    if beam is None:
+        return None
+    return Greedy() if beam == 1 else Beam(size=beam)
+
+
 def _score(
-    run: Path, chosen: TestSelection, *, search: Search, settings: EvaluationSettings
+    run: Path, chosen: TestSelection, *, search: Search | None, settings: EvaluationSettings
 ) -> EvaluationSummary:
     return score_run(
         run,

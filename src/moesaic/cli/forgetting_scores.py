@@ -14,7 +14,11 @@ from moesaic.train.warm_start import WeightsOfRun
 
 
 def write_forgetting(
-    evaluated: EvaluatedRun, *, limit: int | None, search: Search, settings: EvaluationSettings
+    evaluated: EvaluatedRun,
+    *,
+    limit: int | None,
+    search: Search | None,
+    settings: EvaluationSettings,
 ) -> str | None:
     """Write ``forgetting.json`` of a run that started from another one that translates.
 

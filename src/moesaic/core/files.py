@@ -80,10 +80,10 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def removed_on_error(directory: Path) -> Iterator[None]:
-    """Remove a directory, which is whole, if the block finds that it is not what it should be."""
+    """Remove a directory, which is whole, if the block fails or is stopped (Ctrl-C)."""
     try:
         yield
-    except Exception:
+    except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moesaic.core.copies import copy_without_waiting
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 
 IGNORE_LABEL = -100  # torch's ``ignore_index``: outside of any vocabulary
@@ -94,9 +95,10 @@ class InputRows:
 
     def to(self, device: torch.device | str) -> "InputRows":
         """Return the same rows on ``device``."""
-        tag = None if self.tag is None else self.tag.to(device)
+        tag = None if self.tag is None else copy_without_waiting(self.tag, device)
         host = self.lengths if self.lengths.device.type == "cpu" else self.host_lengths
-        return InputRows(self.values.to(device), self.lengths.to(device), tag, host)
+        values = copy_without_waiting(self.values, device)
+        return InputRows(values, copy_without_waiting(self.lengths, device), tag, host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Batch:
     ``groups`` has the label of each row by the name of a grouping: ``task`` indexes the run's
     tasks, ``source_language`` and ``target_language`` its languages. ``key`` identifies each row's
     sample: random bits that are the same for the same draw on any rank. Groups and keys are int64;
-    all tensors are on one device.
+    all tensors are on one device. ``host`` is the batch in host memory that it was copied from.
     """
 
     source: InputRows
@@ -117,6 +119,7 @@ class Batch:
     labels: Tensor
     groups: Mapping[str, Int[Tensor, "B"]]
     key: Int[Tensor, "B"]
+    host: "Batch | None" = None
 
     @property
     def rows(self) -> int:
@@ -144,15 +147,19 @@ class Batch:
             self.labels[rows],
             {name: label[rows] for name, label in self.groups.items()},
             self.key[rows],
+            None if self.host is None or isinstance(rows, torch.Tensor) else self.host.select(rows),
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the same batch on ``device``."""
+        """Return the same batch on ``device``; the host does not wait for the copies."""
+        if self.device == torch.device(device):
+            return self
         return replace(
             self,
             source=self.source.to(device),
             target=self.target.to(device),
-            labels=self.labels.to(device),
-            groups={name: label.to(device) for name, label in self.groups.items()},
-            key=self.key.to(device),
+            labels=copy_without_waiting(self.labels, device),
+            groups={n: copy_without_waiting(label, device) for n, label in self.groups.items()},
+            key=copy_without_waiting(self.key, device),
+            host=self if self.device.type == "cpu" else self.host,
         )

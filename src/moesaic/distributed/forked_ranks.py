@@ -97,8 +97,9 @@ class _ForkedRanks:
                 process.join()
 
     def _fork(self) -> list[BaseProcess]:
-        # torch.optim imports it when first used, which would take each fork seconds
-        importlib.import_module("torch._dynamo")
+        # imported when first used, by torch.optim, ZeRO and pipelines: each fork would take seconds
+        for name in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.pipelining"):
+            importlib.import_module(name)
         context = get_context("fork")
         processes: list[BaseProcess] = [
             context.Process(target=self._run, args=(rank,)) for rank in range(self.world_size)

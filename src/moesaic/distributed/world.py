@@ -161,11 +161,10 @@ def _gradient_buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def with_local_tensor(like: Tensor, local: Tensor) -> Tensor:
     """Return a DTensor that is placed as ``like``, with another local part; or ``local`` itself."""
-    module: Any = sys.modules.get("torch.distributed.tensor")
     given: Any = like
-    if not (module and isinstance(like, module.DTensor)):
+    if not is_dtensor(like):
         return local
-    return module.DTensor.from_local(
+    return type(given).from_local(
         local,
         given.device_mesh,
         given.placements,
@@ -177,7 +176,11 @@ def with_local_tensor(like: Tensor, local: Tensor) -> Tensor:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the local shard of a DTensor, sharing memory; any other tensor unchanged."""
-    # importing DTensor is slow, and a process that has one has imported it
-    module: Any = sys.modules.get("torch.distributed.tensor")
     given: Any = tensor
-    return given.to_local() if module and isinstance(tensor, module.DTensor) else tensor
+    return given.to_local() if is_dtensor(tensor) else tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, without importing that class, which is slow."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    return module is not None and isinstance(tensor, module.DTensor)

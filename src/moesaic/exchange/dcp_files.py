@@ -10,9 +10,9 @@ import io
 import math
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, cast
 
@@ -23,7 +23,7 @@ from moesaic.core.errors import CheckpointError, listed, printable
 from moesaic.core.file_reader import MIB, FileKind, read_bytes, require_inside
 from moesaic.core.shapes import Tensor
 from moesaic.exchange.hf_directory import DCP_METADATA, weight_files
-from moesaic.exchange.tensor_files import FileTensor, StoredRows, TensorFiles
+from moesaic.exchange.tensor_files import FileTensor, ReadableTensor, TensorFiles, narrowed
 from moesaic.exchange.tensor_table import Shape
 from moesaic.exchange.torchtitan_names import hugging_face_tensors
 
@@ -121,33 +121,37 @@ class StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class DCPTensor:
-    """A tensor of a distributed checkpoint, in chunks that do not overlap."""
+    """A tensor of a distributed checkpoint, in chunks that do not overlap.
+
+    ``open_chunk`` finds the values of a chunk, once for all reads of a checkpoint.
+    """
 
     shape: Shape
     dtype: torch.dtype
     chunks: tuple[StoredChunk, ...]
+    open_chunk: Callable[[StoredChunk, torch.dtype], FileTensor]
 
-    def read_rows(self, start: int, number: int) -> Tensor:
-        """Return rows, of a scalar its value. Raises CheckpointError: chunks are missing."""
-        rows = torch.empty((number, *self.shape[1:]), dtype=self.dtype)
-        if not self.shape:
-            return _open_chunk(self.chunks[0], self.dtype).read_rows(0, 1)
-        missing = torch.ones(rows.shape, dtype=torch.bool)
+    def read(self, offset: Shape, shape: Shape) -> Tensor:
+        """Return the values of a box. Raises CheckpointError: chunks are missing."""
+        values = torch.empty(shape, dtype=self.dtype)
+        missing = torch.ones(shape, dtype=torch.bool)
         for chunk in self.chunks:
-            first = max(start, chunk.offset[0])
-            end = min(start + number, chunk.offset[0] + chunk.shape[0])
-            if first >= end:
+            pairs = list(zip(offset, chunk.offset, strict=True))
+            start = tuple(map(max, pairs))
+            ends = zip(offset, shape, chunk.offset, chunk.shape, strict=True)
+            sizes = tuple(
+                min(o + n, c + m) - s for (o, n, c, m), s in zip(ends, start, strict=True)
+            )
+            if any(size <= 0 for size in sizes):
                 continue
-            target, left = (each[first - start : end - start] for each in (rows, missing))
-            for dim in range(1, len(self.shape)):
-                place = dim, chunk.offset[dim], chunk.shape[dim]
-                target, left = target.narrow(*place), left.narrow(*place)
-            stored = _open_chunk(chunk, self.dtype)
-            target.copy_(stored.read_rows(first - chunk.offset[0], end - first))
-            left.fill_(value=False)
+            inside = tuple(s - c for s, (_, c) in zip(start, pairs, strict=True))
+            place = tuple(s - o for s, (o, _) in zip(start, pairs, strict=True))
+            found = self.open_chunk(chunk, self.dtype).read(inside, sizes)
+            narrowed(values, place, sizes, first=0).copy_(found)
+            narrowed(missing, place, sizes, first=0).fill_(value=False)
         if missing.any():
             raise CheckpointError(f"{self.chunks[0].path.parent}: chunks of a tensor are missing")
-        return rows
+        return values
 
 
 class DCPFiles(TensorFiles):
@@ -165,7 +169,7 @@ class DCPFiles(TensorFiles):
         if others:
             shown = listed(map(printable, others), most=10)
             self.notes = (f"{DCP_METADATA}: no weights, so not read: {shown}",)
-        weights: dict[str, StoredRows] = {n: t for n, t in found.items() if n not in left}
+        weights: dict[str, ReadableTensor] = {n: t for n, t in found.items() if n not in left}
         for name, tensor in hugging_face_tensors(weights, theirs):
             if name in self.tensors:
                 self.repeated.append(name)
@@ -212,7 +216,7 @@ def _read_tensors(
         (_name(index.state["fqn"]), _dims(index.state.get("offset") or ())): info.state
         for index, info in state["storage_data"].items()
     }
-    tensors, others = {}, []
+    tensors, others, open_chunk = {}, [], cache(_open_chunk)
     for name, entry in state["state_dict_metadata"].items():
         if not isinstance(entry, _TensorRecord):
             others.append(_name(name))
@@ -238,7 +242,7 @@ def _read_tensors(
             raise ValueError(f"the chunks of {name} are not its values")
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{name} has no dtype")
-        tensors[name] = DCPTensor(size, dtype, tuple(chunks))
+        tensors[name] = DCPTensor(size, dtype, tuple(chunks), open_chunk)
     return tensors, others
 
 
@@ -256,7 +260,6 @@ def _dims(values: Any) -> Shape:
     return tuple(values)
 
 
-@lru_cache(maxsize=4096)
 def _open_chunk(chunk: StoredChunk, dtype: torch.dtype) -> FileTensor:
     """Find the values of a chunk in its file. Raises CheckpointError: not what is expected."""
     try:

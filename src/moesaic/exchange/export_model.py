@@ -99,13 +99,15 @@ def write_export(
     pieces = family.pieces(model, layout=layout)
     files = TensorFiles([directory.model])
     put_together = PutTogether([piece.reversed() for piece in pieces], files)
+    tokenizer = Tokenizer.load(directory.tokenizer) if directory.tokenizer.is_file() else None
     with new_directory(out) as part:
         dtype = str(next(iter(put_together.targets.values())).dtype).removeprefix("torch.")
         config = hf_config(family, model, before=before) | {"dtype": dtype}
-        ids = _write_tokenizer(directory, part, fixed=family.mapping.write(resolved(model)))
+        fixed = family.mapping.write(resolved(model))
+        ids = _write_tokenizer(directory, part, tokenizer=tokenizer, fixed=fixed)
         write_json(part / CONFIG, _with_ids(config, ids))
         _write_shards(part, put_together, shard_bytes=shard_bytes)
-        notes = tuple(_notes(source))
+        notes = tuple(_notes(source, tokenizer))
         _write_card(directory, part, facts=[f"{family.architecture}, {layout}", *notes])
     targets = put_together.targets
     return ExportedModel(family.model_type, layout, len(targets), _bytes(targets), notes)
@@ -182,16 +184,17 @@ def _with_ids(kept: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]
     return {**kept, **ids, **({"eos_token_id": ends} if several else {})}
 
 
-def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> dict[str, int]:
+def _write_tokenizer(
+    run: RunDir, part: Path, *, tokenizer: Tokenizer | None, fixed: Mapping[str, Any]
+) -> dict[str, int]:
     """Write tokenizer and generation config. Returns the ids of roles for ``config.json``.
 
     Raises CheckpointError if one is not that of ``fixed`` keys.
     """
     kept = [path for path in carried_files(run.imported) if path.name != CONFIG]
     copy_files([run.imported / GENERATION], to=part)
-    if not run.tokenizer.is_file():
+    if tokenizer is None:
         return {}
-    tokenizer = Tokenizer.load(run.tokenizer)
     known = tokenizer.vocabulary
     ids = {f"{role}_token_id": known.roles[role] for role in _ROLES if role in known.roles}
     if fixed.get("pad_token_id", known.pad) != known.pad:
@@ -217,12 +220,11 @@ def _write_tokenizer(run: RunDir, part: Path, *, fixed: Mapping[str, Any]) -> di
     return ids
 
 
-def _notes(source: ExportSource) -> Iterator[str]:
+def _notes(source: ExportSource, tokenizer: Tokenizer | None) -> Iterator[str]:
     """Yield what is otherwise where the model is loaded."""
     if source.family.transformers_note:
         yield source.family.transformers_note
-    tokenizer = source.run.tokenizer
-    if tokenizer.is_file() and Tokenizer.load(tokenizer).copies.slots:
+    if tokenizer is not None and tokenizer.copies.slots:
         yield (
             "the tokenizer has copy units, which are of moesaic alone: a text with placeholders, "
             "tags or URLs is read otherwise there (data.tokenizer.copy_units=0 trains without)"

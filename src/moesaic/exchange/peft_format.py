@@ -19,6 +19,7 @@ from pydantic import Field
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import (
+    checked_weights_hash,
     copy_beside_weights,
     require_plugins,
     weights_metadata,
@@ -163,7 +164,7 @@ def import_adapter(directory: Path, *, base: Path, out: Path) -> int:
             "ab", (first, second), (2, 1) if first.dim() == 3 else (0, 1), strict=True
         )
     }
-    start = WeightsOfRun(path=str(source.run.path)).pinned()
+    start = WeightsOfRun(path=str(source.run.path), sha256=checked_weights_hash(source.run))
     run = run.replace(name=out.name, initial_weights=start, trainable=choice)
     with new_directory(out) as part:
         made = RunDir(part)

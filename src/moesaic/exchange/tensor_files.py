@@ -24,15 +24,15 @@ BLOCK_BYTES = 64 * 2**20
 BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in MXFP4
 
 
-class StoredRows(Protocol):
-    """A tensor in files, of which rows are read at a time."""
+class ReadableTensor(Protocol):
+    """A tensor in files, of which boxes are read."""
 
     @property
     def shape(self) -> Shape: ...
     @property
     def dtype(self) -> torch.dtype: ...
-    def read_rows(self, start: int, number: int) -> Tensor:
-        """Return rows, of a scalar its value."""
+    def read(self, offset: Shape, shape: Shape) -> Tensor:
+        """Return the values of a box that is not empty, of a scalar its value."""
         ...
 
 
@@ -45,16 +45,27 @@ class FileTensor:
     dtype: torch.dtype
     start: int
 
-    def read_rows(self, start: int, number: int) -> Tensor:
-        """Return rows, of a scalar its value. Raises CheckpointError if the file is shorter."""
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        data = bytearray(number * row)
+    def read(self, offset: Shape, shape: Shape) -> Tensor:
+        """Return the values of a box. Raises CheckpointError if the file became shorter.
+
+        One range of bytes is read: the box's rows, along its first dim with more than one.
+        """
+        dim = next((d for d, size in enumerate(shape) if size > 1), max(0, len(shape) - 1))
+        strides = [math.prod(self.shape[d + 1 :]) for d in range(len(shape))]
+        first = sum(o * s for o, s in zip(offset[: dim + 1], strides, strict=False))
+        count = shape[dim] * strides[dim] if shape else 1
+        values = self._read_values(first, count)
+        if shape:
+            values = values.view(*shape[: dim + 1], *self.shape[dim + 1 :])
+        return narrowed(values if shape else values.view(()), offset, shape, first=dim + 1)
+
+    def _read_values(self, first: int, count: int) -> Tensor:
+        data = bytearray(count * self.dtype.itemsize)
         with self.path.open("rb") as stream:
-            stream.seek(self.start + start * row)
+            stream.seek(self.start + first * self.dtype.itemsize)
             if stream.readinto(data) != len(data):
                 raise CheckpointError(f"{self.path}: it became shorter while it was read")
-        values = torch.frombuffer(data, dtype=self.dtype)
-        return values.view(number, *self.shape[1:]) if self.shape else values.view(())
+        return torch.frombuffer(data, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +85,20 @@ class MXFP4Tensor:
         experts, outputs, blocks, size = self.blocks.shape
         return experts, 2 * size * blocks, outputs
 
-    def read_rows(self, start: int, number: int) -> Tensor:
-        """Return the matrices of some experts, dequantised."""
-        parts = (tensor.read_rows(start, number) for tensor in (self.blocks, self.scales))
-        return dequantise_mxfp4(*parts).transpose(1, 2)
+    def read(self, offset: Shape, shape: Shape) -> Tensor:
+        """Return the values of some experts, dequantised."""
+        blocks, scales = (
+            tensor.read(offset[:1] + (0,) * (len(tensor.shape) - 1), shape[:1] + tensor.shape[1:])
+            for tensor in (self.blocks, self.scales)
+        )
+        return narrowed(dequantise_mxfp4(blocks, scales).transpose(1, 2), offset, shape, first=1)
+
+
+def narrowed(values: Tensor, offset: Shape, shape: Shape, *, first: int) -> Tensor:
+    """Return a view of a box along the dims from ``first`` on."""
+    for dim in range(first, len(shape)):
+        values = values.narrow(dim, offset[dim], shape[dim])
+    return values
 
 
 class TensorFiles:
@@ -107,16 +128,12 @@ class TensorFiles:
         tensor = self.tensors[region.name]
         if not region.numel:
             return torch.empty(region.shape, dtype=tensor.dtype)
-        first, number = (region.offset[0], region.shape[0]) if region.shape else (0, 1)
-        values = tensor.read_rows(first, number)
-        for dim in range(1, len(region.shape)):
-            values = values.narrow(dim, region.offset[dim], region.shape[dim])
-        return values
+        return tensor.read(region.offset, region.shape)
 
 
-def _join_mxfp4(found: Mapping[str, FileTensor]) -> dict[str, StoredRows]:
+def _join_mxfp4(found: Mapping[str, FileTensor]) -> dict[str, ReadableTensor]:
     """Return the tensors with those of blocks and scales as one, without the suffix."""
-    tensors: dict[str, StoredRows] = dict(found)
+    tensors: dict[str, ReadableTensor] = dict(found)
     for name, blocks in found.items():
         base = name.removesuffix(BLOCKS)
         scales = found.get(base + SCALES)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.exchange.tensor_files import StoredRows
+from moesaic.exchange.tensor_files import ReadableTensor
 from moesaic.exchange.tensor_table import Shape
 
 EMBEDDING = "tok_embeddings.weight"
@@ -60,7 +60,7 @@ _EXPERTS = re.compile(r"moe\.(?:routed_experts\.inner_)?experts\.(w[123])(?:_EFD
 class _OfExpert:
     """The matrix of one expert of a tensor [experts, rows, columns]."""
 
-    every: StoredRows
+    every: ReadableTensor
     expert: int
 
     @property
@@ -71,15 +71,15 @@ class _OfExpert:
     def dtype(self) -> torch.dtype:
         return self.every.dtype
 
-    def read_rows(self, start: int, number: int) -> Tensor:
-        return self.every.read_rows(self.expert, 1)[0, start : start + number]
+    def read(self, offset: Shape, shape: Shape) -> Tensor:
+        return self.every.read((self.expert, *offset), (1, *shape))[0]
 
 
 @dataclass(frozen=True, slots=True)
 class _RotatedHalves:
     """Queries or keys whose rotary pairs are neighbours there, and halves of a head here."""
 
-    pairs: StoredRows
+    pairs: ReadableTensor
     heads: int
 
     @property
@@ -90,15 +90,18 @@ class _RotatedHalves:
     def dtype(self) -> torch.dtype:
         return self.pairs.dtype
 
-    def read_rows(self, start: int, number: int) -> Tensor:
-        rows = self.pairs.read_rows(0, self.shape[0])
-        halves = rows.unflatten(0, (self.heads, -1, 2)).transpose(1, 2)
-        return halves.reshape(rows.shape)[start : start + number]
+    def read(self, offset: Shape, shape: Shape) -> Tensor:
+        """Return a box, of the heads that have rows in it."""
+        size, end = self.shape[0] // self.heads, offset[0] + shape[0]
+        first, last = offset[0] // size * size, -(-end // size) * size
+        rows = self.pairs.read((first, *offset[1:]), (last - first, *shape[1:]))
+        halves = rows.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).reshape(rows.shape)
+        return halves[offset[0] - first : end - first]
 
 
 def hugging_face_tensors(
-    tensors: Mapping[str, StoredRows], theirs: Mapping[str, Any]
-) -> Iterator[tuple[str, StoredRows]]:
+    tensors: Mapping[str, ReadableTensor], theirs: Mapping[str, Any]
+) -> Iterator[tuple[str, ReadableTensor]]:
     """Yield tensors with their names in Hugging Face; a name that is not torchtitan's stays.
 
     ``theirs`` is the config of the model. A wrapper around all names of the model is removed. A
@@ -116,8 +119,8 @@ def hugging_face_tensors(
 
 
 def _renamed(
-    name: str, tensor: StoredRows, theirs: Mapping[str, Any]
-) -> Iterator[tuple[str, StoredRows]]:
+    name: str, tensor: ReadableTensor, theirs: Mapping[str, Any]
+) -> Iterator[tuple[str, ReadableTensor]]:
     if (found := _LAYER.fullmatch(name)) is None:
         yield _OUTSIDE.get(name, name), tensor
         return

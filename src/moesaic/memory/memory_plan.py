@@ -35,6 +35,11 @@ class MemoryPlan(Config):
                 f"run_ahead_bytes={self.run_ahead_bytes} with optimizer_states=DeviceMemory, which "
                 "are updated after backward: set optimizer_states=HostMemory, or run_ahead_bytes=0"
             )
+        if self.late_steps and not self.offloads:
+            raise ValueError(
+                f"late_steps={self.late_steps} with gradients and optimizer_states=DeviceMemory: "
+                "none move that could be late: set optimizer_states=HostMemory, or late_steps=0"
+            )
         return self
 
     @property

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
+from moesaic.core.copies import copy_without_waiting
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import IGNORE_LABEL, Batch
@@ -43,13 +44,24 @@ class Predictions:
 
     ``index`` are the tokens whose states are read, None for all; with ``lengths`` the means of so
     many of them one after the other. ``row`` is the row of the batch that each prediction counts
-    for, in metrics.
+    for, in metrics. ``sizes`` are the numbers of predictions of the ranks of this tensor parallel
+    group, of a head that needs them.
     """
 
     index: Int[Tensor, "K"] | None
     label: Tensor
     row: Int[Tensor, "N"]
     lengths: Int[Tensor, "M"] | None = None
+    sizes: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device) -> "Predictions":
+        """Return the same predictions on ``device``; the host does not wait for the copies."""
+        index, lengths = (
+            None if part is None else copy_without_waiting(part, device)
+            for part in (self.index, self.lengths)
+        )
+        label, row = (copy_without_waiting(part, device) for part in (self.label, self.row))
+        return Predictions(index, label, row, lengths, self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +69,15 @@ class ModelOutput:
     """The states that the head reads, after the last norm, and what it is to predict.
 
     Of a language model they are the decoder states at the predicted positions only, in row-major
-    order (K = N): positions without a label cost nothing. ``records`` are the routing records.
+    order (K = N): positions without a label cost nothing. ``records`` are the routing records,
+    ``sizes`` those of ``Predictions``.
     """
 
     hidden: Float[Tensor, "K D"]
     label: Tensor
     row: Int[Tensor, "N"]
     records: tuple[RoutingRecord, ...]
+    sizes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +214,11 @@ class Head(Choice):
         raise NotImplementedError
 
     def select(self, batch: Batch, *, packing: Packing) -> Predictions:
-        """Return which states are read, and the labels."""
+        """Return which states are read, and the labels.
+
+        Their number depends on the labels, so a batch that was copied to a device is passed as it
+        is in host memory: the host does not wait for the device then.
+        """
         raise NotImplementedError
 
 
@@ -230,12 +248,16 @@ class LanguageModelHead(Head):
         return batch.num_predicted
 
     def select(self, batch: Batch, *, packing: Packing) -> Predictions:
-        local = packing.local_tokens
-        label, row = batch.labels.flatten()[packing.index[local]], packing.row[local]
+        local, label = packing.local_tokens, batch.labels.flatten()[packing.index]
+        sizes = None
+        if packing.partition is not None:
+            group = (label != IGNORE_LABEL)[packing.gathered_tokens]
+            sizes = tuple(int(part.sum()) for part in group.split(packing.partition.tensor_sizes))
+        label, row = label[local], packing.row[local]
         if batch.num_predicted == packing.num_tokens:
-            return Predictions(None, label, row)
+            return Predictions(None, label, row, sizes=sizes)
         predicted = (label != IGNORE_LABEL).nonzero()[:, 0]
-        return Predictions(predicted, label[predicted], row[predicted])
+        return Predictions(predicted, label[predicted], row[predicted], sizes=sizes)
 
 
 class VocabularyHead(HeadModule):
@@ -252,7 +274,10 @@ class VocabularyHead(HeadModule):
     def loss(self, output: ModelOutput, *, source: nn.Module) -> HeadLoss:
         """Return the summed token loss of an output, in chunks (``ops/cross_entropy.py``)."""
         found = _table(source).loss(
-            output.hidden, label=output.label, smoothing=self.label_smoothing
+            output.hidden,
+            label=output.label,
+            smoothing=self.label_smoothing,
+            sizes=output.sizes,
         )
         return HeadLoss(found.total, found.nll)
 

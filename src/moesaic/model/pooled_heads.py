@@ -164,9 +164,10 @@ class EmbeddingHead(HeadModule):
         every = self(output.hidden, source=source)
         pairs = every.view(len(output.row), 2, every.shape[1])  # a rank may have no pair
         first, second = pairs.unbind(1)
-        ranks, group = group_size(self.data_ranks), self.data_ranks
-        count = torch.tensor([len(first)], device=first.device)
-        sizes = all_gather_rows(count, group=group, sizes=[1] * ranks).tolist()
+        ranks, group, sizes = group_size(self.data_ranks), self.data_ranks, [len(first)]
+        if ranks > 1:  # the host waits: it cannot know the pairs of other rows
+            count = torch.full((1,), len(first), device=first.device)
+            sizes = all_gather_rows(count, group=group, sizes=[1] * ranks).tolist()
         candidates = all_gather_rows(second, group=group, sizes=sizes)
         own = sum(sizes[: group_rank(group)]) + torch.arange(len(first), device=first.device)
         logits = first @ candidates.t() / self.temperature

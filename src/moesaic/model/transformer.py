@@ -27,7 +27,7 @@ from moesaic.model.block import (
     Records,
 )
 from moesaic.model.config import ModelConfig
-from moesaic.model.head import HeadLoss, ModelOutput, mean_of_spans
+from moesaic.model.head import Head, HeadLoss, ModelOutput, Predictions, mean_of_spans
 from moesaic.model.kv_cache import EncoderOutput, KVCache
 from moesaic.model.weights import weight_distributions
 from moesaic.moe.config import MoE
@@ -149,13 +149,13 @@ class Transformer(nn.Module):
         self, state: BlockState, *, batch: Batch, packing: Packing, encoder_records: Records
     ) -> ModelOutput:
         """Return the output of a pass, given what the last decoder block returned."""
-        chosen, x = self.config.head.select(batch, packing=packing), state.x
+        chosen, x = _predictions(self.config.head, batch, packing), state.x
         if chosen.index is not None:
             x = x.index_select(0, chosen.index)
         hidden, records = self.decoder_norm(x), encoder_records + state.records
         if chosen.lengths is not None:
             hidden = mean_of_spans(hidden, chosen.lengths)
-        return ModelOutput(hidden, chosen.label, chosen.row, records)
+        return ModelOutput(hidden, chosen.label, chosen.row, records, chosen.sizes)
 
     @property
     def device(self) -> torch.device:
@@ -319,6 +319,13 @@ def token_ids(values: Int[Tensor, "*N"] | Float[Tensor, "*N C"]) -> Int[Tensor, 
     if values.is_floating_point():
         return torch.zeros(values.shape[:-1], dtype=torch.long, device=values.device)
     return values
+
+
+def _predictions(head: Head, batch: Batch, packing: Packing) -> Predictions:
+    """Return what is predicted on the device of a batch, selected on the host if that has it."""
+    if batch.host is None or packing.host is None:
+        return head.select(batch, packing=packing)
+    return head.select(batch.host, packing=packing.host).to(batch.device)
 
 
 def packing_of(rows: InputRows) -> Packing:

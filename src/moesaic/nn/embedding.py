@@ -6,6 +6,7 @@ Letters: T tokens, t tokens of this rank, N predicted tokens, V vocabulary, v ro
 this rank, D model dim.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
@@ -57,8 +58,9 @@ class EmbeddingBackend(Protocol):
         label: Int[Tensor, "N"],
         smoothing: float,
         z: float,
+        sizes: Sequence[int] | None,
     ) -> TokenLoss:
-        """Return the loss of the tokens that this rank predicts."""
+        """Return the loss of the tokens that this rank predicts; ``sizes``: as each rank does."""
         ...
 
 
@@ -83,6 +85,7 @@ class LocalEmbedding:
         label: Int[Tensor, "N"],
         smoothing: float,
         z: float,
+        sizes: Sequence[int] | None,  # noqa: ARG002 - all of one rank
     ) -> TokenLoss:
         return cross_entropy(hidden, weight=table, label=label, label_smoothing=smoothing, z_loss=z)
 
@@ -126,10 +129,20 @@ class Embedding(nn.Module):
         label: Int[Tensor, "N"],
         smoothing: float = 0.0,
         z: float = 0.0,
+        sizes: Sequence[int] | None = None,
     ) -> TokenLoss:
-        """Return the cross-entropy of labels, computed without all logits in memory."""
-        hidden = self._before_logits(hidden)
-        return self.backend.loss(hidden, table=self.output, label=label, smoothing=smoothing, z=z)
+        """Return the cross-entropy of labels, computed without all logits in memory.
+
+        ``sizes`` are the numbers of labels of the ranks that have a part of the table.
+        """
+        return self.backend.loss(
+            self._before_logits(hidden),
+            table=self.output,
+            label=label,
+            smoothing=smoothing,
+            z=z,
+            sizes=sizes,
+        )
 
     def _before_logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         return hidden if self.logits_scaling == 1 else hidden / self.logits_scaling

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
+from moesaic.core.copies import copy_without_waiting
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 
 Made = TypeVar("Made")
@@ -86,6 +87,7 @@ class Packing:
     ``row`` and ``position`` are each token's batch row and its index in it; ``index`` is
     ``row * S + position``. ``mask`` is None where nothing is padded: packing is then a reshape, if
     the tokens are ``ordered`` row by row. ``partition`` is None where this rank has all tokens.
+    ``host`` is the packing in host memory that it was copied from.
     """
 
     rows: int
@@ -96,6 +98,7 @@ class Packing:
     mask: Bool[Tensor, "B S"] | None
     partition: TokenPartition | None = None
     ordered: bool = True
+    host: "Packing | None" = None
 
     @staticmethod
     def from_mask(real: Bool[Tensor, "B S"]) -> "Packing":
@@ -121,17 +124,13 @@ class Packing:
         """Return the same packing on ``device``; the host does not wait for the copies."""
         if self.index.device == device:
             return self
-        pinned = device.type == "cuda" and self.index.device.type == "cpu"
-
-        def copy(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
-
         return replace(
             self,
-            index=copy(self.index),
-            row=copy(self.row),
-            position=copy(self.position),
-            mask=None if self.mask is None else copy(self.mask),
+            index=copy_without_waiting(self.index, device),
+            row=copy_without_waiting(self.row, device),
+            position=copy_without_waiting(self.position, device),
+            mask=None if self.mask is None else copy_without_waiting(self.mask, device),
+            host=self if self.index.device.type == "cpu" else self.host,
         )
 
     @property

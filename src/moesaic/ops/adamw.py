@@ -51,8 +51,7 @@ class AdamWSettings:
         return AdamWFactors(*struct.unpack("8f", struct.pack("8f", *given)))
 
 
-@dataclass(frozen=True, slots=True)
-class AdamWTensor:
+class AdamWTensor(NamedTuple):
     """A tensor, or a part of one, with its gradient, its state and the factors of its update.
 
     All are float32; ``grad`` may be of a narrower type. ``rounded``, if given, receives the updated

@@ -1,7 +1,9 @@
 """Group update: what an update rule gets, and the protocols of rules and of exchanged matrices."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
 from moesaic.core.shapes import Tensor
@@ -48,8 +50,32 @@ class GroupUpdate:
     def member(self, index: int) -> "GroupUpdate":
         """Return the update of one parameter."""
         one = slice(index, index + 1)
-        names, params, states = self.names[one], self.params[one], self.states[one]
-        return replace(self, names=names, params=params, states=states, narrow=self.narrow[one])
+        return replace(
+            self,
+            names=self.names[one],
+            params=self.params[one],
+            grads=self.grads[one],
+            states=self.states[one],
+            narrow=self.narrow[one],
+        )
+
+    def pieces(self, values: int) -> Iterator["GroupUpdate"]:
+        """Split one member into rows of about so many values, which share its memory.
+
+        A rule counts a step for each piece, so all but the last count in a copy.
+        """
+        (whole,), (grad,), (state,), (narrow,) = self.params, self.grads, self.states, self.narrow
+        rows = max(1, values // max(1, whole.shape[-1]))
+        split = partial(_split_rows, rows=rows)
+        params, grads = split(whole), split(grad)
+        rounded = [None] * len(params) if narrow is None else split(narrow)
+        states = {slot: split(t) for slot, t in state.items() if t.dim()}
+        scalars = {slot: t for slot, t in state.items() if not t.dim()}
+        for index, (param, piece, to) in enumerate(zip(params, grads, rounded, strict=True)):
+            is_last = index == len(params) - 1
+            counted = scalars if is_last else {slot: t.clone() for slot, t in scalars.items()}
+            parts = {slot: pieces[index] for slot, pieces in states.items()} | counted
+            yield replace(self, params=[param], grads=[piece], states=[parts], narrow=[to])
 
     def float_grads(self) -> list[Tensor]:
         """Return the gradients in float32."""
@@ -66,10 +92,16 @@ class GroupUpdate:
 class UpdateRule(Protocol):
     """How an optimizer updates a group of tensors. Holds no tensors itself.
 
-    ``elementwise``: the update of a value depends on no other value.
+    ``elementwise``: the update of a value depends on no value of another row. ``state_blocks`` has
+    the states with one number for so many values of a row; the others have the parameter's shape.
     """
 
     elementwise: ClassVar[bool]
+
+    @property
+    def state_blocks(self) -> Mapping[str, int]:
+        """The number of values that share a number of a state, by slot."""
+        ...
 
     def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the zero state of one float32 tensor."""
@@ -78,3 +110,8 @@ class UpdateRule(Protocol):
     def apply(self, update: GroupUpdate) -> None:
         """Update ``params``, ``states`` and ``narrow`` in place."""
         ...
+
+
+def _split_rows(tensor: Tensor, *, rows: int) -> Sequence[Tensor]:
+    """Return views of so many rows of the last dim each."""
+    return tensor.view(math.prod(tensor.shape[:-1]), tensor.shape[-1]).split(rows)

@@ -12,13 +12,14 @@ and saves the bytes only.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.world import local_tensor
 from moesaic.memory.tensor_store import Part
 from moesaic.optim.group_update import GroupUpdate, UpdateRule
 from moesaic.optim.tiered_states import ParameterRows
@@ -28,7 +29,7 @@ CACHED_VALUES = 1 << 15  # of one piece that is replayed: weights and two moment
 
 @dataclass(slots=True)
 class ExpertBank:
-    """The weights ``[E, M, N]`` of a layer's experts, and how many updates each expert misses.
+    """This rank's weights ``[E, M, N]`` of experts, and how many updates each expert misses.
 
     ``group`` is the name of the parameter's group. ``resting`` is where the weights are between
     uses, if they are streamed. ``scalars`` are the step counts of each expert; empty: those of the
@@ -48,7 +49,7 @@ class ExpertBank:
 
     def clear(self) -> None:
         """Have no expert miss anything."""
-        self.missed = [0] * self.parameter.shape[0]
+        self.missed = [0] * local_tensor(self.parameter).shape[0]
         self.missed_by_weights, self.scalars = list(self.missed), []
 
     def rows(self, expert: int) -> ParameterRows:
@@ -57,7 +58,10 @@ class ExpertBank:
 
     def weights(self, expert: int) -> list[Tensor]:
         """Return one expert's weights, wherever they are; writing them is unknown to autograd."""
-        places = [self.parameter.data, *([] if self.resting is None else [self.resting])]
+        places = [
+            local_tensor(self.parameter.data),
+            *([] if self.resting is None else [self.resting]),
+        ]
         return [weights[expert : expert + 1] for weights in places]
 
     @property
@@ -138,25 +142,6 @@ class LateUpdates:
 
 def _replay(rule: UpdateRule, update: GroupUpdate, rates: Sequence[float]) -> None:
     if rates:
-        for piece in _pieces(update) if rule.elementwise else [update]:
+        for piece in update.pieces(CACHED_VALUES) if rule.elementwise else [update]:
             for lr in rates:
                 rule.apply(replace(piece, lr=lr))
-
-
-def _pieces(update: GroupUpdate) -> Iterator[GroupUpdate]:
-    """Split one member into pieces that share its memory; the step count is advanced by the last.
-
-    A rule counts a step for each piece, so all but the last count in a copy.
-    """
-    (values,), (grad,), (state,) = update.params, update.grads, update.states
-    count = max(1, -(-values.numel() // CACHED_VALUES))
-    flat = {slot: t.view(-1).split(CACHED_VALUES) for slot, t in state.items() if t.dim()}
-    scalars = {slot: t for slot, t in state.items() if not t.dim()}
-    whole = zip(
-        values.view(-1).split(CACHED_VALUES), grad.view(-1).split(CACHED_VALUES), strict=True
-    )
-    for index, (piece, zeros) in enumerate(whole):
-        last = index == count - 1
-        counted = scalars if last else {slot: t.clone() for slot, t in scalars.items()}
-        states = {slot: pieces[index] for slot, pieces in flat.items()} | counted
-        yield replace(update, params=[piece], grads=[zeros], states=[states])

@@ -26,6 +26,7 @@ from moesaic.optim.tiered_states import ParameterRows, TieredStates, UpdatedWeig
 
 MASTER = "master"  # the slot of a float32 copy
 MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
+MAX_BATCHED_BYTES = 1 << 22  # states of small tensors that one call updates
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -135,15 +136,23 @@ class NamedOptimizer(torch.optim.Optimizer):
     ) -> Iterator[Sequence[ParameterRows]]:
         """Split a group so that copies in float32, or from a tier, are few at a time.
 
+        Small parts from a tier are updated in one call; larger ones one by one, so that a part is
+        computed with while the one before it is written.
         Rules that are not elementwise batch matrices of one shape, so their groups stay whole.
         """
-        if self.tier is None or not rule.elementwise:
-            banks = self.late.banks
-            yield from _buckets([r for r in members if r.part.name not in banks], rule=rule)
-            yield [r for r in members if r.part.name in banks]
+        tier = self.tier
+        if tier is not None and rule.elementwise:
+            parts = [part for rows in members for part in self.split(rows)]
+            most = min(tier.in_flight_bytes // 2, MAX_BATCHED_BYTES)
+            yield from _filled(parts, size=tier.num_bytes, most=most)
             return
-        for rows in members:
-            yield from ([part] for part in self.split(rows))
+        banks = self.late.banks
+        yield from _filled(
+            [rows for rows in members if rows.part.name not in banks],
+            size=_copied_bytes if rule.elementwise else lambda _: 0,
+            most=MAX_COPIED_BYTES,
+        )
+        yield [rows for rows in members if rows.part.name in banks]
 
     def split(self, rows: ParameterRows) -> Iterator[ParameterRows]:
         """Split rows with states on a tier, whose rule is elementwise, for its bound of bytes."""
@@ -211,7 +220,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         place, local = self._place(group["rule"]), self._local_rows(members)
         update, held = self._group_update(group, members, place=place, access=Access.UPDATE)
         working, states = update.params, update.states
-        for index, rows in enumerate(members):
+        for index, rows in enumerate(members if self.late.banks else ()):
             self.late.replay(group["rule"], update.member(index), rows)
         yield update
         for rows, parameter, values in zip(members, local, working, strict=True):
@@ -219,14 +228,16 @@ class NamedOptimizer(torch.optim.Optimizer):
                 parameter.copy_(values)
             elif values is not parameter:
                 self._write_back(rows.part.name, parameter, values)
-        for rows, state in zip(members, states, strict=True):
-            self.late.mark_updated(rows)
-            kept = self.late.scalars(rows, shared=self.state[rows.parameter])
-            if (
-                rows.is_last or rows.part.name in self.late.banks
-            ):  # of the parts of a parameter, each has counted the step
-                kept.update({slot: state[slot] for slot in kept})
+        if self.tier is not None:  # else these are the states themselves
+            for rows, state in zip(members, states, strict=True):
+                self._keep_scalars(rows, state)
         held.release()
+
+    def _keep_scalars(self, rows: ParameterRows, state: Mapping[str, Tensor]) -> None:
+        self.late.mark_updated(rows)
+        if rows.is_last or rows.part.name in self.late.banks:  # each part has counted the step
+            kept = self.late.scalars(rows, shared=self.state[rows.parameter])
+            kept.update({slot: state[slot] for slot in kept})
 
     def _group_update(
         self,
@@ -285,22 +296,23 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.master_weights.write_back(parameter, values, update=update)
 
 
-def _buckets(
-    members: Sequence[ParameterRows], *, rule: UpdateRule
+def _filled(
+    members: Sequence[ParameterRows], *, size: Callable[[ParameterRows], int], most: int
 ) -> Iterator[Sequence[ParameterRows]]:
-    """Split the members of a group so that float32 copies of narrow ones are few at a time.
-
-    Rules that are not elementwise batch matrices of one shape, so their groups stay whole.
-    """
+    """Yield members in lists of at most so many bytes, or of one."""
     bucket: list[ParameterRows] = []
-    copied = 0
+    filled = 0
     for rows in members:
-        narrow = rows.parameter.dtype != torch.float32
-        size = 4 * local_tensor(rows.parameter).numel() if narrow and rule.elementwise else 0
-        if bucket and copied + size > MAX_COPIED_BYTES:
+        num_bytes = size(rows)
+        if bucket and filled + num_bytes > most:
             yield bucket
-            bucket, copied = [], 0
+            bucket, filled = [], 0
         bucket.append(rows)
-        copied += size
+        filled += num_bytes
     if bucket:
         yield bucket
+
+
+def _copied_bytes(rows: ParameterRows) -> int:
+    narrow = rows.parameter.dtype != torch.float32
+    return 4 * local_tensor(rows.parameter).numel() if narrow else 0

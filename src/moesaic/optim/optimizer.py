@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
+from moesaic.optim.eight_bit_adamw import EightBitAdamWRule
 from moesaic.optim.group_update import UpdateRule
 from moesaic.optim.master_weights import Float32Master, MasterWeights
 from moesaic.optim.named_optimizer import NamedOptimizer
@@ -65,11 +66,44 @@ class Optimizer(Choice):
         return NamedOptimizer(listed, master_weights=master_weights or Float32Master())
 
 
+class OptimizerStates(Choice):
+    """Family: how AdamW keeps its two moments between steps."""
+
+    @abstractmethod
+    def rule(self, float32: AdamWRule, *, kind: str, ndim: int) -> UpdateRule:
+        """Return the update rule of the parameters of a kind, with so many dims."""
+
+
+class Float32States(OptimizerStates):
+    """Moments in float32: 8 bytes for each value of a parameter."""
+
+    def rule(self, float32: AdamWRule, *, kind: str, ndim: int) -> UpdateRule:
+        del kind, ndim
+        return float32
+
+
+class EightBitStates(OptimizerStates):
+    """Moments as 8-bit codes, with a float32 scale for each ``block`` values (arXiv:2110.02861).
+
+    A block ends with its row, and a plan that cuts rows must cut them between blocks: so losses and
+    checkpoints do not depend on the plan. A value takes ``2 + 8 / block`` bytes, or more where rows
+    are shorter than a block. Moments of other ``kinds``, of vectors and Muon's stay float32.
+    """
+
+    block: Annotated[int, Field(ge=2, le=2**16)] = 256
+    kinds: tuple[ParameterKind, ...] = ("embedding", "matrix", "expert")
+
+    def rule(self, float32: AdamWRule, *, kind: str, ndim: int) -> UpdateRule:
+        is_quantized = kind in self.kinds and ndim > 1
+        return EightBitAdamWRule(float32, self.block) if is_quantized else float32
+
+
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101), of many tensors at once.
 
     ``decayed_kinds`` are the kinds of parameters with weight decay; norms and biases have none.
-    ``router_lr`` is the learning rate of the routers (None: that of all).
+    ``router_lr`` is the learning rate of the routers (None: that of all). ``states`` is the form of
+    the moments between steps.
     """
 
     lr: Positive = 1e-3
@@ -78,11 +112,15 @@ class AdamW(Optimizer):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     decayed_kinds: tuple[ParameterKind, ...] = ("embedding", "matrix", "expert", "router")
+    states: OptimizerStates = Float32States()
 
-    def param_group(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:  # noqa: ARG002
+    def param_group(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
         decay = self.weight_decay if kind in self.decayed_kinds else 0.0
         lr = self.router_lr if kind == "router" and self.router_lr else self.lr
-        return _group(f"adamw/{kind}", AdamWRule(self.betas, self.eps), lr=lr, decay=decay)
+        float32 = AdamWRule(self.betas, self.eps)
+        rule = self.states.rule(float32, kind=kind, ndim=parameter.ndim)
+        name = "adamw" if rule is float32 else "adamw-8bit"
+        return _group(f"{name}/{kind}", rule, lr=lr, decay=decay)
 
 
 class UpdateScale(Choice):

@@ -6,7 +6,7 @@ precision. Other state is exported as flat tensors named ``slot/parameter``, e.g
 not state: the schedule gives them for any step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 
@@ -39,6 +39,15 @@ def frozen_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
     return state
 
 
+def frozen_names(optimizer: NamedOptimizer) -> Set[tuple[str, str]]:
+    """Return the file and name in a checkpoint of what ``frozen_state`` has frozen."""
+    names = (name.partition("/") for name in (optimizer.tier.store.specs if optimizer.tier else ()))
+    return {
+        ("model", name) if slot == MASTER else ("optimizer", f"{slot}/{name}")
+        for slot, _, name in names
+    }
+
+
 def _late_in_memory(optimizer: NamedOptimizer, bank: ExpertBank) -> dict[str, Tensor]:
     """Return copies of the states of a bank with late experts, brought up to date.
 
@@ -64,6 +73,15 @@ def live_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
         tiered = optimizer.tier.live(name) if optimizer.tier else {}
         state |= {f"{slot}/{name}": tensor for slot, tensor in tiered.items()}
     return state
+
+
+def state_blocks(optimizer: NamedOptimizer) -> dict[str, int]:
+    """Return the number of values of a row that share a number of a state tensor, by its name."""
+    return {
+        f"{slot}/{name}": block
+        for name, _, rule in _named_parameters(optimizer)
+        for slot, block in rule.state_blocks.items()
+    }
 
 
 def without_masters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

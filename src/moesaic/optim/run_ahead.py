@@ -20,7 +20,7 @@ import torch
 from moesaic.core.shapes import Int, Tensor
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.disk_store import DiskFullError
-from moesaic.memory.tensor_store import rows_of
+from moesaic.memory.tensor_store import Part, rows_of
 from moesaic.optim.group_update import GroupUpdate, UpdateRule
 from moesaic.optim.named_optimizer import MASTER, NamedOptimizer
 from moesaic.optim.tiered_states import ParameterRows
@@ -86,7 +86,7 @@ class RunAhead:
         for kept in self._kept:
             with self._optimizer.bucket(kept.group, [kept.rows]) as update:
                 for tensor, old in zip(_overwritten(update), kept.old, strict=True):
-                    tensor.copy_(old)
+                    (_bytes_of(tensor) if tensor.dim() else tensor).copy_(old)
                 update.round_masters()
         self._optimizer.updated = {}
         self.forget()
@@ -107,8 +107,8 @@ class RunAhead:
             optimizer.tier.reserve(members)
         except DiskFullError:  # the step will find it full, before it has updated anything
             return
-        each = overwritten_per_value(optimizer, parameter, rule=group["rule"])
-        size = each * sum(rows_of(local_tensor(parameter), rows.part).numel() for rows in members)
+        rule = group["rule"]
+        size = sum(overwritten_bytes(optimizer, rows, rule=rule) for rows in members)
         if self._used + size > self.num_bytes:
             return
         optimizer.updated[name] = members
@@ -123,27 +123,31 @@ class RunAhead:
             return tensor.clone()
         memory = self._memory[self._used : self._used + tensor.nbytes]
         self._used += tensor.nbytes
-        return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return memory.copy_(_bytes_of(tensor))
 
 
 def all_overwritten_bytes(optimizer: NamedOptimizer) -> int:
     """Return the bytes that a step overwrites of what may run ahead."""
     return sum(
-        local_tensor(parameter).numel()
-        * overwritten_per_value(optimizer, parameter, rule=group["rule"])
+        overwritten_bytes(optimizer, ParameterRows(Part(name), parameter), rule=group["rule"])
         for group in optimizer.param_groups
         if group["rule"].elementwise
-        for parameter in group["params"]
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
     )
 
 
-def overwritten_per_value(optimizer: NamedOptimizer, parameter: Tensor, *, rule: UpdateRule) -> int:
-    """Return the bytes that an update overwrites of each value: in float32, and its states."""
-    states = optimizer.expected_state(parameter, rule=rule)
-    float32 = 0 if MASTER in states else 4
-    return float32 + sum(
-        s.itemsize for s in states.values() if s.shape == local_tensor(parameter).shape
+def overwritten_bytes(optimizer: NamedOptimizer, rows: ParameterRows, *, rule: UpdateRule) -> int:
+    """Return the bytes that an update overwrites of some rows: in float32, and of their states."""
+    states = optimizer.expected_state(rows.parameter, rule=rule)
+    float32 = (
+        0 if MASTER in states else 4 * rows_of(local_tensor(rows.parameter), rows.part).numel()
     )
+    return float32 + sum(rows_of(s, rows.part).nbytes for s in states.values() if s.dim())
+
+
+def _bytes_of(tensor: Tensor) -> Int[Tensor, "bytes"]:
+    """Return a view of the bytes of a tensor: codes may end where float32 values may not begin."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _overwritten(update: GroupUpdate) -> list[Tensor]:

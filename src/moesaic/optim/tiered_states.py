@@ -100,13 +100,15 @@ class TieredStates:
         tensors = iter(fetched.wait())
         return [{slot: next(tensors) for slot in parts} for parts in named], fetched
 
+    def num_bytes(self, rows: ParameterRows) -> int:
+        """Return the bytes of the states of some rows."""
+        parts = self.parts(rows).values()
+        return sum(self.store.specs[part.name].of(part).num_bytes for part in parts)
+
     def split(self, rows: ParameterRows) -> Iterator[ParameterRows]:
         """Yield parts of a parameter whose states fit into half of the bytes in flight."""
-        local = local_tensor(rows.parameter)
-        parts = self.parts(rows).values()
-        size = sum(self.store.specs[part.name].num_bytes for part in parts)
-        whole = rows.part.stop is None
-        if not whole or local.dim() == 0 or 2 * size <= self.in_flight_bytes:
+        local, size = local_tensor(rows.parameter), self.num_bytes(rows)
+        if rows.part.stop is not None or local.dim() == 0 or 2 * size <= self.in_flight_bytes:
             yield rows
             return
         step = max(1, self.in_flight_bytes * local.shape[0] // (2 * size))

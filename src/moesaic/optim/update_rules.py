@@ -13,7 +13,7 @@ Letters: B stacked matrices, M rows, N columns.
 # pyright: reportPrivateImportUsage=false
 # torch._foreach_*: one call for many tensors, as torch.optim itself does it
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -36,6 +36,10 @@ class AdamWRule:
     elementwise: ClassVar[bool] = True
     betas: tuple[float, float]
     eps: float
+
+    @property
+    def state_blocks(self) -> Mapping[str, int]:
+        return {}
 
     def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {
@@ -111,6 +115,10 @@ class MuonRule:
     momentum: float
     steps: int
     scale: Callable[[int, int], float]
+
+    @property
+    def state_blocks(self) -> Mapping[str, int]:
+        return {}
 
     def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(parameter)}

@@ -14,10 +14,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.world import is_dtensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore
 from moesaic.model.block import BlockState
 from moesaic.model.transformer import RunBlock, Transformer
@@ -191,7 +191,7 @@ def offload_activations(model: Transformer, *, store: TensorStore) -> Activation
 
 def _is_activation(tensor: Tensor) -> bool:
     is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-    return not (is_weight or isinstance(tensor, DTensor))
+    return not (is_weight or is_dtensor(tensor))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def _zero_sync(parameters: RankParameters, precision: Precision, *, micro_batche
         size = shard.gathered_values * (ranks - 1)
         held, summed = precision.parameter_dtype.itemsize, precision.reduce_dtype.itemsize
         # parameters outside of blocks stay gathered between forward and backward
-        gathers = micro_batches * (2 if plan.zero == 3 and unit else 1)
+        gathers = micro_batches * (2 if unit else 1) if plan.zero == 3 else 1
         axis = parameters.group_name(shard.zero_axes, num_experts=number)
         yield "all-gather", axis, held * size * gathers, gathers * (("gather", unit) not in seen)
         seen.add(("gather", unit))

@@ -108,7 +108,8 @@ class MatrixOwners:
                 name, blocks=_map_blocks(shape, widths, output), stack=stack, pieces=owners
             )
         for holders, maps in by_holders.items():
-            yield self._plan(holders, maps)
+            if maps:  # ZeRO may leave a rank no experts
+                yield self._plan(holders, maps)
 
     def _plan(self, holders: _Holders, maps: Sequence[OwnedMaps]) -> "_OwnerPlan":
         model, mesh, experts = self._parallel_model, self._parallel_model.mesh, holders.num_experts

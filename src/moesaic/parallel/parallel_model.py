@@ -14,6 +14,7 @@ from moesaic.distributed.world import local_tensor
 from moesaic.memory.tensor_store import Access, Part, Place
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
+from moesaic.ops.blockwise_quantization import blocks_per_row
 from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.optim.gradients import Gradients, ResidentGradients
@@ -30,6 +31,7 @@ from moesaic.parallel.sharding_plan import (
     clip_spans,
     describe_shard,
     local_spans,
+    spans_of_blocks,
     zero_dim,
 )
 from moesaic.parallel.zero import set_gradient_accumulation
@@ -190,10 +192,16 @@ class ParallelModel:
         given = tensors if tensors is not None else dict(self.model.named_parameters())
         return {name: self.shard_of(name, tensor) for name, tensor in given.items()}
 
-    def shard_of(self, name: str, tensor: Tensor) -> Shard:
-        """Return this rank's shard of a tensor that is sharded as the parameter of this name."""
-        shape = self.sharding_plan[name].shape
-        return describe_shard(local_tensor(tensor), self.local_spans(name), shape=shape)
+    def shard_of(self, name: str, tensor: Tensor, *, block: int = 1) -> Shard:
+        """Return this rank's shard of a tensor that is sharded as the parameter of this name.
+
+        It has a number for each ``block`` values of a row of the parameter.
+        """
+        shape, spans = self.sharding_plan[name].shape, self.local_spans(name)
+        if block > 1:
+            shape = (*shape[:-1], blocks_per_row(shape[-1], block=block))
+            spans = (*spans[:-1], spans_of_blocks(spans[-1], block=block))
+        return describe_shard(local_tensor(tensor), spans, shape=shape)
 
     @property
     def expert_parameters(self) -> dict[str, int]:

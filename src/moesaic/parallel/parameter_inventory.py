@@ -17,6 +17,7 @@ from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.nn.adapter import ADAPTER
 from moesaic.nn.fused_projections import fused_outputs
+from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.pipeline_stages import PipelineStages
@@ -27,6 +28,7 @@ from moesaic.parallel.sharding_plan import (
     make_sharding_plan,
     zero_dim,
 )
+from moesaic.parallel.state_blocks import check_state_blocks
 from moesaic.parallel.tensor_parallel import row_parallel_linears
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 
@@ -78,7 +80,7 @@ class ParameterInventory:
         with torch.device("meta"):
             model = Transformer(config)
             trainable.attach(model)
-        self.config, self._model = config, model
+        self.config, self._model, self._trainable = config, model, trainable
         kinds = model.parameter_kinds()
         self.parameters = tuple(
             ParameterInfo(
@@ -106,6 +108,10 @@ class ParameterInventory:
     def expert_modules(self) -> dict[str, int]:
         """The paths of the experts' modules, with the number of experts of each."""
         return {path: layer.router.config.experts for path, _, layer in expert_modules(self._model)}
+
+    def check_states(self, optimizer: Optimizer, *, plan: ParallelPlan) -> None:
+        """Raise ConfigError if the states of an optimizer cannot be cut as a plan cuts rows."""
+        check_state_blocks(self._model, optimizer=optimizer, trainable=self._trainable, plan=plan)
 
     def on_rank(self, parallel: ParallelConfig, *, world: int, rank: int = 0) -> "RankParameters":
         """Return the shards of a rank of ``world``. Raises ConfigError if the plan does not fit."""

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.distributed.tensor import DTensor
 
 from moesaic.core.shapes import Int, Tensor
+from moesaic.distributed.world import is_dtensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
 from moesaic.model.block import Block, BlockState
 from moesaic.moe.experts import GroupedExperts
@@ -125,7 +125,7 @@ def _units(model: nn.Module, *, experts: Set[str]) -> Iterator[StreamedUnit]:
             name
             for name, parameter in module.named_parameters()
             if (f"{prefix}{name}" in experts) != is_block
-            and not (is_block and isinstance(parameter, DTensor))
+            and not (is_block and is_dtensor(parameter))
         )
         if names:
             yield StreamedUnit(module, prefix, names)
@@ -223,16 +223,16 @@ class ParameterStream:
         stays = any(last.is_in(unit) for last in self._last)  # until another block is used
 
         def before(*_: Any) -> None:
-            if not _in_backward():
+            if not in_backward():
                 self._used = {} if unit in self._first else self._used
             self._use(unit)
 
         def note(rows_per_expert: Int[Tensor, "E"]) -> None:
-            if not _in_backward():
+            if not in_backward():
                 self._used.setdefault(unit, []).append(UsedExperts(rows_per_expert))
 
         def after(_module: nn.Module, _inputs: Any, output: MoEOutput | BlockState) -> None:
-            if _in_backward():  # recomputed: the backward of the unit comes next
+            if in_backward():  # recomputed: the backward of the unit comes next
                 return
             out = output.out if isinstance(output, MoEOutput) else output.x
             if out.requires_grad:
@@ -280,12 +280,12 @@ class ParameterStream:
             for name, parameter in unit.parameters.items():
                 self._move(unit, name, parameter)
             self._fill(unit, parts)
-        following = self._next[_in_backward()].get(unit)
+        following = self._next[in_backward()].get(unit)
         if following is not None and not following.in_use:
             self._prefetch(following, self._parts(following))
 
     def _parts(self, unit: StreamedUnit) -> list[Part]:
-        return unit.parts(self._used_before.get(unit, ()) if _in_backward() else ())
+        return unit.parts(self._used_before.get(unit, ()) if in_backward() else ())
 
     def _fill(self, unit: StreamedUnit, parts: list[Part]) -> None:
         self._prefetch(unit, parts)
@@ -344,5 +344,6 @@ class ParameterStream:
         self._count_bytes(-unit.num_bytes)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, also where that repeats a forward pass."""
     return torch._C._current_graph_task_id() != -1

@@ -40,7 +40,7 @@ from moesaic.parallel.stage_serializer import (
 class LossSettings:
     """Settings of the loss; ``num_targets`` counts a step's predictions, on all ranks."""
 
-    num_targets: int
+    num_targets: Int[Tensor, ""] | int
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -92,7 +92,7 @@ class StageModule(nn.Module):
                 output = output_of(self.model, end, batch=micro.batch)
                 loss = self.model.loss(output)
                 name = self.model.config.head.loss_name
-                terms[name] = loss.total / max(settings.num_targets, 1)
+                terms[name] = loss.total / settings.num_targets
                 micro.loss, micro.row = replace(loss, total=loss.total.detach()), output.row
         terms |= loss_terms(end.records, num_micro_batches=len(pipeline.micro_batches))
         objective = torch.stack(list(terms.values())).sum() if terms else torch.zeros(())
@@ -129,7 +129,7 @@ class Pipeline:
         self.rank = distributed.get_rank(self.group)
         self.dtype = next(model.parameters()).dtype
         self.micro_batches: tuple[MicroBatch, ...] = ()
-        self.loss_settings = LossSettings(0)
+        self.loss_settings = LossSettings(1)
         self._boundaries = [
             StageBoundary.after(blocks, config=stages.config) for blocks in stages.block_ranges[:-1]
         ]

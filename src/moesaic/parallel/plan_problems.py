@@ -20,6 +20,11 @@ def memory_problems(
             f"{plan.pipe}: the gradients of a stage are complete at the end of a step, so no "
             "update runs ahead: set run_ahead_bytes to 0, or pipe to 1"
         )
+    if memory.late_steps and not expert_counts:
+        yield (
+            f"parallel.memory.late_steps={memory.late_steps}: this model has no MoE layers, so no "
+            "experts without tokens: set it to 0"
+        )
     if not plan.zero or memory.parameters.is_device:
         return
     start = (

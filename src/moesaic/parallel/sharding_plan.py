@@ -24,6 +24,7 @@ from moesaic.moe.layer import MoELayer
 from moesaic.nn.adapter import ADAPTER, adapter_name
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.shardable_module import ShardableModule
+from moesaic.ops.blockwise_quantization import blocks_per_row
 
 EXPERT_STAGE_AXES = ("expert_data", "expert", "expert_tensor")
 
@@ -164,6 +165,18 @@ def clip_spans(spans: Sequence[Spans], *, dim: int, start: int, length: int) -> 
             clipped.append((first + low - offset, high - low))
         offset += size
     return (*spans[:dim], tuple(clipped), *spans[dim + 1 :])
+
+
+def spans_of_blocks(spans: Spans, *, block: int) -> Spans:
+    """Return the blocks of a row that a rank has, by the values that it has: whole blocks."""
+    runs: list[tuple[int, int]] = []
+    for start, length in spans:
+        first, so_far = runs[-1] if runs else (start, 0)
+        if first + so_far == start:  # segments that are not cut: a block may be in two of them
+            runs[-1:] = [(first, so_far + length)]
+        else:
+            runs.append((start, length))
+    return tuple((start // block, blocks_per_row(length, block=block)) for start, length in runs)
 
 
 def describe_shard(

@@ -12,11 +12,10 @@ Letters: t tokens held here, T tokens of the tensor parallel group, N predicted 
 those of the group, V vocabulary, v rows held here, D model dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import nn
@@ -65,10 +64,9 @@ class VocabParallelEmbedding:
         label: Int[Tensor, "N"],
         smoothing: float,
         z: float,
+        sizes: Sequence[int] | None,
     ) -> TokenLoss:
-        ranks = group_size(self._group)
-        count = torch.tensor([len(label)], device=label.device)
-        sizes = all_gather_rows(count, group=self._group, sizes=[1] * ranks).tolist()
+        assert sizes is not None, "the ranks of a table know each other's labels"
         gathered = all_gather_rows(hidden, group=self._group, sizes=sizes)
         labels = all_gather_rows(label, group=self._group, sizes=sizes)
         # this rank returns the loss of its own tokens, but scores those of all ranks

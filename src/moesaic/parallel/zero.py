@@ -3,9 +3,11 @@
 Stage 1 shards optimizer state, stage 2 also gradients, stage 3 also parameters. FSDP2 keeps
 parameters sharded between steps in every stage; stages differ in what stays unsharded within a
 step: stage 3 gathers a block's parameters for its forward and again for its backward, stages 1 and
-2 gather them once; stage 1 keeps gradients unsharded until the step's last micro-batch.
+2 gather them once in a step; stage 1 keeps gradients unsharded until the step's last micro-batch.
 """
 
+import importlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,16 +15,9 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as DimShard
 
 from moesaic.distributed.mesh import DATA_CONTEXT_AXES, Mesh
+from moesaic.distributed.world import is_dtensor
 from moesaic.model.block import BlockState
 from moesaic.model.kv_cache import EncoderOutput
 from moesaic.model.transformer import Transformer
@@ -103,7 +98,7 @@ def apply_zero(
                 num_experts=number,
             )
             for method in ("forward_edges", "in_one_call"):
-                register_fsdp_forward_method(experts, method)
+                _fsdp().register_fsdp_forward_method(experts, method)
     if mesh.size(*DATA_CONTEXT_AXES) > 1:
         for module in _fsdp_units(model, pipe=mesh.plan.pipe):
             _fully_shard(
@@ -115,7 +110,7 @@ def apply_zero(
             )
     sync = dict(gradient_sync)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             zero_axes = sharding_plan[name].zero_axes
             rest = tuple(axis for axis in sync[name].all_reduce_axes if axis not in zero_axes)
             sync[name] = GradientSync(rest, zero_axes)
@@ -136,15 +131,36 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
         return
     if isinstance(model.embedding, Embedding):
         for method in ("embed_replicated", "loss", "logits"):
-            register_fsdp_forward_method(model.embedding, method)
+            _fsdp().register_fsdp_forward_method(model.embedding, method)
 
 
 def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) -> None:
-    """Set whether the next backward is the step's last: stage 1 reduces gradients only then."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(last or zero_stage > 1, recurse=False)
-            module.set_is_last_backward(last)
+    """Set whether the next backward is the step's last.
+
+    Stage 1 reduces gradients only then, and stages 1 and 2 release gathered parameters only then.
+    """
+    sharded: Any = filter(_is_sharded, model.modules())
+    for module in sharded:
+        module.set_requires_gradient_sync(last or zero_stage > 1, recurse=False)
+        module.set_reshard_after_backward(last or zero_stage == 3, recurse=False)
+        module.set_is_last_backward(last)
+
+
+def _fsdp() -> Any:
+    """Return FSDP2. Importing it takes half a second, and only plans with ZeRO need it."""
+    return importlib.import_module("torch.distributed.fsdp")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def gather_again(module: nn.Module) -> None:
+    """Have the next forward pass of a module gather its weights, also where it has them still."""
+    if _is_sharded(module):
+        sharded: Any = module
+        sharded.reshard()
 
 
 class _ViewWarningFilter:
@@ -182,15 +198,16 @@ def _fully_shard(
     keep_gathered = isinstance(module, Transformer | Embedding)
     ranks = device_mesh.size()
 
-    def shard_dim(parameter: nn.Parameter) -> DimShard:
-        return DimShard(zero_dim(tuple(parameter.shape), ranks=ranks))
+    def shard_dim(parameter: nn.Parameter) -> Any:
+        return placements.Shard(zero_dim(tuple(parameter.shape), ranks=ranks))
 
-    sharded = fully_shard(
+    fsdp, placements = _fsdp(), importlib.import_module("torch.distributed.tensor")
+    sharded = fsdp.fully_shard(
         module,
         mesh=device_mesh,
         reshard_after_forward=mesh.plan.zero == 3 and not keep_gathered,
         shard_placement_fn=shard_dim,
-        mp_policy=MixedPrecisionPolicy(
+        mp_policy=fsdp.MixedPrecisionPolicy(
             param_dtype=precision.parameter_dtype,
             reduce_dtype=precision.reduce_dtype,
             cast_forward_inputs=False,

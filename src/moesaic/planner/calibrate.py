@@ -38,7 +38,13 @@ from moesaic.planner.measured_rates import (
     memory_bound,
     optimizer_update,
 )
-from moesaic.planner.synthetic_steps import MIDDLE, over_parts, ratio, step_call, synthetic_step
+from moesaic.planner.synthetic_steps import (
+    MIDDLE,
+    beside_memory_curve,
+    memory_over_parts,
+    step_call,
+    synthetic_step,
+)
 
 FULL_POINT_S, QUICK_POINT_S = 0.1, 0.02
 FULL_ROUNDS, QUICK_ROUNDS = 3, 1  # of calls on one device
@@ -150,7 +156,11 @@ class _Run:
 
     def slow_down(self, found: Measurement) -> SlowDown:
         """Return the slow-down of a contended pair."""
-        return SlowDown(value=round(max(1.0, 1 / found.rate), 3), source=self.source)
+        return self.at_least_one(1 / found.rate)
+
+    def at_least_one(self, value: float) -> SlowDown:
+        """Return a slow-down; noise must not make it a gain."""
+        return SlowDown(value=round(max(1.0, value), 3), source=self.source)
 
 
 def _measure_machine(
@@ -213,9 +223,11 @@ def _with_step_over_parts(machine: Machine, run: _Run, steps: Sequence[Measureme
     """Return the machine with what synthetic steps, if any were timed, take over their parts."""
     if not steps:
         return machine
-    found = run.keep("synthetic steps", *over_parts(steps, machine=machine))
-    over = SlowDown(value=round(max(1.0, ratio(found)), 3), source=run.source)
-    return machine.replace(step_over_parts=over)
+    over = memory_over_parts(run.keep("synthetic steps", *steps), machine=machine)
+    machine = machine.replace(step_over_parts=run.at_least_one(over))
+    pairs = machine.contended
+    beside = beside_memory_curve(pairs.all_devices.value, machine=machine)
+    return machine.replace(contended=pairs.replace(all_devices=run.at_least_one(beside)))
 
 
 def _shared_cores(run: _Run, ranks: RankTimings, *, call: Measurement) -> SharedCores:
@@ -230,9 +242,10 @@ def _shared_cores(run: _Run, ranks: RankTimings, *, call: Measurement) -> Shared
 
 def _device_calls(watch: Stopwatch, *, cuda: bool) -> dict[str, list[Callable[[], Measurement]]]:
     """Return what is timed on one device, by name."""
-    shapes = ((64, 64), (256, 64), (256, 128), (512, 256), (512, 512))
+    # a step has more rows than columns
+    shapes = ((64, 64), (256, 64), (1024, 128), (1024, 256), (1024, 512))
     # up to 512 rows of an expert, as in training, where rows fill the near caches before weights do
-    grouped = ((128, 64), (512, 64), (1024, 96), (4096, 128), (4096, 256))
+    grouped = ((128, 64), (512, 64), (1024, 96), (3072, 128), (2048, 256), (4096, 256))
     if cuda:
         shapes = ((256, 512), (1024, 1024), (4096, 2048), (8192, 4096), (8192, 8192))
         grouped = tuple((2 * rows, dim) for rows, dim in shapes)

@@ -1,7 +1,8 @@
 """Step cost, and its entries: operations, bytes held and bytes moved, each of one kind."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from moesaic.parallel.communication_volume import CommunicationVolume, summed_volumes
@@ -58,8 +59,8 @@ def gradient_operations(
 ) -> tuple[OperationCost, ...]:
     """Return what a rank does once a step with its gradients, after the backward passes.
 
-    These are the copies into ``buckets`` (number by bytes) and back, and the norms of ``trained``
-    parameters' ``gradients`` in bytes.
+    These are the copies into ``buckets`` (number by bytes) and back, the norms of ``trained``
+    parameters' ``gradients`` in bytes, and their scaling, as in a step that clips.
     """
     memory = OperationKind.MEMORY
     found = [
@@ -68,8 +69,46 @@ def gradient_operations(
     ]
     if trained:
         read = gradients // trained
-        found.append(OperationCost(Phase.BACKWARD, memory, "float32", 0, read, 0, trained))
+        for written in (0, read):
+            found.append(
+                OperationCost(Phase.BACKWARD, memory, "float32", 0, read, written, trained)
+            )
     return tuple(found)
+
+
+def accumulation(*, gradients: int, trained: int, times: int) -> tuple[OperationCost, ...]:
+    """Return the sums of ``trained`` parameters' ``gradients`` in bytes onto those there already.
+
+    Each micro-batch of a step but the first makes them.
+    """
+    if not trained or not times:
+        return ()
+    size = gradients // trained
+    memory = OperationKind.MEMORY
+    return (OperationCost(Phase.BACKWARD, memory, "float32", 0, 2 * size, size, trained * times),)
+
+
+def split_by_tokens(
+    operations: Iterable[OperationCost], more: Iterable[OperationCost], *, times: int
+) -> tuple[tuple[OperationCost, ...], tuple[OperationCost, ...]]:
+    """Return the operations of a step that grow with its tokens, and those that do not.
+
+    ``more`` are those of the same step with so many ``times`` the tokens. Gradients and copies of
+    weights are as large there, and as many; where a result is computed in parts, parts are as
+    large, but there are more. Products grow.
+    """
+    others = Counter[OperationCost]()
+    for op in more:
+        others[replace(op, count=1)] += op.count
+    grow: list[OperationCost] = []
+    fixed: list[OperationCost] = []
+    for op in operations:
+        there = others[replace(op, count=1)] if op.kind is OperationKind.MEMORY else 0
+        parts = round((there - op.count) / (times - 1)) if there else op.count
+        growing = min(op.count, max(0, parts))
+        grow += [replace(op, count=growing)] if growing else []
+        fixed += [replace(op, count=op.count - growing)] if growing < op.count else []
+    return tuple(grow), tuple(fixed)
 
 
 @dataclass(frozen=True, slots=True)

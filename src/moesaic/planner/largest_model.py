@@ -14,7 +14,8 @@ from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.planner.capacity import with_experts
 from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.machine import Machine
-from moesaic.planner.plan_model import Limits, PlanModel, tier_sums
+from moesaic.planner.plan_forecast import Limits, tier_sums
+from moesaic.planner.plan_model import PlanModel
 from moesaic.planner.plan_report import PlanRequest, plan_model, plan_words, training_problems
 from moesaic.planner.plan_space import (
     GRADIENTS_ON_HOST,

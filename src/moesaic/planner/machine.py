@@ -26,6 +26,7 @@ from moesaic.planner.operation_recorder import OperationKind
 
 MACHINE_FILE = FileKind(name="machine file", max_bytes=256 * KIB, error=ConfigError)
 CALIBRATE = "`moesaic calibrate --out machine.yaml` measures it on the machine itself"
+PRODUCTS = (OperationKind.DENSE_PRODUCT, OperationKind.GROUPED_PRODUCT)
 Positive = Annotated[float, Field(gt=0)]
 Source = Annotated[str, Field(min_length=1)]
 
@@ -113,7 +114,8 @@ class Products(Config):
 class ContendedPairs(Config):
     """Slow-downs of pairs of work that a step overlaps.
 
-    ``all_devices`` is that of a device's compute while the other devices of its node compute.
+    ``all_devices`` is that of a device's compute while the other devices of its node compute,
+    beside what ``SharedCores.memory`` has of it: that of the slowest, for which the others wait.
     """
 
     all_devices: SlowDown
@@ -159,8 +161,8 @@ class Machine(Config):
     memory, by the bytes of a call. ``update`` is that of the optimizer on the host, over all bytes
     that it reads and writes. Without ``shared_cores`` (devices with memory and links of their own)
     collectives take what their link takes, gradient sums overlap compute, and the host's work for
-    ZeRO's units is not forecast. ``step_over_parts`` is what a step on a processor takes over the
-    sum of its operations' times.
+    ZeRO's units is not forecast. ``step_over_parts`` is what memory-bound operations and attention
+    take in a step on a processor over their times alone.
     """
 
     name: Source
@@ -203,11 +205,12 @@ class Machine(Config):
     def compute_factor(self, kind: OperationKind, *, neighbours: bool) -> float:
         """Return what a step's operations of a kind take over the sum of their times.
 
-        Neighbours slow each operation once: memory-bound ones by the curve of ``shared_cores``.
+        With neighbours these are the times of ``beside_busy_ranks``.
         """
-        over = self.step_over_parts.value if self.step_over_parts else 1.0
-        has_curve = self.shared_cores is not None and kind is OperationKind.MEMORY
-        return over * self.contended.all_devices.value if neighbours and not has_curve else over
+        factor = self.contended.all_devices.value if neighbours else 1.0
+        if self.step_over_parts is None or kind in PRODUCTS:
+            return factor
+        return factor * self.step_over_parts.value
 
 
 def read_machine(path: Path) -> Machine:

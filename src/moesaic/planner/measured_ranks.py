@@ -1,8 +1,9 @@
 """Measured ranks: timings of two ranks at once, of their collectives and of ZeRO's units.
 
 Ranks that share the cores of a host pay more for a collective than a loop of collectives shows: one
-comes late, and the threads that send wait for a core. So here a collective is called between
-pieces of compute, and its time is the mean over both ranks, the wait for the other in it.
+comes late, the threads that send wait for a core, and compute after it finds caches cold. So here a
+collective is called between pieces of compute, and its time is what it adds to theirs, as a mean
+over both ranks.
 """
 
 import statistics
@@ -34,6 +35,8 @@ LINK_SIZES = (2**12, 2**18, 2**22)
 CALL_SIZES = (2**8, 2**14, 2**18, 2**20, 2**23)
 MEMORY_SIZES = tuple(12 * 4**n for n in range(3, 12))
 UNITS, MATRICES, DIMS = 3, 8, (16, 64, 192, 512)
+MIN_CALL_S = 1e-6  # of a difference of timings
+ROUNDS_OF_BOTH = 12
 _Timing = tuple[str, float, tuple[float, ...]]  # fields of a Measurement, which ranks pickle
 
 
@@ -82,7 +85,7 @@ def _seconds(watch: Stopwatch, call: Callable[[], object], rounds: int) -> tuple
     return tuple([watch.time(call) for _ in range(rounds + 1)][1:])
 
 
-def _mean_between(
+def _added_between(
     watch: Stopwatch,
     call: Callable[[], object],
     rounds: int,
@@ -90,18 +93,19 @@ def _mean_between(
     compute: Callable[[], object],
     group: Any,
 ) -> tuple[float, ...]:
-    """Return means of five calls on both ranks, each after a piece of compute that is not timed.
+    """Return what each of five calls between pieces of compute adds to theirs, on both ranks.
 
     A step has the sum of several calls, some of which take ten times what others take.
     """
-    found = []
-    for _ in range(rounds):
-        five = []
+
+    def with_calls() -> None:
         for _ in range(5):
             compute()
-            five.append(watch.time(call))
-        found.append(statistics.mean(five))
-    return _mean_of_ranks(found, group=group)
+            call()
+
+    five = loop(compute, 5)
+    found = [(watch.time(with_calls) - watch.time(five)) / 5 for _ in range(rounds)]
+    return tuple(max(MIN_CALL_S, each) for each in _mean_of_ranks(found, group=group))
 
 
 def _mean_of_ranks(seconds: Sequence[float], *, group: Any) -> tuple[float, ...]:
@@ -114,45 +118,39 @@ def _shared_cores(watch: Stopwatch, *, group: Any) -> Mapping[str, Sequence[_Tim
     """Time what is slower beside another rank: collectives, ZeRO's units, large operands.
 
     Collectives and operands are timed in two passes, some seconds apart, of which the faster
-    counts: what else a shared host does only makes them slower. ZeRO's units are differences of
-    timings, so models with and without them take turns, and all samples count.
+    counts: what else a shared host does only makes them slower. Of ZeRO's units, which are small
+    differences of two models' timings, all samples count.
     """
     passes = [_shared_once(watch, group=group) for _ in range(2)]
-    found = {
-        kind: [
-            min(same, key=lambda each: statistics.median(each[2]))
-            for same in zip(*(timed[kind] for timed in passes), strict=True)
-        ]
-        for kind in passes[0]
-    }
+    found: dict[str, list[_Timing]] = {}
+    for same in zip(*passes, strict=True):
+        fastest = min(same, key=lambda each: statistics.median(each[2]))
+        found.setdefault(fastest[0].split()[0], []).append(fastest)
     units = [_unit_timings(watch, dim, group=group) for dim in DIMS]
     found["unit-gather"], found["unit-scatter"] = map(list, zip(*units, strict=True))
     return found
 
 
-def _shared_once(watch: Stopwatch, *, group: Any) -> dict[str, list[_Timing]]:
-    found: dict[str, list[_Timing]] = {}
-    compute = _piece_of_compute()
+def _shared_once(watch: Stopwatch, *, group: Any) -> list[_Timing]:
+    compute, found = _piece_of_compute(), list[_Timing]()
     for name in COLLECTIVES:
-        found[name] = []
         for size in CALL_SIZES:
             call = _collective_call(name, size, device=watch.device, group=group)
-            rounds = 4 if size > 2**18 else 8
-            seconds = _mean_between(watch, call, rounds, compute=compute, group=group)
-            found[name].append((f"{name} {size} between compute", float(size), seconds))
-    found["memory"] = []
+            rounds = 6 if size > 2**20 else 12
+            seconds = _added_between(watch, call, rounds, compute=compute, group=group)
+            found.append((f"{name} {size} between compute", float(size), seconds))
     for size in MEMORY_SIZES:
         distributed.barrier(group=group)
         each = memory_bound(watch, size=size)
         # ranks differ in their numbers of rounds, but not in that of quartiles
         quartiles = statistics.quantiles(each.seconds, n=4)
         seconds = _mean_of_ranks(quartiles, group=group)
-        found["memory"].append((f"memory {size}, two ranks", each.size, seconds))
+        found.append((f"memory {size}, two ranks", each.size, seconds))
     return found
 
 
 def _piece_of_compute() -> Callable[[], None]:
-    """Return some milliseconds of products and of operands from memory."""
+    """Return a millisecond of products and of operands from memory."""
     x, large = torch.randn(256, 256), torch.randn(2**20)
 
     def compute() -> None:
@@ -188,13 +186,13 @@ def _unit_timings(watch: Stopwatch, dim: int, *, group: Any) -> tuple[_Timing, _
     x = torch.ones(4, dim)
     calls = [each(model, x) for model in (plain, sharded) for each in (_forward, _forward_backward)]
     samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(3):
+    for _ in range(6):
         for call, kept in zip(calls, samples, strict=True):
             distributed.barrier(group=group)
             kept += _mean_of_ranks(_seconds(watch, call, 4), group=group)
     forward, both, sharded_forward, sharded_both = map(statistics.median, samples)
-    gather = max((sharded_forward - forward) / UNITS, 1e-6)
-    scatter = max((sharded_both - both) / UNITS - 2 * gather, 1e-6)
+    gather = max((sharded_forward - forward) / UNITS, MIN_CALL_S)
+    scatter = max((sharded_both - both) / UNITS - 2 * gather, MIN_CALL_S)
     sent = MATRICES * dim * dim * 4 / 2
     names = (("gather", gather), ("scatter", scatter))
     first, second = ((f"unit {name} {dim}", sent, (found,)) for name, found in names)
@@ -218,23 +216,29 @@ def _forward_backward(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def _all_devices(watch: Stopwatch, *, group: Any) -> _Timing:
-    """Time compute on rank 0 alone, then while rank 1 computes too: steps, on a GPU a layer."""
+    """Time compute on rank 0 alone, then on both ranks: steps, on a GPU a layer.
+
+    Of both the later one counts, as ranks wait for each other. The two take turns, so that another
+    program slows both.
+    """
     layer = (
         expert_layer(watch, tokens=2048, dim=128, dtype=torch.float32)
         if watch.device.type == "cuda"
         else steps_in_turn(MIDDLE)
     )
-    alone, both = list[tuple[float, ...]](), list[tuple[float, ...]]()
-    for _ in range(3):  # in turn, and the fastest of each counts, as another program slows both
+    layer()
+    is_first = distributed.get_rank() == 0
+    alone, both = torch.zeros(2, ROUNDS_OF_BOTH, dtype=torch.float64)
+    for number in range(ROUNDS_OF_BOTH):
         distributed.barrier(group=group)
-        if distributed.get_rank() == 0:
-            alone.append(_seconds(watch, layer, 3))
+        alone[number] = watch.time(layer) if is_first else 0
         distributed.barrier(group=group)
-        both.append(_seconds(watch, layer, MIN_ROUNDS))
-        distributed.barrier(group=group)
-    longer = min(map(statistics.median, alone), default=1.0)
-    fastest = min(both, key=statistics.median)
-    return "all_devices", longer, tuple(min(2 * longer, max(longer, s)) for s in fastest)
+        both[number] = watch.time(layer)
+    distributed.all_reduce(alone, group=group)
+    distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=group)
+    longer = float(alone.median())
+    ratios = (both / alone).clamp(1, 2)
+    return "all_devices", longer, tuple((longer * ratios).tolist())
 
 
 def _product_beside(watch: Stopwatch, *, group: Any) -> _Timing:

@@ -2,9 +2,9 @@
 
 The ``reference`` is the cost of a step of one rank and one row, each kind of block run once on fake
 tensors. A plan scales its operations by kind: products and attention with the tokens and with the
-tensor degree, the experts' products with the rows that meet at one expert. What layers exchange is
-measured on two ranks of each axis and scaled with their number; states are exact
-(``state_bytes.py``).
+tensor degree, passes over gradients with the weights of the rank, the experts' products with the
+rows that meet at one expert. What layers exchange is measured on two ranks of each axis and scaled
+with their number; states are exact (``state_bytes.py``).
 
 Letters: m micro-batches, s share of the reference's tokens on a rank.
 """
@@ -22,9 +22,19 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
-from moesaic.planner.cost_entries import DEVICE, Phase, Purpose, StepCost, gradient_operations
+from moesaic.planner.cost_entries import (
+    DEVICE,
+    OperationCost,
+    Phase,
+    Purpose,
+    StepCost,
+    accumulation,
+    gradient_operations,
+    split_by_tokens,
+)
 from moesaic.planner.machine import Machine
 from moesaic.planner.operation_recorder import OperationKind
+from moesaic.planner.plan_forecast import PlanForecast
 from moesaic.planner.plan_space import (
     CompletePlan,
     Degrees,
@@ -45,9 +55,11 @@ from moesaic.planner.step_time import (
     operation_seconds,
     overlapped,
     sent_seconds,
+    shape_in,
     step_sums,
     sync_seconds,
     transfer_link,
+    unfolded_expert_axes,
 )
 from moesaic.planner.tier_bytes import (
     PassBytes,
@@ -57,48 +69,17 @@ from moesaic.planner.tier_bytes import (
     tier_names,
 )
 
+MORE_ROWS = 5  # few operations are five times as large as another
 _RECENT = 64  # degrees of which times are kept: the options of one degrees share them
 EXCHANGES = ("tensor", "context", "expert", "expert_tensor")  # axes between layers
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bytes of each tier that one rank may hold; a tier that is not named has none."""
-
-    bytes: Mapping[str, float]
-
-    def excess(self, held: Mapping[str, float]) -> tuple[float, str]:
-        """Return the largest ratio of held to allowed bytes, and its tier."""
-        ratios = ((b / max(1.0, self.bytes.get(tier, 0)), tier) for tier, b in held.items() if b)
-        return max(ratios, default=(0.0, DEVICE))
-
-
-@dataclass(frozen=True, slots=True)
-class PlanForecast:
-    """Seconds of a step, and bytes of a rank by (tier, purpose)."""
-
-    choice: CompletePlan
-    time: StepTime
-    held: Mapping[tuple[str, Purpose], int]
-
-    @property
-    def by_tier(self) -> dict[str, int]:
-        """Bytes of each tier."""
-        return tier_sums(self.held)
-
-
-def tier_sums(held: Mapping[tuple[str, Purpose], int]) -> dict[str, int]:
-    """Return the bytes of each tier."""
-    sums: Counter[str] = Counter()
-    for (tier, _), size in held.items():
-        sums[tier] += size
-    return dict(sums)
 
 
 @dataclass(frozen=True)
 class PlanModelSettings:
     """What a plan model is made of: the model's parameters and one measured step of it.
 
+    ``more_rows`` are the operations of a step of ``MORE_ROWS`` rows: what is as large there does
+    not grow with the tokens of a rank, but with its weights; without them, all grows with tokens.
     ``exchanges`` is what one of two ranks of an axis sends for a row that it holds; an axis that is
     not named has one rank in every plan.
     """
@@ -110,6 +91,7 @@ class PlanModelSettings:
     state: ShardedState
     precision: Precision
     base: ParallelConfig
+    more_rows: tuple[OperationCost, ...] = ()
 
 
 class PlanModel:
@@ -125,7 +107,9 @@ class PlanModel:
         self._blocks = len(blocks)
         routed = (self._config.routed_moe_of_layer(stack, layer=layer) for stack, layer in blocks)
         self._routed = [moe for moe in routed if moe is not None]
-        self._lines = [op for op in settings.reference.operations if op.phase != Phase.UPDATE]
+        passes = [op for op in settings.reference.operations if op.phase != Phase.UPDATE]
+        grow, fixed = split_by_tokens(passes, settings.more_rows, times=MORE_ROWS)
+        self._lines = [*((op, False) for op in grow), *((op, True) for op in fixed)]
         update = [op for op in settings.reference.operations if op.phase == Phase.UPDATE]
         calls = sum(op.count for op in update if op.kind is OperationKind.MEMORY)
         self._update_calls = max(1, calls)
@@ -143,6 +127,7 @@ class PlanModel:
         self._compute = lru_cache(maxsize=_RECENT)(self._compute_seconds)
         self._exchange_seconds = lru_cache(maxsize=_RECENT)(self._sum_exchanges)
         self._kind_seconds = lru_cache(maxsize=None)(self._compute_kind)
+        self._weights = lru_cache(maxsize=None)(self._share_of_weights)
         self._is_legal = lru_cache(maxsize=None)(self._check)
         self._exchange_bytes = lru_cache(maxsize=None)(self._exchanges)
         self._shape = lru_cache(maxsize=None)(self._group)
@@ -189,7 +174,7 @@ class PlanModel:
         degrees, option = choice.degrees, choice.option
         state = self._state(degrees, option)
         compute, memory = dict(self._compute(degrees, option.recomputes)), OperationKind.MEMORY
-        compute[memory] = compute.get(memory, 0.0) + self._gradient_seconds(degrees, state)
+        compute[memory] = compute.get(memory, 0.0) + self._gradient_seconds(degrees, option, state)
         time = StepTime(
             compute,
             self._waited_for(choice),
@@ -216,33 +201,42 @@ class PlanModel:
 
     def _compute_seconds(self, degrees: Degrees, recomputes: bool) -> Mapping[str, float]:  # noqa: FBT001
         often = degrees.micro_batches * self._share(degrees)
-        tokens, experts = self._tokens(degrees), degrees.expert
+        tokens, weights = self._tokens(degrees), self._weights(*degrees[3:6])
         found: dict[str, float] = {}
         for kind in OperationKind:
-            forward, backward = self._kind_seconds(kind, tokens, experts)
+            forward, backward = self._kind_seconds(kind, tokens, weights, degrees.expert)
             passes = forward * (1 + recomputes) + backward
             if passes:
                 found[kind.value] = often * self._factors[kind] * passes
         return found
 
     def _compute_kind(
-        self, kind: OperationKind, tokens: float, experts: int
+        self, kind: OperationKind, tokens: float, weights: float, experts: int
     ) -> tuple[float, float]:
         """Return the seconds of forward and of backward of one micro-batch of a kind."""
         found = {Phase.FORWARD: 0.0, Phase.BACKWARD: 0.0}
         local = max(1.0, self._num_experts / experts)
-        for op in self._lines:
+        for op, of_weights in self._lines:
             if op.kind is kind:
-                rate = operation_rate(self._busy, op)
-                seconds = operation_seconds(op, rate, scale=tokens, local_experts=local)
+                rate, scale = operation_rate(self._busy, op), weights if of_weights else tokens
+                seconds = operation_seconds(op, rate, scale=scale, local_experts=local)
                 found[op.phase] += op.count * seconds
         return found[Phase.FORWARD], found[Phase.BACKWARD]
 
-    def _gradient_seconds(self, degrees: Degrees, state: ShardBytes) -> float:
-        """Return the seconds of what a rank does with its gradients once a step."""
+    def _share_of_weights(self, tensor: int, expert: int, expert_tensor: int) -> float:
+        """Return the share of the model's weights that a rank computes with, ZeRO or not."""
+        key = PlanKey(expert * expert_tensor, 1, tensor, expert, expert_tensor, 0)
+        shards = self.settings.state.of_plan(key)
+        return shards.values / self.settings.state.values
+
+    def _gradient_seconds(self, degrees: Degrees, option: Option, state: ShardBytes) -> float:
+        """Return the seconds of what a rank does with its gradients, once or in micro-batches."""
         buckets = {state.summed // state.buckets: state.buckets} if state.buckets else {}
-        found = gradient_operations(
-            gradients=state.gradients, trained=state.trained, buckets=buckets
+        summed = self._state(degrees, replace(option, zero=0)) if option.zero < 2 else state
+        times = (degrees.micro_batches - 1) * option.memory.gradients.is_device
+        found = (
+            *gradient_operations(gradients=state.gradients, trained=state.trained, buckets=buckets),
+            *accumulation(gradients=summed.gradients, trained=state.trained, times=times),
         )
         seconds = sum(compute_seconds(found, machine=self._busy).values())
         return self._share(degrees) * self._factors[OperationKind.MEMORY] * seconds
@@ -283,8 +277,11 @@ class PlanModel:
         )
 
     def _group(self, axis: str, axes: tuple[int, ...]) -> GroupShape:
-        node = int(self.settings.machine.devices_per_node.value)
-        return group_shape(plan_of(axes), axis, devices_per_node=node)
+        node, plan = int(self.settings.machine.devices_per_node.value), plan_of(axes)
+        if axis.startswith("expert") and not self.space.folded:
+            names = ("expert_data", "context") if axis == "expert_data" else (axis,)
+            return shape_in(unfolded_expert_axes(plan), names, devices_per_node=node)
+        return group_shape(plan, axis, devices_per_node=node)
 
     def _exchanges(
         self, context: int, tensor: int, expert: int, expert_tensor: int
@@ -317,6 +314,7 @@ class PlanModel:
         try:
             parallel = self.settings.base.replace(plan=plan)
             self.settings.inventory.on_rank(parallel, world=plan.world_size)
+            self.settings.inventory.check_states(self.settings.state.optimizer, plan=plan)
         except UserError:
             return False
         return True

@@ -25,15 +25,16 @@ from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.plan_problems import memory_problems, pipeline_problems
 from moesaic.parallel.precision import BFloat16, Precision
+from moesaic.parallel.state_blocks import check_state_blocks
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
 from moesaic.planner.inventory_cache import inventory_of
 from moesaic.planner.machine import Machine, dtype_name
+from moesaic.planner.plan_forecast import Limits, PlanForecast
 from moesaic.planner.plan_model import (
     EXCHANGES,
-    Limits,
-    PlanForecast,
+    MORE_ROWS,
     PlanModel,
     PlanModelSettings,
 )
@@ -215,10 +216,12 @@ def plan_model(
         device=machine.device,
         trainable=request.trainable,
     )
+    more_rows = settings.replace(sizes=request.space.micro_batch(MORE_ROWS))
     return PlanModel(
         PlanModelSettings(
             inventory=inventory,
             reference=step_cost(settings),
+            more_rows=step_cost(more_rows).operations,
             exchanges=_measure_exchanges(request, settings),
             machine=machine,
             state=ShardedState(inventory, optimizer=request.optimizer, each=request.precision),
@@ -258,10 +261,9 @@ def training_problems(request: PlanRequest) -> Callable[[CompletePlan], Iterator
     The sentences are training's own. The search asks for thousands of plans, so no config is built
     where what is trained does not ask for one.
     """
+    base, plain = request.parallel, request.parallel.plan
     stages = cache(
-        lambda pipe: request.parallel.replace(
-            plan=request.parallel.plan.replace(pipe=pipe)
-        ).pipeline_stages(request.model)
+        lambda n: base.replace(plan=plain.replace(pipe=n)).pipeline_stages(request.model)
     )
     experts, trainable = expert_numbers(request.model), request.trainable
     asks = type(trainable).parallel_problems is not TrainableParameters.parallel_problems
@@ -272,8 +274,9 @@ def training_problems(request: PlanRequest) -> Callable[[CompletePlan], Iterator
         if asks:
             yield from trainable.parallel_problems(choice.parallel_config(request.parallel))
         if degrees.pipe > 1:
+            number, micro_batches = degrees.pipe, degrees.micro_batches
             yield from pipeline_problems(
-                stages(degrees.pipe), micro_batches=degrees.micro_batches, zero=plan.zero
+                stages(number), micro_batches=micro_batches, zero=plan.zero
             )
 
     return problems
@@ -310,6 +313,9 @@ def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:
         parallel = request.parallel.replace(plan=plan)
         try:
             check_parallel(few, parallel=parallel, plan=plan)
+            check_state_blocks(
+                few, optimizer=request.optimizer, trainable=request.trainable, plan=plan
+            )
         except UserError:
             return False
         return True

@@ -33,12 +33,16 @@ STATES_ON_DISK = MemoryPlan(optimizer_states=DiskStorage(), gradients=HostMemory
 STREAMED = MemoryPlan(
     optimizer_states=HostMemory(), gradients=HostMemory(), parameters=HostMemory()
 )
+WEIGHTS_AND_STATES_ON_HOST = MemoryPlan(
+    optimizer_states=HostMemory(), parameters=HostMemory()
+)  # gradients of many micro-batches add up on the device
 STREAMED_STATES_ON_DISK = STREAMED.replace(optimizer_states=DiskStorage())
 MEMORY_PLANS = (
     RESIDENT,
     STATES_ON_HOST,
     GRADIENTS_ON_HOST,
     STATES_ON_DISK,
+    WEIGHTS_AND_STATES_ON_HOST,
     STREAMED,
     STREAMED_STATES_ON_DISK,
 )

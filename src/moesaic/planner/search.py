@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from moesaic.core.units import show_bytes
 from moesaic.planner.cost_entries import TIER_WORDS
-from moesaic.planner.plan_model import Limits, PlanForecast, PlanModel, tier_sums
+from moesaic.planner.plan_forecast import Limits, PlanForecast, tier_sums
+from moesaic.planner.plan_model import PlanModel
 from moesaic.planner.plan_space import CompletePlan, Degrees, Option
 
 

@@ -24,6 +24,7 @@ from moesaic.parallel.precision import Precision
 from moesaic.parallel.sharding_plan import Placement, local_spans, zero_dim
 from moesaic.planner.step_memory import UpdatedBytes
 
+_REPEATED_FROM = {"all-gather": 3, "reduce-scatter": 2}  # ZeRO's stage, in each micro-batch
 UnitShape = tuple[tuple[tuple[Placement, bool], int], ...]  # ((placement, trained), number)
 
 
@@ -104,7 +105,7 @@ class ShardedState:
     def __init__(
         self, inventory: ParameterInventory, *, optimizer: Optimizer, each: Precision
     ) -> None:
-        self._each = each
+        self.optimizer, self._each = optimizer, each
         narrow = each.parameter_dtype != torch.float32
         master = each.master_weights.bytes_per_value if narrow else 0
         self.reads_weights = not master
@@ -198,7 +199,7 @@ class ShardedState:
                     is_block, is_gather = shape != self._root, kind == "all-gather"
                     passes = 2 if is_gather and is_block and key.zero == 3 else 1
                     axis = "+".join(wanted[0][0].zero_axes)
-                    found[kind, axis, is_gather or key.zero != 1] += passes * number
+                    found[kind, axis, key.zero >= _REPEATED_FROM[kind]] += passes * number
         return found
 
     def _gathered(self, plan: PlanKey) -> int:
@@ -264,8 +265,13 @@ def _sync(
     """Yield (kind, axis, values sent, whether in each micro-batch) of one parameter."""
     if shard.zero_ranks > 1:
         axis, sent = "+".join(shard.zero_axes), shard.values * (shard.zero_ranks - 1)
-        yield "all-gather", axis, sent * (2 if plan.zero == 3 and in_block else 1), True
-        yield "reduce-scatter", axis, sent, plan.zero != 1
+        yield (
+            "all-gather",
+            axis,
+            sent * (2 if plan.zero == 3 and in_block else 1),
+            (plan.zero >= _REPEATED_FROM["all-gather"]),
+        )
+        yield "reduce-scatter", axis, sent, plan.zero >= _REPEATED_FROM["reduce-scatter"]
     if shard.sum_ranks > 1:
         sent = 2 * shard.values * (shard.sum_ranks - 1) / shard.sum_ranks
         whole = shard.sum_ranks == plan.stage_size  # dense layers and experts share buckets

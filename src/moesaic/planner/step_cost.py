@@ -93,6 +93,7 @@ class _Composition:
             raise ConfigError(problems)
         inventory = inventory_of(settings.model, trainable=settings.trainable)
         parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
+        inventory.check_states(settings.optimizer, plan=parameters.plan)
         counts = sorted(set(inventory.expert_modules.values()))
         small = smallest_plan(parameters.plan, expert_counts=counts)
         parallel = settings.parallel.replace(plan=small, memory=MemoryPlan())

@@ -8,7 +8,7 @@ ranks numbered node by node. Where ranks share cores (``SharedCores``), a call o
 what it was measured to take between pieces of compute, and none of it is hidden.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moesaic.distributed.parallel_plan import DENSE_AXES, ParallelPlan
@@ -215,8 +215,13 @@ def group_shape(plan: ParallelPlan, axis: str, *, devices_per_node: int) -> Grou
     """
     names = DENSE_AXES[1:] if axis == "stage" else tuple(axis.split("+"))
     grid = plan.axes() if set(names) <= set(DENSE_AXES) else expert_axes(plan)
+    return shape_in(grid, names, devices_per_node=devices_per_node)
+
+
+def shape_in(grid: Mapping[str, int], names: Sequence[str], *, devices_per_node: int) -> GroupShape:
+    """Return the shape of the group of ranks along some axes of a grid, the innermost last."""
     ranks, local, stride = 1, 1, 1
-    for name, size in reversed(grid.items()):
+    for name, size in reversed(tuple(grid.items())):
         if name in names:
             ranks *= size
             local *= max(1, min(size, devices_per_node // stride))
@@ -227,6 +232,17 @@ def group_shape(plan: ParallelPlan, axis: str, *, devices_per_node: int) -> Grou
 def expert_axes(plan: ParallelPlan) -> dict[str, int]:
     """Return the axes of a layer whose experts are sharded over ``plan.expert`` ranks."""
     return plan.axes(num_experts=plan.expert)
+
+
+def unfolded_expert_axes(plan: ParallelPlan) -> dict[str, int]:
+    """Return the axes of experts over data ranks alone, as before folding (2504.14960)."""
+    return {
+        "pipe": plan.pipe,
+        "expert_data": (plan.data or 1) // plan.expert,
+        "expert": plan.expert,
+        "context": plan.context,
+        "expert_tensor": plan.expert_tensor,
+    }
 
 
 def collective_seconds(line: CommunicationVolume, *, machine: Machine, plan: ParallelPlan) -> float:

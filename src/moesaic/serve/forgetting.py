@@ -22,10 +22,14 @@ def score_forgetting(
     *,
     before: Path,
     tests: Sequence[TestSet],
-    search: Search,
+    search: Search | None,
     settings: EvaluationSettings | None = None,
 ) -> EvaluationSummary:
-    """Score a run and the run that it was tuned from on ``tests``; the change is its lead."""
-    paths = {AFTER: run, BEFORE: before}
-    systems = {name: ObservedModel(Translator.open(path), search) for name, path in paths.items()}
+    """Score a run and the run that it was tuned from on ``tests``; the change is its lead.
+
+    Both search alike: as ``search`` says, or as the tuned one does.
+    """
+    after = Translator.open(run)
+    both = {AFTER: after, BEFORE: Translator.open(before)}
+    systems = {n: ObservedModel(each, search or after.search) for n, each in both.items()}
     return evaluate(systems, tests=tests, settings=settings)

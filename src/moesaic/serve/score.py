@@ -24,7 +24,7 @@ from moesaic.evaluate.routing_analysis import RoutingAnalysis
 from moesaic.evaluate.seen_rows import SeenRows, find_seen_rows
 from moesaic.evaluate.test_set_result import SampleTranslation, TestSetResult
 from moesaic.evaluate.testset import TestSet
-from moesaic.model.beam_search import Greedy, Search
+from moesaic.model.beam_search import Search
 from moesaic.monitor.expert_usage import UsageCounter
 from moesaic.serve.translation_result import TranslationResult
 from moesaic.serve.translation_routing import test_set_routing
@@ -45,12 +45,13 @@ def score_run(
     """Translate ``tests`` with a run and score it beside copying and a translation memory.
 
     The memory contains the train rows of ``corpus``, among which the test rows are looked up too;
-    without a corpus there is neither. Writes no files: see ``EvaluationSummary.write`` and
+    without a corpus there is neither. ``search`` is that of the run, unless given (an imported
+    model may have come with one). Writes no files: see ``EvaluationSummary.write`` and
     ``count_experts``.
     """
     started = time.monotonic()
     translator = Translator.open(path)
-    model = ObservedModel(translator, search or Greedy())
+    model = ObservedModel(translator, search or translator.search)
     systems: dict[str, TranslationSystem] = {"model": model, "copy": copy_source}
     seen: dict[str, SeenRows] = {}
     if corpus is not None:

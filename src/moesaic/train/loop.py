@@ -8,6 +8,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal, Self
 
+import torch
+
 from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.memory.disk_store import DiskFullError
 from moesaic.train.trainer import NonFiniteError, Trainer
@@ -99,18 +101,26 @@ class StopRequest:
 def training_loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> StopReason:
     """Train up to step ``until``; Ctrl-C and SIGTERM stop after the current step.
 
-    Raises NonFiniteError and DiskFullError after the hooks have finished (and saved a checkpoint).
+    Several ranks stop one step later: their requests are summed before a step and read after it,
+    so that the host waits for no device in between. Raises NonFiniteError and DiskFullError after
+    the hooks have finished (and saved a checkpoint).
     """
     with StopRequest() as stop:
         for hook in hooks:
             mark_phase(f"{type(hook).__name__} before the run")
             hook.before_run(trainer)
+        mark_phase("between steps")
+        stopping, world = trainer.world.any_rank(stop.requested), trainer.world
         try:
-            while trainer.step < until and not _stop_requested(trainer, stop):
+            while trainer.step < until and not stopping:
+                requests = torch.full((), int(stop.requested), device=world.device)
+                requests = world.all_reduce(requests)
                 report = trainer.train_step()
                 for hook in hooks:
                     mark_phase(type(hook).__name__)
                     hook.after_step(trainer, report)
+                mark_phase("between steps")
+                stopping = bool(requests) or (world.size == 1 and stop.requested)
         except (NonFiniteError, DiskFullError):
             _run_after_run_hooks(trainer, hooks)
             raise
@@ -118,11 +128,6 @@ def training_loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Sto
     if trainer.step >= trainer.run.steps:
         return "finished"
     return "until" if trainer.step >= until else stop.stop_reason
-
-
-def _stop_requested(trainer: Trainer, stop: StopRequest) -> bool:
-    mark_phase("between steps")
-    return trainer.world.any_rank(stop.requested)
 
 
 def _run_after_run_hooks(trainer: Trainer, hooks: Sequence[Hook]) -> None:

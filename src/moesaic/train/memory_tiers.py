@@ -1,19 +1,20 @@
 """Memory tiers of a trainer: the stores that a memory plan asks for, given to its parts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.distributed.world import local_tensor
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tensor_store import TensorStore
 from moesaic.memory.tier import HostMemory, Tier
-from moesaic.moe.experts import ExpertModule
 from moesaic.moe.layer import MoELayer
+from moesaic.moe.router import RouterOutput
 from moesaic.nn.adapter import is_of_adapter
 from moesaic.optim.gradients import TieredGradients
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
@@ -21,6 +22,8 @@ from moesaic.optim.named_optimizer import NamedOptimizer
 from moesaic.optim.run_ahead import RunAhead, all_overwritten_bytes
 from moesaic.optim.tiered_states import TieredStates
 from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.parameter_streaming import in_backward
+from moesaic.parallel.zero import gather_again
 
 
 def use_memory_plan(
@@ -36,13 +39,13 @@ def use_memory_plan(
         device, in_flight = model.mesh.device, plan.in_flight_bytes
         return tier.open(device=device, label=label, in_flight_bytes=in_flight)
 
-    banks = {name: (module, p) for name, module, p in _expert_banks(model) if plan.late_steps}
+    banks = {name: (layer, p) for name, layer, p in _expert_banks(model) if plan.late_steps}
     if not plan.gradients.is_device:
         model.gradients = TieredGradients(
             opened(plan.gradients, "gradients"),
             model.model.named_parameters(),
             dtype=model.precision.gradient_dtype,
-            banks=banks,
+            banks={name for name, (_, p) in banks.items() if len(local_tensor(p))},
         )
     optimizer.gradients = model.gradients
     stream = model.parameter_stream
@@ -52,19 +55,14 @@ def use_memory_plan(
     optimizer.tier = TieredStates(
         opened(plan.optimizer_states, "optimizer-states"), plan.in_flight_bytes
     )
-    late: dict[ExpertModule, list[ExpertBank]] = {}
-    for group in optimizer.param_groups:
-        for name in group["param_names"]:
-            if name in banks and _can_be_late(name, group, optimizer=optimizer, model=model):
-                module, parameter = banks[name]
-                resting = None if stream is None else stream.resting(name)
-                bank = ExpertBank(name, parameter, group["name"], resting)
-                late.setdefault(module, []).append(bank)
-    optimizer.late = LateUpdates(
-        [bank for each in late.values() for bank in each], max_steps=plan.late_steps
-    )
-    for module, each in late.items():
-        module.call_before_use(partial(_catch_up, optimizer, each))
+    if banks:
+        late = _late_banks(banks, optimizer=optimizer, model=model)
+        optimizer.late = LateUpdates(
+            [bank for each in late.values() for bank in each if bank.missed],
+            max_steps=plan.late_steps,
+        )
+        for layer, each in late.items():
+            _catch_up_before_use(layer, each, optimizer=optimizer, model=model)
     return _run_ahead(plan, optimizer=optimizer, model=model)
 
 
@@ -78,27 +76,92 @@ def _run_ahead(plan: MemoryPlan, *, optimizer: NamedOptimizer, model: ParallelMo
     return ahead
 
 
-def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, ExpertModule, nn.Parameter]]:
-    """Yield weights ``[E, M, N]`` whose experts this rank reads by themselves, and their module."""
+def _expert_banks(model: ParallelModel) -> Iterator[tuple[str, MoELayer, nn.Parameter]]:
+    """Yield weights ``[E, M, N]`` whose experts can be read by themselves, and their layer."""
     for path, layer in model.model.named_modules():
         if not isinstance(layer, MoELayer):
             continue
         for name, parameter in layer.experts.named_parameters(prefix=f"{path}.experts"):
-            whole = parameter.ndim == 3 and local_tensor(parameter) is parameter
-            if whole and not is_of_adapter(name):
-                yield name, layer.experts, parameter
+            if parameter.ndim == 3 and not is_of_adapter(name):
+                yield name, layer, parameter
 
 
-def _can_be_late(
+def _late_banks(
+    banks: Mapping[str, tuple[MoELayer, nn.Parameter]],
+    *,
+    optimizer: NamedOptimizer,
+    model: ParallelModel,
+) -> dict[MoELayer, list[ExpertBank]]:
+    """Return the weights whose experts may be late, by layer. Raises ConfigError if none may."""
+    stream = model.parameter_stream
+    late: dict[MoELayer, list[ExpertBank]] = {}
+    whys: list[str] = []
+    for group in optimizer.param_groups:
+        names: list[str] = [name for name in group["param_names"] if name in banks]
+        for name in names:
+            layer, parameter = banks[name]
+            if why := _why_in_time(name, group, optimizer=optimizer, model=model):
+                whys.append(f"{name}: {why}")
+            else:
+                resting = None if stream is None else stream.resting(name)
+                bank = ExpertBank(name, parameter, group["name"], resting)
+                late.setdefault(layer, []).append(bank)
+    if not late:
+        why = next(iter(whys), f"none of them is trained ({next(iter(banks))})")
+        raise ConfigError(
+            [f"parallel.memory.late_steps: no expert can be updated late. {why}: set it to 0"]
+        )
+    return late
+
+
+def _why_in_time(
     name: str, group: dict[str, Any], *, optimizer: NamedOptimizer, model: ParallelModel
-) -> bool:
-    """Whether this rank can update single experts by itself, with the bits of the whole update."""
+) -> str:
+    """Return why this rank cannot update one expert with the bits of the whole update; else ''."""
     placement, sync = model.sharding_plan[name], model.gradient_sync[name]
-    sliced = [sharded.axis for sharded in placement.sharded_dims if sharded.dim]
-    holders = model.mesh.size(*sliced, *sync.all_reduce_axes, num_experts=placement.num_experts)
-    alone = group["rule"].elementwise or holders == 1
-    narrow = model.precision.parameter_dtype.itemsize < 4
-    return alone and (optimizer.master_weights.rounds_to_nearest or not narrow)
+    axes = [sharded.axis for sharded in placement.sharded_dims if sharded.dim]
+    axes += [*sync.all_reduce_axes, *(sync.zero_axes if model.zero_dim(name) else ())]
+    holders = model.mesh.size(*axes, num_experts=placement.num_experts)
+    if not group["rule"].elementwise and holders > 1:
+        return (
+            f"{holders} ranks share the update of each matrix of {group['name']}; with "
+            "parallel.plan.zero or expert each expert would be on one rank"
+        )
+    if (
+        not optimizer.master_weights.rounds_to_nearest
+        and model.precision.parameter_dtype.itemsize < 4
+    ):
+        return f"{type(optimizer.master_weights).__name__} rounds by the number of the step"
+    return ""
+
+
+def _catch_up_before_use(
+    layer: MoELayer,
+    banks: Sequence[ExpertBank],
+    *,
+    optimizer: NamedOptimizer,
+    model: ParallelModel,
+) -> None:
+    """Have the weights of experts that get tokens brought up to date before they are read.
+
+    Where ZeRO shards them, that is before they are gathered: an expert of this rank's shard may get
+    the tokens of any rank. They are gathered in every forward pass, since others were late before.
+    """
+    if not any(model.gradient_sync[bank.name].zero_axes for bank in banks):
+        layer.experts.call_before_use(partial(_catch_up, optimizer, banks))
+        return
+    spans = {bank.name: model.local_spans(bank.name)[0] for bank in banks}
+
+    def before_gather(_module: nn.Module, _inputs: Any, routed: RouterOutput) -> None:
+        if in_backward():  # a repeated pass uses the same experts
+            return
+        rows = layer.batch_group.sum(routed.routing.load())
+        for bank in banks:
+            own = [rows[first : first + number] for first, number in spans[bank.name]]
+            _catch_up(optimizer, [bank], torch.cat([rows[:0], *own]))  # it may have none
+        gather_again(layer.experts)
+
+    layer.router.register_forward_hook(before_gather)
 
 
 def _catch_up(

@@ -100,6 +100,9 @@ class RouterHealthHook(Hook):
             counts.merge({n: t.to(world.device) * int(keep) for n, t in _sorted_by_layer(named)})
         self._has_counts = any(name.startswith("new/") for name in tensors)
 
+    def discard_attempt(self) -> None:
+        """Nothing: what is counted are finished steps."""
+
     def _count(self, record: RoutingRecord, *, labels: Int[Tensor, "B"]) -> None:
         routing = record.routing
         self._interval_counts.add_edges(

@@ -6,11 +6,15 @@ part belong to that part's config class. Nothing is opened or built here.
 
 from collections.abc import Callable, Iterator
 
+import torch
+from torch import nn
+
 from moesaic.core.errors import ConfigError
 from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.model.transformer import Transformer
 from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, warmup_steps
 from moesaic.parallel.plan_problems import pipeline_problems
+from moesaic.parallel.sparse_adaptation import SpIEL
 from moesaic.parallel.trainable_parameters import AllParameters
 from moesaic.train.run import Run
 from moesaic.train.warm_start import RandomWeights
@@ -58,6 +62,18 @@ def trainable_parameters_exist(run: Run) -> Iterator[str]:
         )
 
 
+def moved_values_have_float32_states(run: Run) -> Iterator[str]:
+    """Values whose moments are moved with them have moments that can be."""
+    of_experts = nn.Parameter(torch.empty(1, 1, device="meta"))
+    rule = run.optimizer.param_group(of_experts, kind="expert")["rule"]
+    if isinstance(run.trainable, SpIEL) and rule.state_blocks:
+        yield (
+            "trainable=SpIEL with optimizer.states=EightBitStates: a value that moves takes its "
+            "moments along, and in 8 bits they share a scale with others: set "
+            "optimizer.states=Float32States"
+        )
+
+
 def schedule_fits_the_steps(run: Run) -> Iterator[str]:
     """Warm-up ends before the decay or the run."""
     schedule = run.schedule
@@ -95,6 +111,7 @@ RUN_RULES: tuple[RunRule, ...] = (
     data_fits_the_model,
     every_mixer_is_in_a_block,
     trainable_parameters_exist,
+    moved_values_have_float32_states,
     schedule_fits_the_steps,
     pipeline_has_enough_micro_batches,
 )

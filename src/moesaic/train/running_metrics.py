@@ -224,6 +224,10 @@ class RunningMetrics:
         for name, value in sums.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + value
 
+    def discard_attempt(self) -> None:
+        """Count a skipped attempt: sums are of whole steps."""
+        self.skipped += 1
+
     def add_losses(self, losses: Float[Tensor, "K+1 C"]) -> None:
         """Add losses alone (validation)."""
         self._losses += losses

@@ -5,6 +5,7 @@ be loaded under any other.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from moesaic.checkpoint.block_index import read_index
@@ -15,7 +16,13 @@ from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import World
 from moesaic.optim.named_optimizer import NamedOptimizer
-from moesaic.optim.optimizer_state import live_state, masters_of, round_masters, without_masters
+from moesaic.optim.optimizer_state import (
+    live_state,
+    masters_of,
+    round_masters,
+    state_blocks,
+    without_masters,
+)
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.weight_start import weight_shards
 
@@ -23,14 +30,21 @@ SHARDED_FILES = ("model", "optimizer")  # their tensors are distributed over ran
 
 
 def local_shards(
-    parallel_model: ParallelModel, optimizer_state: Mapping[str, Tensor]
+    parallel_model: ParallelModel,
+    optimizer_state: Mapping[str, Tensor],
+    *,
+    blocks: Mapping[str, int],
 ) -> dict[str, dict[str, TensorOrShard]]:
-    """Return this rank's shards of weights and of all optimizer state, without copying."""
+    """Return this rank's shards of weights and of all optimizer state, without copying.
+
+    ``blocks`` are those of ``state_blocks``.
+    """
     weights = weight_shards(parallel_model) | parallel_model.shards(masters_of(optimizer_state))
     state: dict[str, TensorOrShard] = {}
     for name, tensor in without_masters(optimizer_state).items():
         parameter = name.partition("/")[2]
-        state[name] = parallel_model.shard_of(parameter, tensor) if tensor.dim() else tensor
+        shard = partial(parallel_model.shard_of, parameter, block=blocks.get(name, 1))
+        state[name] = shard(tensor) if tensor.dim() else tensor
     return {"model": dict(weights), "optimizer": state}
 
 
@@ -47,7 +61,7 @@ def restore_shards(
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
                 optimizer.ensure_state(name, parameter, rule=group["rule"])
-    state = local_shards(parallel_model, live_state(optimizer))
+    state = local_shards(parallel_model, live_state(optimizer), blocks=state_blocks(optimizer))
     load_verified(path, into=state, world=world)
     round_masters(optimizer)
     return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])

@@ -54,7 +54,6 @@ class SparseSelectionHook(Hook):
         }
         self._windows: dict[str, _Window] = {}
         trainer.stateful_components["selection"] = self
-        trainer.when_skipped.append(self._discard_attempt)
 
     def before_run(self, trainer: Trainer) -> None:
         self._observe(trainer)
@@ -100,7 +99,7 @@ class SparseSelectionHook(Hook):
                     candidates, sums, squares, torch.zeros_like(sums), begun=True
                 )
 
-    def _discard_attempt(self) -> None:
+    def discard_attempt(self) -> None:
         """Discard the gradients of a skipped attempt, and the windows that began in it."""
         self._windows = {site: window for site, window in self._windows.items() if window.begun}
         for window in self._windows.values():

@@ -48,8 +48,10 @@ class Objective:
     ) -> ForwardBackwardResult:
         """Compute the gradients of the step's loss, summed over ranks. Collective."""
         head = parallel_model.model.config.head
-        num_predicted = torch.tensor(sum(map(head.num_predicted, batches)))
-        predicted = int(parallel_model.data_world.all_reduce(num_predicted))
+        world = parallel_model.data_world
+        # filled on the device, and left there: the host waits for neither a copy nor the sum
+        here = torch.full((), sum(map(head.num_predicted, batches)), device=world.device)
+        predicted = world.all_reduce(here).clamp(min=1)
         if parallel_model.pipeline is not None:
             results = self._pipeline_forward_backward(parallel_model, batches, predicted=predicted)
         else:
@@ -60,7 +62,7 @@ class Objective:
         return result
 
     def _forward_backward_in_turn(
-        self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: int
+        self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: Tensor
     ) -> Iterator[ForwardBackwardResult]:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
@@ -88,7 +90,7 @@ class Objective:
         return self.categories.sums(loss.values, row=output.row, batch=batch)
 
     def _pipeline_forward_backward(
-        self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: int
+        self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: Tensor
     ) -> list[ForwardBackwardResult]:
         pipeline, head = parallel_model.pipeline, parallel_model.model.config.head
         assert pipeline is not None
@@ -105,7 +107,7 @@ class Objective:
             for micro, count in zip(micros, tokens, strict=True)
         ]
 
-    def _loss_settings(self, pipeline: Pipeline, *, predicted: int) -> LossSettings:
+    def _loss_settings(self, pipeline: Pipeline, *, predicted: Tensor | int) -> LossSettings:
         context = partial(self.precision.autocast, pipeline.device)
         return LossSettings(predicted, context)
 
@@ -118,7 +120,7 @@ class Objective:
         return self.categories.sums(micro.loss.values, row=micro.row, batch=micro.batch)
 
     def _micro_batch_forward_backward(
-        self, parallel_model: ParallelModel, batch: Batch, *, predicted: int, micro_batches: int
+        self, parallel_model: ParallelModel, batch: Batch, *, predicted: Tensor, micro_batches: int
     ) -> ForwardBackwardResult:
         model = parallel_model.model
         # Of ranks that read the same rows, one counts their tokens.
@@ -127,7 +129,7 @@ class Objective:
         with self.precision.autocast(batch.device):
             output = model(batch)
             loss = model.loss(output)
-        terms = {model.config.head.loss_name: loss.total / max(predicted, 1)}
+        terms = {model.config.head.loss_name: loss.total / predicted}
         terms |= loss_terms(output.records, num_micro_batches=micro_batches)
         objective = torch.stack(list(terms.values())).sum()
         objective.backward()

@@ -26,10 +26,18 @@ from moesaic.model.weights import restore_tensors
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
-from moesaic.optim.optimizer_state import frozen_state, masters_of, restore_state, without_masters
+from moesaic.optim.optimizer_state import (
+    frozen_names,
+    frozen_state,
+    masters_of,
+    restore_state,
+    state_blocks,
+    without_masters,
+)
 from moesaic.parallel.matrix_owners import MatrixOwners
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.state_blocks import check_state_blocks
 from moesaic.parallel.trainable_parameters import freeze_others
 from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
 from moesaic.train.memory_tiers import use_memory_plan
@@ -53,6 +61,10 @@ class StatefulComponent(Protocol):
         ...
 
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None: ...
+
+    def discard_attempt(self) -> None:
+        """Leave out what was added by an attempt at a step that is skipped."""
+        ...
 
 
 class NonFiniteError(UserError):
@@ -93,6 +105,12 @@ class Trainer:
         self.model = model
         run.trainable.attach(model)
         fused = fused_outputs(model)  # of the whole model, before it is sharded
+        check_state_blocks(
+            model,
+            optimizer=run.optimizer,
+            trainable=run.trainable,
+            plan=run.parallel.plan.resolve(world.size),
+        )
         self.parallel_model = parallelize(
             model,
             parallel=run.parallel,
@@ -121,7 +139,6 @@ class Trainer:
         self.stateful_components: dict[str, StatefulComponent] = {"metrics": self.metrics}
         self.retry_queue = RetryQueue()
         self.loss_history = LossHistory()
-        self.when_skipped: list[Callable[[], None]] = []  # called after each skipped attempt
         self.step = 0
         self.event_log = EventLog()
 
@@ -237,9 +254,8 @@ class Trainer:
         self.optimizer.zero_grad()
         reset_routing_stats(self.model)
         self.retry_queue.mark_failed(attempt)
-        self.metrics.skipped += 1
-        for discard in self.when_skipped:
-            discard()
+        for component in self.stateful_components.values():
+            component.discard_attempt()
         outcome = "given up after its second try" if attempt.is_retry else "queued for one retry"
         self.event_log.add_note(f"step {self.step + 1} skipped: {reason}; its batch is {outcome}")
 
@@ -279,7 +295,9 @@ class Trainer:
         }
         state, optimizer_state = self._json_state(), frozen_state(self.optimizer)
         if not self.parallel_model.is_replicated:
-            shards = local_shards(self.parallel_model, optimizer_state)
+            blocks = state_blocks(self.optimizer)
+            shards = local_shards(self.parallel_model, optimizer_state, blocks=blocks)
+            about["frozen"] = frozen_names(self.optimizer)
             return RankSnapshot(self.step, shards | files, state, **about)
         files["model"] = self.parallel_model.saved_weights() | masters_of(optimizer_state)
         files["optimizer"] = without_masters(optimizer_state)

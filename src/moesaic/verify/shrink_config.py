@@ -14,7 +14,7 @@ from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.nn.feed_forward import FeedForwardConfig, ReGLU, ReLU, SquaredReLU, SwiGLU
 from moesaic.optim.lr_schedule import Constant
-from moesaic.optim.optimizer import AdamW, Muon, Optimizer
+from moesaic.optim.optimizer import AdamW, Float32States, Muon, Optimizer
 from moesaic.parallel.precision import Float32
 from moesaic.train.run import Run
 from moesaic.verify.synthetic_batches import VOCABULARY
@@ -37,13 +37,13 @@ class ShrunkRun:
 def shrink_config(run: Run) -> ShrunkRun:
     """Return a run with the same rules whose steps take milliseconds.
 
-    It computes in float32, so that plans differ in the order of sums only. It clips gradients above
-    a norm of 0.5, so that clipping occurs; its learning rate is constant. AdamW divides by
-    ``sqrt(v) + eps``: with an eps far below the gradients its first steps are their signs, and a
-    gradient of 1e-9 that another order of sums makes -1e-9 would change its weight the other way.
-    ``eps`` is therefore raised to 1e-3, in the reference too. For the same reason ReLU becomes its
-    square and ReGLU SwiGLU: the derivative of ReLU jumps at 0, where another order of sums changes
-    signs.
+    It computes in float32, states included, so that plans differ in the order of sums only. It
+    clips gradients above a norm of 0.5, so that clipping occurs; its learning rate is constant.
+    AdamW divides by ``sqrt(v) + eps``: with an eps far below the gradients its first steps are
+    their signs, and a gradient of 1e-9 that another order of sums makes -1e-9 would change its
+    weight the other way. ``eps`` is therefore raised to 1e-3, in the reference too. For the same
+    reason ReLU becomes its square and ReGLU SwiGLU: the derivative of ReLU jumps at 0, where
+    another order of sums changes signs.
     """
     model = _shrink_model(run.model)
     shrunk = run.replace(
@@ -119,9 +119,9 @@ def _shrink_moe(moe: SparseLayer, *, experts: int, dense: int) -> SparseLayer:
 def _raise_eps(optimizer: Optimizer) -> Optimizer:
     match optimizer:
         case AdamW():
-            return optimizer.replace(eps=EPS)
+            return optimizer.replace(eps=EPS, states=Float32States())
         case Muon():
-            return optimizer.replace(adamw=optimizer.adamw.replace(eps=EPS))
+            return optimizer.replace(adamw=_raise_eps(optimizer.adamw))
     return optimizer
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.moe.experts import ExpertShape, GroupedExperts
-from moesaic.nn.feed_forward import GELU, FeedForwardConfig, ReLU, SquaredReLU, SwiGLU
+from moesaic.nn.feed_forward import GELU, FeedForwardConfig, ReLU, SwiGLU
 from moesaic.ops.grouped_gemm import FeedForwardWeights, SequentialGEMM
 from moesaic.ops.moe_kernel import Edges, MoEKernel, UnfusedMoEKernel
 from moesaic.ops.triton.triton_moe_kernel import TritonMoEKernel, column_chunks
@@ -69,8 +69,8 @@ def test_the_kernel_equals_the_definition_whatever_the_routing(route, device):
     agree(KERNEL, edges_of(*ROUTES[route], device), SwiGLU())
 
 
-@pytest.mark.parametrize("activation", [ReLU(), SquaredReLU(), GELU(), SwiGLU()], ids=repr)
-def test_the_kernel_equals_the_definition_for_every_activation_with_biases(activation, device):
+@pytest.mark.parametrize("activation", [GELU(), SwiGLU()], ids=repr)  # a plain one, a gated one
+def test_the_kernel_equals_the_definition_with_biases(activation, device):
     agree(KERNEL, edges_of(*ROUTES["some-dropped"], device), activation, bias=True)
 
 
@@ -93,12 +93,12 @@ def test_the_kernel_is_right_with_weights_read_by_descriptor(device):
 
 
 def test_expert_outputs_in_column_chunks_give_the_same(device):
-    edges = edges_of(torch.arange(12) % EXPERTS, 2, device)
+    edges = edges_of(torch.full((6,), 1), 2, device)
     pieces, whole = (
         TritonMoEKernel(max_buffer_elements=0, tiles=SMALL),
         TritonMoEKernel(tiles=SMALL),
     )
-    assert len(list(column_chunks(136, rows=12, width=HIDDEN, max_elements=0))) == 2
+    assert len(list(column_chunks(136, rows=6, width=HIDDEN, max_elements=0))) == 2
     for a, b in zip(*(run(m, edges, ReLU(), dim=136) for m in (pieces, whole)), strict=True):
         assert torch.equal(a, b)
 

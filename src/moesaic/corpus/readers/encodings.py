@@ -1,15 +1,12 @@
 """Which encoding a file that is not UTF-8 may have, for the advice in the error message.
 
-Candidates are judged by how a sample of the file reads in them: letters inside words must be
-letters, of one script, and of the characters that its languages use. The advice names an encoding
-only with the text as it would read, so that a wrong guess is seen before the file is converted;
-where several read equally well, all are shown.
+Candidates are judged by how many characters of a sample are frequent in texts of that encoding.
+The advice names an encoding only with the text as it would read, so that a wrong guess is seen
+before the file is converted; where several read equally well, all are shown.
 """
 
 import codecs
 import re
-import unicodedata
-from functools import cache
 
 _BOMS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -42,20 +39,14 @@ _TABLE = {
     "ISO-8859-5": _CYRILLIC,
     "WINDOWS-1253": _GREEK,
     "ISO-8859-7": _GREEK,
-    "WINDOWS-1255": "יוהלאמתרבשנ",
+    "WINDOWS-1255": "יוהלאמתרבשנגחדפק",
     "WINDOWS-1256": _ARABIC,
     "ISO-8859-6": _ARABIC,
     "TIS-620": "านรกอเงยมลวดทสตะปบคหแจพ",
 }
 _MULTI_BYTE = ("EUC-JP", "SHIFT_JIS", "EUC-KR", "GB18030", "BIG5")
-_SCRIPTS = {
-    **dict.fromkeys(_MULTI_BYTE, "CJK"),
-    **dict.fromkeys(("WINDOWS-1251", "KOI8-R", "CP866", "ISO-8859-5"), "CYRILLIC"),
-    **dict.fromkeys(("WINDOWS-1253", "ISO-8859-7"), "GREEK"),
-    **dict.fromkeys(("WINDOWS-1256", "ISO-8859-6"), "ARABIC"),
-    "WINDOWS-1255": "HEBREW",
-    "TIS-620": "THAI",
-}
+_LATIN = [name for name, letters in _TABLE.items() if letters[-1] < "Ͱ"]
+_SIGNS = "“”‘’„«»–—…·°§©®€№、。「」（），：！？"
 _HIGH_RUN = re.compile(rb"[\x80-\xff]{2,}")
 _WORD = re.compile(r"[^\W\d_]*[^\x00-\x7f][^\s]*")
 _SHOWN = 24  # characters of a reading
@@ -168,70 +159,20 @@ def _excerpt(text: str) -> str:
 
 
 def _implausibility(text: str, name: str) -> float:
-    """Return how little the characters beyond ASCII read as text of ``name``: 0 is a good text."""
-    high = [char for char in text if char > "\x7f"]
-    if not high or any(char < "\xa0" for char in high):  # C1 controls are in no text
+    """Return the share of characters beyond ASCII that are not frequent in texts of ``name``."""
+    high = [pair for pair in zip(" " + text, text, strict=False) if pair[1] > "\x7f"]
+    if not high or any(char < "\xa0" for _, char in high):  # C1 controls are in no text
         return 1.0
-    rare = sum(not _is_usual(char, name) for char in high)
-    odd = 0
-    for before, char, after in zip(" " + text, text, text[1:] + " ", strict=False):
-        if char > "\x7f" and _is_usual(char, name):
-            within = _script(name) == "LATIN" and before > "\x7f" and after > "\x7f"
-            odd += within or _is_odd_between(before, char, after)
-    latin = sum(char.isalpha() and char.isascii() for char in text)
-    # single letters of another script in words of Latin ones are accents of another encoding
-    mixed = _script(name) not in ("LATIN", "CJK") and latin > 3 * len(high)
-    frequent = sum(char in _TABLE[name] for char in high)
-    return (rare + odd) / len(high) + 0.5 * mixed + 0.3 * (1 - frequent / len(high))
-
-
-def _is_odd_between(before: str, char: str, after: str) -> bool:
-    """Whether a character is not as text has it: a sign inside a word, a capital after a letter."""
-    if not char.isalpha():
-        return (
-            before.isalpha() and after.isalpha() and not unicodedata.category(char).startswith("M")
-        )
-    if char.isupper() and before.islower():
-        return True
-    neighbours = [c for c in (before, after) if c.isalpha()]
-    return any(_script_of(c) != _script_of(char) for c in neighbours if _script_of(char) != "CJK")
-
-
-@cache
-def _script_of(char: str) -> str:
-    first = unicodedata.name(char, "?").split()[0]
-    return (
-        "CJK" if first in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "KATAKANA-HIRAGANA") else first
+    signs = sum(char in _SIGNS for _, char in high)
+    # a capital begins a word: in another encoding of its script it stands within one; words of
+    # Latin letters have ASCII ones between the others
+    frequent = sum(
+        (char in _TABLE[name] or (char.lower() in _TABLE[name] and not before.isalpha()))
+        and (before <= "\x7f" or name not in _LATIN)
+        for before, char in high
     )
-
-
-def _script(name: str) -> str:
-    return _SCRIPTS.get(name, "LATIN")
-
-
-def _is_usual(char: str, name: str) -> bool:
-    """Whether a character is one that texts in an encoding are made of."""
-    point = ord(char)
-    if char in "“”‘’„«»–—…·°§©®€№" or 0x3000 <= point <= 0x303F or 0xFF01 <= point <= 0xFF5E:
-        return True
-    if name in ("EUC-JP", "SHIFT_JIS"):
-        return 0x3040 <= point <= 0x30FF or _is_common_hanzi(char, "shift_jis", 0x98)
-    if name == "EUC-KR":
-        return 0xAC00 <= point <= 0xD7A3
-    if name == "BIG5":
-        return _is_common_hanzi(char, "big5", 0xC7)
-    if name == "GB18030":
-        return _is_common_hanzi(char, "gb2312", 0xD8)
-    if unicodedata.category(char)[0] == "M":
-        return _script(name) in ("THAI", "HEBREW", "ARABIC")
-    return char.isalpha() and _script_of(char) == _script(name)
-
-
-@cache
-def _is_common_hanzi(char: str, codec: str, above: int) -> bool:
-    """Whether a character is in the first, frequent half of a national character set."""
-    try:
-        encoded = char.encode(codec)
-    except UnicodeEncodeError:
-        return False
-    return 0x4E00 <= ord(char) <= 0x9FFF and len(encoded) == 2 and encoded[0] < above
+    # single letters of another script in words of Latin ones are accents of another encoding
+    latin = sum(char.isalpha() and char.isascii() for char in text)
+    mixed = name not in (*_LATIN, *_MULTI_BYTE) and latin > 2 * len(high)
+    # that bytes are whole characters of several bytes says much by itself
+    return 0.5 * mixed + 1 - frequent / max(1, len(high) - signs) - 0.3 * (name in _MULTI_BYTE)

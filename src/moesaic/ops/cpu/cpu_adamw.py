@@ -6,6 +6,7 @@ for states in host memory.
 """
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,21 +14,13 @@ from pathlib import Path
 
 import torch
 
+from moesaic.core.shapes import Tensor
 from moesaic.ops.adamw import AdamWFactors, AdamWSettings, AdamWTensor, adamw_by_operations
 from moesaic.ops.cpu.cpu_library import BuildError, build_library
 from moesaic.ops.cpu.cpu_moe_kernel import DTYPE_CODES
 
-_POINTER_FIELDS = ("param", "grad", "exp_avg", "exp_avg_sq", "rounded")
-
-
-class AdamWArguments(ctypes.Structure):
-    """``adamw_tensor`` of ``source/adamw.c``; its tensors must outlive the call."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTER_FIELDS),
-        *((name, ctypes.c_int64) for name in ("size", "grad_dtype")),
-        *((name, ctypes.c_float) for name in AdamWFactors._fields),
-    )
+# ``adamw_tensor`` of ``source/adamw.c``: five addresses, size, type of the gradient, the factors
+_ARGUMENTS = struct.Struct(f"5P2q{len(AdamWFactors._fields)}f")
 
 
 class CPUAdamW:
@@ -39,13 +32,13 @@ class CPUAdamW:
 
     def __init__(self, path: Path) -> None:
         self._update = ctypes.CDLL(str(path)).moesaic_adamw
-        self._update.argtypes = [ctypes.POINTER(AdamWArguments), ctypes.c_int64, ctypes.c_int64]
+        self._update.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
         self._update.restype = ctypes.c_int
 
     def __call__(self, tensors: Sequence[AdamWTensor]) -> None:
         """Update tensors in place. Raises MemoryError, with nothing changed."""
         supported = [t for t in tensors if _supports(t)]
-        packed = (AdamWArguments * len(supported))(*map(_pack, supported))
+        packed = b"".join(map(_pack, supported))
         if self._update(packed, len(supported), torch.get_num_threads()):
             raise MemoryError("out of memory for the list of tensors to update")
         if len(supported) < len(tensors):
@@ -53,21 +46,31 @@ class CPUAdamW:
 
 
 def _supports(t: AdamWTensor) -> bool:
-    given = (t.param, t.exp_avg, t.exp_avg_sq)
-    others = (t.grad,) if t.rounded is None else (t.grad, t.rounded)
     return (
-        all(x.is_cpu and x.is_contiguous() for x in (*given, *others))
-        and all(x.dtype == torch.float32 for x in given)
-        and t.grad.dtype in DTYPE_CODES
-        and (t.rounded is None or t.rounded.dtype == torch.bfloat16)
+        t.grad.dtype in DTYPE_CODES
+        and _is_flat(t.param, torch.float32)
+        and _is_flat(t.exp_avg, torch.float32)
+        and _is_flat(t.exp_avg_sq, torch.float32)
+        and _is_flat(t.grad, t.grad.dtype)
+        and (t.rounded is None or _is_flat(t.rounded, torch.bfloat16))
     )
 
 
-def _pack(t: AdamWTensor) -> AdamWArguments:
-    rounded = None if t.rounded is None else t.rounded.data_ptr()
-    addresses = (x.data_ptr() for x in (t.param, t.grad, t.exp_avg, t.exp_avg_sq))
-    code = DTYPE_CODES[t.grad.dtype]
-    return AdamWArguments(*addresses, rounded, t.param.numel(), code, *t.factors)
+def _is_flat(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _pack(t: AdamWTensor) -> bytes:
+    return _ARGUMENTS.pack(
+        t.param.data_ptr(),
+        t.grad.data_ptr(),
+        t.exp_avg.data_ptr(),
+        t.exp_avg_sq.data_ptr(),
+        0 if t.rounded is None else t.rounded.data_ptr(),
+        t.param.numel(),
+        DTYPE_CODES[t.grad.dtype],
+        *t.factors,
+    )
 
 
 @dataclass(frozen=True, slots=True)
