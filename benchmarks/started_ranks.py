@@ -39,21 +39,27 @@ def started(config: Any, *, world: int, rank: int) -> dict[str, Any]:
             device=torch.device("cpu"),
             expert_counts=expert_counts(model),
         )
+        mesh.device_mesh("data", "context")  # a mesh has a table of its ranks
+        for number in mesh.expert_counts:
+            mesh.device_mesh("expert_data", num_experts=number)
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        tables = simulated.ledger.live_bytes - buffers
         with SharedChunks():
             parallelize_on_mesh(model, parallel=PARALLEL, mesh=mesh)
-        buffers = sum(buffer.nbytes for buffer in model.buffers())
-        weights = simulated.ledger.live_bytes - buffers
+        beside = buffers + tables
+        weights = simulated.ledger.live_bytes - beside
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        gradients = simulated.ledger.live_bytes - buffers - weights
+        gradients = simulated.ledger.live_bytes - beside - weights
         optimizer = AdamW().build(model.named_parameters(), kinds=model.parameter_kinds())
         optimizer.step()
-        states = simulated.ledger.live_bytes - buffers - weights - gradients
-        peak = simulated.peak_bytes
+        states = simulated.ledger.live_bytes - beside - weights - gradients
+        peak = simulated.ledger.peak_bytes
     return {
         "world": world,
         "rank": rank,
         "buffers": buffers,
+        "mesh_tables": tables,
         "weights": weights,
         "gradients": gradients,
         "states": states,

@@ -67,6 +67,14 @@ def test_late_updates_equal_updates_in_time(
         assert found == []
 
 
+def test_weights_of_late_experts_are_rounded_from_their_masters() -> None:
+    in_time, late = (
+        train(trainer_of("one process", TIERS[tier], precision=BFloat16()), steps=STEPS)
+        for tier in ("host", "late on host")
+    )
+    assert late.differences(in_time) == []
+
+
 def _differences_with_few_experts() -> list[str]:
     """Train a model of 4 experts on 3 ranks: the last has none of a shard."""
     few = {"model": tiny_model_config(), "gradient_accumulation_steps": 1}

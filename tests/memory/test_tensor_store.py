@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moesaic.core.errors import UserError
 from moesaic.memory.disk_store import DiskFullError, DiskStore
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tensor_store import Access, Part, Place, TensorStore
@@ -154,6 +155,12 @@ def test_a_file_that_may_not_be_so_large_is_named(
     monkeypatch.setattr(os, "ftruncate", limited)
     with pytest.raises(DiskFullError, match=r"moesaic-.*0.bin: no room for .*ulimit -f"):
         disk(tmp_path, in_flight_bytes=2**20)
+
+
+def test_a_folder_where_no_file_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match=r"taken/moesaic-.*0.bin: .*cannot be made .*name a folder"):
+        disk(tmp_path / "taken", in_flight_bytes=2**20)
 
 
 def test_gradients_or_states_away_are_offloading() -> None:

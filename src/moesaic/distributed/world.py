@@ -182,5 +182,5 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor, without importing that class, which is slow."""
-    module: Any = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    module: Any = sys.modules.get("torch.distributed.tensor")  # imported where there is one
     return module is not None and isinstance(tensor, module.DTensor)

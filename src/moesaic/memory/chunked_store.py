@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moesaic.core.shapes import Tensor
+from moesaic.memory.named_copies import NamedCopies
 from moesaic.memory.tensor_store import (
     Access,
     FetchedTensors,
@@ -22,7 +23,6 @@ from moesaic.memory.tensor_store import (
     Place,
     TensorSpec,
     TensorStore,
-    fetch_views,
     rows_of,
 )
 
@@ -70,15 +70,18 @@ class Location:
 class ChunkedStore(TensorStore):
     """A store that packs tensors into chunks, one after the other."""
 
-    def __init__(self, device: torch.device, *, label: str) -> None:
-        super().__init__(device, label=label)
+    def __init__(self, device: torch.device, *, label: str, in_flight_bytes: int) -> None:
+        super().__init__(device, label=label, in_flight_bytes=in_flight_bytes)
         self._chunks: list[Chunk] = []
         self._locations: dict[str, Location] = {}
 
     def reserve(self, parts: Sequence[Part]) -> None:
-        for number in sorted({self._locations[part.name].chunk for part in parts}):
-            if self._chunks[number].is_frozen:
-                self._chunks[number] = self._chunks[number].copy()
+        numbers = sorted({self._locations[part.name].chunk for part in parts})
+        frozen = [number for number in numbers if self._chunks[number].is_frozen]
+        if frozen:
+            self.synchronize()
+        for number in frozen:
+            self._chunks[number] = self._chunks[number].copy()
 
     def live(self, name: str) -> Tensor:
         self.synchronize()
@@ -143,15 +146,43 @@ class HostChunk(Chunk):
 class HostStore(ChunkedStore):
     """Tensors in host memory: views there, copies on a GPU."""
 
+    def __init__(self, device: torch.device, *, label: str, in_flight_bytes: int) -> None:
+        super().__init__(device, label=label, in_flight_bytes=in_flight_bytes)
+        self._named = None if self.copies is None else NamedCopies(self.copies)
+
+    def synchronize(self) -> None:
+        if self._named is not None:
+            self._named.synchronize()
+
     def _new_chunk(self, num_bytes: int) -> Chunk:
         return HostChunk(num_bytes, pinned=self.device.type == "cuda")
 
     def moves_to(self, place: Place) -> bool:
         return place is Place.DEVICE
 
-    def _fetch(self, parts: Sequence[Part], *, access: Access, place: Place) -> FetchedTensors:
-        chunks = [self._chunks[self._locations[part.name].chunk] for part in parts]
-        pairs = zip(parts, chunks, strict=True)
-        views = [rows_of(self._tensor(part.name, chunk.mapping()), part) for part, chunk in pairs]
-        to = self.device if place is Place.DEVICE else torch.device("cpu")
-        return fetch_views(views, to=to, access=access)
+    def _fetch(
+        self,
+        parts: Sequence[Part],
+        *,
+        access: Access,
+        place: Place,
+        into: Sequence[Tensor] | None,
+    ) -> FetchedTensors:
+        named = [(part.name, self._rows(part)) for part in parts]
+        if self._named is not None and place is Place.DEVICE:
+            return self._named.fetch(named, place=place, access=access, into=into)
+        if self._named is not None:
+            self._named.synchronize(name for name, _ in named)
+        views = [view for _, view in named]
+        return FetchedTensors(lambda: views, lambda: None)
+
+    def _write(self, part: Part, source: Tensor) -> None:
+        if self._named is None:
+            super()._write(part, source)
+        else:
+            self.reserve([part])
+            self._named.write(part.name, self._rows(part), source)
+
+    def _rows(self, part: Part) -> Tensor:
+        chunk = self._chunks[self._locations[part.name].chunk]
+        return rows_of(self._tensor(part.name, chunk.mapping()), part)

@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,9 @@ from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes
 from moesaic.memory.chunked_store import Chunk, ChunkedStore
-from moesaic.memory.tensor_store import Access, FetchedTensors, Part, Place, TensorSpec, fetch_views
+from moesaic.memory.device_copies import Event
+from moesaic.memory.named_copies import NamedCopies
+from moesaic.memory.tensor_store import Access, FetchedTensors, Part, Place, TensorSpec
 
 COPY_BYTES = 2**22
 CALL_BYTES = 2**30  # Linux moves at most 2 GiB in one call
@@ -35,20 +38,18 @@ class DiskFullError(UserError):
 class FileChunk(Chunk):
     """A chunk in a file without a directory entry; ``path`` is the name it was made with.
 
-    Raises DiskFullError if the file may not be so large.
+    Raises DiskFullError if the file may not be so large, UserError if it cannot be made.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         super().__init__(num_bytes)
         self.path, self._copies = path, 0
         self.file = _open_unlinked(path)
+        weakref.finalize(self, os.close, self.file)  # a mapping of it stays valid
         try:
             os.ftruncate(self.file, num_bytes)
         except OSError as error:
             raise self._without_room(num_bytes, error) from error
-
-    def __del__(self) -> None:
-        os.close(self.file)  # a mapping of it stays valid
 
     def mapping(self) -> Any:
         return mmap.mmap(self.file, self.num_bytes)
@@ -96,13 +97,14 @@ class DiskStore(ChunkedStore):
     def __init__(
         self, folder: Path, *, device: torch.device, label: str, in_flight_bytes: int
     ) -> None:
-        super().__init__(device, label=label)
-        self.folder, self.in_flight_bytes = folder, in_flight_bytes
+        super().__init__(device, label=label, in_flight_bytes=in_flight_bytes)
+        self.folder = folder
         self.in_flight, self.peak_in_flight = 0, 0
         self._in_use: Counter[int] = Counter()  # bytes by the thread that has fetched them
         self._reserved: set[Part] = set()
         self._thread: ThreadPoolExecutor | None = None
         self._writes: list[tuple[Future[None], int]] = []
+        self._named = None if self.copies is None else NamedCopies(self.copies)
 
     def reserve(self, parts: Sequence[Part]) -> None:
         new = [part for part in parts if part not in self._reserved]
@@ -112,8 +114,6 @@ class DiskStore(ChunkedStore):
             assert isinstance(chunk, FileChunk)
             chunk.reserve(at.offset + _row_offset(spec, part), spec.of(part).num_bytes)
         self._reserved.update(new)
-        if any(self._chunks[self._locations[part.name].chunk].is_frozen for part in parts):
-            self.synchronize()
         super().reserve(parts)
 
     def synchronize(self) -> None:
@@ -133,31 +133,44 @@ class DiskStore(ChunkedStore):
     def moves_to(self, place: Place) -> bool:  # noqa: ARG002
         return True
 
-    def _fetch(self, parts: Sequence[Part], *, access: Access, place: Place) -> FetchedTensors:
+    def _fetch(
+        self,
+        parts: Sequence[Part],
+        *,
+        access: Access,
+        place: Place,
+        into: Sequence[Tensor] | None,
+    ) -> FetchedTensors:
         specs = [self.specs[part.name].of(part) for part in parts]
         num_bytes = sum(spec.num_bytes for spec in specs)
         self._make_room(num_bytes)
         user = threading.get_ident()
         self._in_use[user] += num_bytes
-        pinned = self.device.type == "cuda"
-        buffers = [torch.empty(s.shape, dtype=s.dtype, pin_memory=pinned) for s in specs]
+        make = torch.empty if self.copies is None else self.copies.streams.host_memory
+        buffers = [make(spec.shape, dtype=spec.dtype) for spec in specs]
         read = [] if access is Access.REPLACE else parts
         reading = self._submit(os.preadv, read, buffers[: len(read)])
-        to = self.device if place is Place.DEVICE else torch.device("cpu")
+        named = self._named if place is Place.DEVICE else None
         moved: list[FetchedTensors] = []
 
         def wait() -> list[Tensor]:
             reading.result()
+            if named is None:
+                return buffers
             if not moved:
-                moved.append(fetch_views(buffers, to=to, access=access))
+                each = [(part.name, buffer) for part, buffer in zip(parts, buffers, strict=True)]
+                moved.append(named.fetch(each, place=place, access=access, into=into))
             return moved[0].wait()
 
         def release() -> None:
             wait()
-            moved[0].release()
+            for each in moved:
+                each.release()
             self._in_use[user] -= num_bytes
             if access is not Access.READ:
-                self._writes.append((self._submit(os.pwritev, parts, buffers), num_bytes))
+                left = self.copies.to_host.latest if moved and self.copies else None
+                written = self._submit(os.pwritev, parts, buffers, after=left)
+                self._writes.append((written, num_bytes))
             else:
                 self.in_flight -= num_bytes
 
@@ -184,14 +197,23 @@ class DiskStore(ChunkedStore):
         written.result()
 
     def _submit(
-        self, action: Any, parts: Sequence[Part], buffers: Sequence[Tensor]
+        self,
+        action: Any,
+        parts: Sequence[Part],
+        buffers: Sequence[Tensor],
+        *,
+        after: Event | None = None,
     ) -> "Future[None]":
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.label)
-        return self._thread.submit(self._transfer, action, parts, buffers)
+        return self._thread.submit(self._transfer, action, parts, buffers, after)
 
-    def _transfer(self, action: Any, parts: Sequence[Part], buffers: Sequence[Tensor]) -> None:
-        """Read (``os.preadv``) or write (``os.pwritev``) whole buffers."""
+    def _transfer(
+        self, action: Any, parts: Sequence[Part], buffers: Sequence[Tensor], after: Event | None
+    ) -> None:
+        """Read (``os.preadv``) or write (``os.pwritev``) whole buffers, after a copy to them."""
+        if after is not None:
+            after.synchronize()
         for part, buffer in zip(parts, buffers, strict=True):
             file, offset = self._position(part)
             memory: Any = buffer.view(-1).view(torch.uint8).numpy()
@@ -214,9 +236,15 @@ def _row_offset(spec: TensorSpec, part: Part) -> int:
 
 
 def _open_unlinked(path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    path.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: this file of a memory tier cannot be made ({error.strerror}): name a folder "
+            'that may be written to in parallel.memory (DiskStorage(folder="..."))'
+        ) from error
     return file
 
 

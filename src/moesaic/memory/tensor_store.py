@@ -7,6 +7,9 @@ CPU run are those beside a GPU. Content starts as zeros; memory is taken when it
 
 Two threads may use a store at once, for different tensors.
 
+Beside a GPU, copies between it and host memory are made on streams of their own
+(``device_copies.py``); ``in_flight_bytes`` bounds those of a store in each direction.
+
 ``freeze`` returns the content at one moment: no later update changes it, so a checkpoint may be
 written in the background while steps go on.
 """
@@ -21,6 +24,7 @@ from enum import Enum
 import torch
 
 from moesaic.core.shapes import Tensor
+from moesaic.memory.device_copies import device_copies
 
 
 class Place(Enum):
@@ -99,8 +103,9 @@ class FetchedTensors:
 class TensorStore(ABC):
     """Named tensors of one rank on one tier (see the module's docstring)."""
 
-    def __init__(self, device: torch.device, *, label: str) -> None:
-        self.device, self.label = device, label
+    def __init__(self, device: torch.device, *, label: str, in_flight_bytes: int) -> None:
+        self.device, self.label, self.in_flight_bytes = device, label, in_flight_bytes
+        self.copies = device_copies(device, max_bytes=in_flight_bytes)
         self.moved = TransferCounter()
         self.specs: dict[str, TensorSpec] = {}
         self._changed = threading.Condition()  # held by calls, and told of what is released
@@ -119,9 +124,16 @@ class TensorStore(ABC):
         return sum(spec.num_bytes for spec in self.specs.values())
 
     def fetch(
-        self, parts: Sequence[Part], *, access: Access, place: Place = Place.DEVICE
+        self,
+        parts: Sequence[Part],
+        *,
+        access: Access,
+        place: Place = Place.DEVICE,
+        into: Sequence[Tensor] | None = None,
     ) -> FetchedTensors:
         """Bring parts to ``place``; transfers may be under way until ``FetchedTensors.wait``.
+
+        Where they are copied, the copies are ``into`` these tensors, if given.
 
         Raises DiskFullError if a disk has no room for what is to be written.
         """
@@ -130,7 +142,7 @@ class TensorStore(ABC):
         with self._changed:
             if access is not Access.READ:
                 self.reserve(parts)
-            fetched = self._fetch(parts, access=access, place=place)
+            fetched = self._fetch(parts, access=access, place=place, into=into)
             self.moved.fetched += counted * (access is not Access.REPLACE)
 
         def release() -> None:
@@ -140,6 +152,12 @@ class TensorStore(ABC):
                 self._changed.notify_all()
 
         return FetchedTensors(fetched.wait, release)
+
+    def write(self, part: Part, source: Tensor) -> None:
+        """Store a tensor of the device; its copy may be under way until the part is read."""
+        with self._changed:
+            self._write(part, source)
+            self.moved.written += source.nbytes
 
     @abstractmethod
     def reserve(self, parts: Sequence[Part]) -> None:
@@ -172,14 +190,24 @@ class TensorStore(ABC):
         """Whether tensors cross between device, host and disk to be used at ``place``."""
 
     @abstractmethod
-    def _fetch(self, parts: Sequence[Part], *, access: Access, place: Place) -> FetchedTensors: ...
+    def _fetch(
+        self,
+        parts: Sequence[Part],
+        *,
+        access: Access,
+        place: Place,
+        into: Sequence[Tensor] | None,
+    ) -> FetchedTensors: ...
+
+    def _write(self, part: Part, source: Tensor) -> None:
+        rows_of(self.live(part.name), part).copy_(source)
 
 
 class DeviceStore(TensorStore):
     """Tensors in the memory of the model's device: views there, copies on the host of a GPU."""
 
-    def __init__(self, device: torch.device, *, label: str) -> None:
-        super().__init__(device, label=label)
+    def __init__(self, device: torch.device, *, label: str, in_flight_bytes: int) -> None:
+        super().__init__(device, label=label, in_flight_bytes=in_flight_bytes)
         self._tensors: dict[str, Tensor] = {}
 
     def reserve(self, parts: Sequence[Part]) -> None:
@@ -203,25 +231,28 @@ class DeviceStore(TensorStore):
     def moves_to(self, place: Place) -> bool:
         return place is Place.HOST
 
-    def _fetch(self, parts: Sequence[Part], *, access: Access, place: Place) -> FetchedTensors:
+    def _fetch(
+        self,
+        parts: Sequence[Part],
+        *,
+        access: Access,
+        place: Place,
+        into: Sequence[Tensor] | None,
+    ) -> FetchedTensors:
+        del into  # they are where they are used
         views = [rows_of(self._tensors[part.name], part) for part in parts]
-        if place is Place.DEVICE:
+        if place is Place.DEVICE or self.device.type == "cpu":
             return FetchedTensors(lambda: views, lambda: None)
-        return fetch_views(views, to=torch.device("cpu"), access=access)
+        fetched = [view.cpu() for view in views]
+
+        def release() -> None:
+            for view, tensor in zip(views, fetched, strict=True):
+                if access is not Access.READ:
+                    view.copy_(tensor)
+
+        return FetchedTensors(lambda: fetched, release)
 
 
 def rows_of(tensor: Tensor, part: Part) -> Tensor:
     """Return a view of the part's rows of its whole tensor."""
     return tensor if not part.start and part.stop is None else tensor[part.start : part.stop]
-
-
-def fetch_views(views: Sequence[Tensor], *, to: torch.device, access: Access) -> FetchedTensors:
-    """Return tensors on a device: themselves where they are on it, else copies."""
-    fetched = [view.to(to, non_blocking=to.type == "cuda") for view in views]
-
-    def release() -> None:
-        for view, tensor in zip(views, fetched, strict=True):
-            if tensor is not view:
-                view.copy_(tensor)
-
-    return FetchedTensors(lambda: fetched, lambda: None if access is Access.READ else release())

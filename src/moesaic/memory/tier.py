@@ -50,9 +50,9 @@ class DeviceMemory(Tier):
         *,
         device: torch.device,
         label: str,
-        in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,  # noqa: ARG002
+        in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
     ) -> TensorStore:
-        return DeviceStore(device, label=label)
+        return DeviceStore(device, label=label, in_flight_bytes=in_flight_bytes)
 
 
 class HostMemory(Tier):
@@ -63,9 +63,9 @@ class HostMemory(Tier):
         *,
         device: torch.device,
         label: str,
-        in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,  # noqa: ARG002
+        in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
     ) -> TensorStore:
-        return HostStore(device, label=label)
+        return HostStore(device, label=label, in_flight_bytes=in_flight_bytes)
 
 
 class DiskStorage(Tier):

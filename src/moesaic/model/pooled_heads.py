@@ -165,7 +165,7 @@ class EmbeddingHead(HeadModule):
         pairs = every.view(len(output.row), 2, every.shape[1])  # a rank may have no pair
         first, second = pairs.unbind(1)
         ranks, group, sizes = group_size(self.data_ranks), self.data_ranks, [len(first)]
-        if ranks > 1:  # the host waits: it cannot know the pairs of other rows
+        if ranks > 1:  # the host waits: the pairs of other rows are not here
             count = torch.full((1,), len(first), device=first.device)
             sizes = all_gather_rows(count, group=group, sizes=[1] * ranks).tolist()
         candidates = all_gather_rows(second, group=group, sizes=sizes)

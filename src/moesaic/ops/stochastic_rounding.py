@@ -35,6 +35,19 @@ class ShardPosition:
         """The position of a tensor that is no shard."""
         return cls([((0, size),) for size in shape], shape)
 
+    def rows(self, start: int, stop: int | None) -> "ShardPosition":
+        """Return the position of the shard's rows from ``start`` to ``stop`` (None: its last)."""
+        if not start and stop is None:
+            return self
+        runs, done = list[tuple[int, int]](), 0
+        for first, length in self.spans[0]:
+            low = max(start, done)
+            high = done + length if stop is None else min(stop, done + length)
+            if low < high:
+                runs.append((first + low - done, high - low))
+            done += length
+        return ShardPosition([runs, *self.spans[1:]], self.shape)
+
 
 def rounding_key(name: str, *, seed: int, step: int) -> Int[Tensor, ""]:
     """Return the key of a tensor's random bits in a step."""

@@ -114,9 +114,10 @@ class LateUpdates:
         # a master in the states misses what they miss; weights have had the first of the steps
         is_state = any(values is tensor for tensor in update.states[0].values())
         ahead = 0 if is_state else missed - weights_miss
-        update = replace(update, grads=[torch.zeros_like(values)], narrow=[None])
-        _replay(rule, replace(update, params=[values.clone()]), rates[:ahead])
-        _replay(rule, update, rates[ahead:])
+        each = replace(update, grads=[torch.zeros_like(values)], narrow=[None])
+        _replay(rule, replace(each, params=[values.clone()]), rates[:ahead])
+        _replay(rule, each, rates[ahead:])
+        update.round_masters()  # no update may follow
 
     def mark_updated(self, rows: ParameterRows) -> None:
         """Note that weights and states of some rows are up to date."""

@@ -10,19 +10,21 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import local_tensor
-from moesaic.memory.tensor_store import Access, FetchedTensors, Part, Place, rows_of
+from moesaic.memory.tensor_store import Access, FetchedTensors, Part, Place
 from moesaic.ops.stochastic_rounding import ShardPosition
 from moesaic.optim.gradients import Gradients, ResidentGradients
 from moesaic.optim.group_update import GroupUpdate, MatrixSharding, UpdateRule
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
 from moesaic.optim.master_weights import MasterWeights, ShardUpdate
 from moesaic.optim.tiered_states import ParameterRows, TieredStates, UpdatedWeights
+from moesaic.optim.weight_transfers import WeightTransfers
 
 MASTER = "master"  # the slot of a float32 copy
 MAX_COPIED_BYTES = 1 << 28  # float32 copies of narrow gradients at a time
@@ -46,6 +48,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.gradients: Gradients = ResidentGradients()
         self.tier: TieredStates | None = None  # states that are not on the device
         self.updated_weights = UpdatedWeights()
+        self.weights = WeightTransfers(self._write_back, self._has_master)
         self.late = LateUpdates()
         # parameters that the present step has updated already, and the rows that it has
         self.updated: dict[str, list[ParameterRows]] = {}
@@ -72,12 +75,17 @@ class NamedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.reserve()
+        self.weights.discard()
         for group in self.param_groups:
             members = self._members(group)
             waiting = [rows for rows in members if rows.part.name not in self.updated]
-            for bucket in self._buckets(waiting, rule=group["rule"]):
+            place, buckets = self._place(group["rule"]), self._buckets(waiting, rule=group["rule"])
+            for bucket, following in pairwise((*buckets, ())):
+                self.weights.prefetch(bucket, place=place)
+                self.weights.prefetch(following, place=place)
                 self.update_bucket(group, bucket)
             self.late.finish_step(group["name"], lr=group["lr"], updated=members)
+        self.weights.join()
         self.updated = {}
         self.steps_taken += 1
         return loss
@@ -142,7 +150,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         """
         tier = self.tier
         if tier is not None and rule.elementwise:
-            parts = [part for rows in members for part in self.split(rows)]
+            parts = [part for rows in members for part in tier.split(rows)]
             most = min(tier.in_flight_bytes // 2, MAX_BATCHED_BYTES)
             yield from _filled(parts, size=tier.num_bytes, most=most)
             return
@@ -154,15 +162,6 @@ class NamedOptimizer(torch.optim.Optimizer):
         )
         yield [rows for rows in members if rows.part.name in banks]
 
-    def split(self, rows: ParameterRows) -> Iterator[ParameterRows]:
-        """Split rows with states on a tier, whose rule is elementwise, for its bound of bytes."""
-        assert self.tier is not None
-        narrow = rows.parameter.dtype != torch.float32
-        if narrow and not self.master_weights.rounds_to_nearest:
-            yield rows  # random rounding is by the position in the whole parameter
-        else:
-            yield from self.tier.split(rows)
-
     @torch.no_grad()
     def catch_up_weights(self, bank: ExpertBank, expert: int) -> dict[str, Tensor]:
         """Bring the weights of an expert up to date, before they are used; states are only read.
@@ -172,9 +171,12 @@ class NamedOptimizer(torch.optim.Optimizer):
         rows, weights = bank.rows(expert), bank.weights(expert)
         group = next(group for group in self.param_groups if group["name"] == bank.group)
         place = self._place(group["rule"])
-        update, held = self._group_update(group, [rows], place=place, access=Access.READ)
-        state = {slot: tensor.clone() for slot, tensor in update.states[0].items()}
-        values = self._float32_values(weights[0], state, place)
+        states, held = self._fetch_states([rows], place=place, access=Access.READ)
+        state = {slot: tensor.clone() for slot, tensor in states[0].items()}
+        values = self._float32_values(weights[0], state)
+        # a streamed weight may be in use on the device, or at rest
+        values = values.to(next((t.device for t in state.values() if t.dim()), values.device))
+        update = self._group_update(group, [rows], weights=[values], states=[state])
         held.release()
         self.late.replay(group["rule"], replace(update, params=[values], states=[state]), rows)
         for each in weights:
@@ -191,6 +193,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 with self.bucket(groups[bank.group], [bank.rows(expert)]):
                     pass  # gradients of zero alone
             bank.finish(self.state[bank.parameter])
+        self.weights.join()
 
     def _place(self, rule: UpdateRule) -> Place:
         return Place.HOST if self.tier is not None and rule.elementwise else Place.DEVICE
@@ -217,21 +220,23 @@ class NamedOptimizer(torch.optim.Optimizer):
         self, group: dict[str, Any], members: Sequence[ParameterRows]
     ) -> Iterator[GroupUpdate]:
         """Yield members, without gradients, that miss no update; write them back afterwards."""
-        place, local = self._place(group["rule"]), self._local_rows(members)
-        update, held = self._group_update(group, members, place=place, access=Access.UPDATE)
-        working, states = update.params, update.states
+        place = self._place(group["rule"])
+        weights = self.weights.fetch(members, place=place, access=Access.UPDATE)
+        states, held = self._fetch_states(members, place=place, access=Access.UPDATE)
+        local = weights.wait()
+        update = self._group_update(group, members, weights=local, states=states)
+        working = update.params
         for index, rows in enumerate(members if self.late.banks else ()):
             self.late.replay(group["rule"], update.member(index), rows)
         yield update
         for rows, parameter, values in zip(members, local, working, strict=True):
-            if values.device != parameter.device:
-                parameter.copy_(values)
-            elif values is not parameter:
-                self._write_back(rows.part.name, parameter, values)
+            if values is not parameter:
+                self._write_back(rows, parameter, values)
         if self.tier is not None:  # else these are the states themselves
             for rows, state in zip(members, states, strict=True):
                 self._keep_scalars(rows, state)
         held.release()
+        weights.release()
 
     def _keep_scalars(self, rows: ParameterRows, state: Mapping[str, Tensor]) -> None:
         self.late.mark_updated(rows)
@@ -244,56 +249,52 @@ class NamedOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         members: Sequence[ParameterRows],
         *,
-        place: Place,
-        access: Access,
-    ) -> tuple[GroupUpdate, FetchedTensors]:
-        states, held = self._fetch_states(members, place=place, access=access)
-        for rows, state in zip(members, states, strict=True):
-            self.updated_weights.count(rows, place=place, reads=MASTER not in state)
-        local = self._local_rows(members)
-        working = [self._float32_values(*pair, place) for pair in zip(local, states, strict=True)]
+        weights: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> GroupUpdate:
+        working = [self._float32_values(*pair) for pair in zip(weights, states, strict=True)]
         rounds = self.master_weights.rounds_to_nearest
-        update = GroupUpdate(
+        return GroupUpdate(
             [rows.part.name for rows in members],
             working,
             (),
             states,
-            [
-                p if w is not p and rounds and w.device == p.device else None
-                for w, p in zip(working, local, strict=True)
-            ],
+            [p if w is not p and rounds else None for w, p in zip(working, weights, strict=True)],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             sharding=None if members[0].part.name in self.late.banks else self.matrix_sharding,
             fused=self.fused_outputs,
         )
-        return update, held
-
-    def _local_rows(self, members: Sequence[ParameterRows]) -> list[Tensor]:
-        return [rows_of(local_tensor(rows.parameter), rows.part) for rows in members]
 
     def _fetch_states(
         self, members: Sequence[ParameterRows], *, place: Place, access: Access
     ) -> tuple[list[dict[str, Tensor]], FetchedTensors]:
         """Return each member's state at ``place``, and the handle that writes it back."""
         resident = [self.late.scalars(rows, shared=self.state[rows.parameter]) for rows in members]
+        for rows in members:
+            reads = not self._has_master(rows.parameter)
+            self.updated_weights.count(rows, place=place, reads=reads)
         if self.tier is None:
             return resident, FetchedTensors(list[Tensor], lambda: None)
         stored, held = self.tier.fetch(members, place=place, access=access)
         scalars = [{slot: t.clone() for slot, t in state.items()} for state in resident]
         return [a | b for a, b in zip(stored, scalars, strict=True)], held
 
-    def _float32_values(self, parameter: Tensor, state: dict[str, Tensor], place: Place) -> Tensor:
-        values = parameter
-        if parameter.dtype != torch.float32:
-            values = self.master_weights.float32_values(parameter, state)
-        return values.cpu() if place is Place.HOST else values
+    def _has_master(self, parameter: Tensor) -> bool:
+        return parameter.dtype != torch.float32 and self.master_weights.rounds_to_nearest
 
-    def _write_back(self, name: str, parameter: Tensor, values: Tensor) -> None:
-        whole = ShardPosition.of_whole(parameter.shape)
+    def _float32_values(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+        if parameter.dtype == torch.float32:
+            return parameter
+        return self.master_weights.float32_values(parameter, state)
+
+    def _write_back(self, rows: ParameterRows, weights: Tensor, values: Tensor) -> None:
+        name, local = rows.part.name, local_tensor(rows.parameter)
+        whole = ShardPosition.of_whole(local.shape)
         position = whole if self.position_of is None else self.position_of(name)
+        position = position.rows(rows.part.start, rows.part.stop)
         update = ShardUpdate(name, self.steps_taken, position)
-        self.master_weights.write_back(parameter, values, update=update)
+        self.master_weights.write_back(weights, values, update=update)
 
 
 def _filled(

@@ -88,6 +88,7 @@ class RunAhead:
                 for tensor, old in zip(_overwritten(update), kept.old, strict=True):
                     (_bytes_of(tensor) if tensor.dim() else tensor).copy_(old)
                 update.round_masters()
+        self._optimizer.weights.join()
         self._optimizer.updated = {}
         self.forget()
 
@@ -112,7 +113,7 @@ class RunAhead:
         if self._used + size > self.num_bytes:
             return
         optimizer.updated[name] = members
-        for part in (part for rows in members for part in optimizer.split(rows)):
+        for part in (part for rows in members for part in optimizer.tier.split(rows)):
             optimizer.update_bucket(group, [part], before=partial(self._keep, group, part))
 
     def _keep(self, group: dict[str, Any], rows: ParameterRows, update: GroupUpdate) -> None:

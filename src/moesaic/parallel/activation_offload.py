@@ -69,9 +69,7 @@ class OffloadedStorage:
         self.content: Tensor | None = None
         self.previous = None if previous is None else weakref.ref(previous)
         self._pool, self._slot = pool, pool.take(self.num_bytes)
-        slot = pool.store.live(self._slot)[: self.num_bytes]
-        slot.copy_(content, non_blocking=True)  # in the order of the stream's other work
-        pool.store.moved.written += self.num_bytes
+        pool.store.write(Part(self._slot, 0, self.num_bytes), content)
 
     def __del__(self) -> None:
         self._pool.give_back(self._slot)

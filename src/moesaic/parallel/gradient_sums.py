@@ -105,9 +105,8 @@ class GradientSums:
     def _start(self, bucket: _Bucket, gradients: Gradients) -> None:
         if len(self._in_flight) == IN_FLIGHT:
             self._wait_for_oldest(gradients)
-        with gradients.attached(bucket.parameters, access=Access.READ):
-            parts = [part.reshape(-1) for part in _gradients(bucket)]
-            flat = torch.cat(parts).to(self._device, self._dtype)
+        with gradients.attached(bucket.parameters, access=Access.READ) as local:
+            flat = torch.cat([part.reshape(-1) for part in local]).to(self._device, self._dtype)
         work = distributed.all_reduce(flat, group=self._groups[bucket.ranks], async_op=True)
         self._in_flight.append((bucket, flat, work))
 
@@ -115,22 +114,11 @@ class GradientSums:
         bucket, flat, work = self._in_flight.pop(0)
         with record_collective("all_reduce", group=self._groups[bucket.ranks]):
             work.wait()
-        with gradients.attached(bucket.parameters, access=Access.UPDATE):
-            parts = _gradients(bucket)
-            for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+        with gradients.attached(bucket.parameters, access=Access.UPDATE) as local:
+            for part, total in zip(local, flat.split([p.numel() for p in local]), strict=True):
                 part.copy_(total.view_as(part))
         for parameter in bucket.parameters:
             self._on_sum(parameter)
-
-
-def _gradients(bucket: _Bucket) -> list[Tensor]:
-    found = []
-    for each in bucket.members:
-        if each.parameter.grad is None:
-            # while FSDP2 has a module gathered, the model names others than its sharded parameters
-            each.parameter.grad = torch.zeros_like(each.parameter)
-        found.append(local_tensor(each.parameter.grad))
-    return found
 
 
 def _make_buckets(replicated: Sequence[ReplicatedParameter]) -> Iterator[_Bucket]:

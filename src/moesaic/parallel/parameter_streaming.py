@@ -65,6 +65,14 @@ class StreamedUnit:
         """Whether it is the other one, or the experts in its block."""
         return self.prefix.startswith(other.prefix)
 
+    def allocate(self, parts: list[Part]) -> list[Tensor]:
+        """Allocate the buffers, zero where they get none of the parts; return what parts get."""
+        for name, buffer in self.buffers.items():
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
+            if Part(name) not in parts:
+                buffer.zero_()
+        return [rows_of(self.buffers[part.name], part) for part in parts]
+
     def free_buffers(self) -> None:
         """Release the buffers' memory."""
         for buffer in self.buffers.values():
@@ -87,6 +95,14 @@ class _Coming:
     parts: list[Part]
     fetched: FetchedTensors
     copied: "Future[None] | None"
+
+    def finish(self) -> None:
+        """Have them in the buffers."""
+        if self.copied is None:
+            self.fetched.wait()
+            self.fetched.release()
+        else:
+            self.copied.result()
 
 
 class UsedExperts:
@@ -166,9 +182,8 @@ class ParameterStream:
         self.device_bytes, self.peak_device_bytes = 0, 0
         self._coming: _Coming | None = None
         self._hooked: set[nn.Parameter] = set()
-        self._side = torch.cuda.Stream(store.device) if store.device.type == "cuda" else None
         # a GPU copies beside its other work; on a CPU a thread does
-        self._thread = None if self._side else ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._thread = None if store.copies else ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._next: tuple[dict[StreamedUnit, StreamedUnit], ...] = {}, {}  # forward, backward
         for chain in chains:
             self._next[False].update(pairwise(chain))
@@ -291,25 +306,16 @@ class ParameterStream:
         self._prefetch(unit, parts)
         coming, self._coming = self._coming, None
         assert coming is not None
-        if coming.copied is None:
-            self._copy(unit, parts, coming.fetched)
-        else:
-            coming.copied.result()
+        coming.finish()
         for name, parameter in unit.parameters.items():
             parameter.data = unit.buffers[name]
         unit.in_use, unit.present = True, parts
 
     @torch.no_grad()
     def _copy(self, unit: StreamedUnit, parts: list[Part], fetched: FetchedTensors) -> None:
-        for name, buffer in unit.buffers.items():
-            buffer.untyped_storage().resize_(buffer.numel() * buffer.itemsize)
-            if Part(name) not in parts:
-                buffer.zero_()
-        for tensor, part in zip(fetched.wait(), parts, strict=True):
-            if self._side is not None:
-                torch.cuda.current_stream().wait_stream(self._side)
-                tensor.record_stream(torch.cuda.current_stream())
-            rows_of(unit.buffers[part.name], part).copy_(tensor)
+        targets = unit.allocate(parts)
+        for tensor, target in zip(fetched.wait(), targets, strict=True):
+            target.copy_(tensor)
         fetched.release()
 
     def _prefetch(self, unit: StreamedUnit, parts: list[Part]) -> None:
@@ -317,8 +323,8 @@ class ParameterStream:
         if coming is not None and (coming.unit, coming.parts) != (unit, parts):
             self._discard()
         if self._coming is None and unit.resting:
-            with torch.cuda.stream(self._side):
-                fetched = self.store.fetch(parts, access=Access.READ)
+            into = None if self._thread else unit.allocate(parts)
+            fetched = self.store.fetch(parts, access=Access.READ, into=into)
             copied = self._thread and self._thread.submit(self._copy, unit, parts, fetched)
             self._coming = _Coming(unit, parts, fetched, copied)
             self._count_bytes(unit.num_bytes)
@@ -326,7 +332,7 @@ class ParameterStream:
     def _discard(self) -> None:
         if self._coming is not None:
             coming, self._coming = self._coming, None
-            coming.fetched.release() if coming.copied is None else coming.copied.result()
+            coming.finish()
             coming.unit.free_buffers()
             self._count_bytes(-coming.unit.num_bytes)
 

@@ -66,7 +66,7 @@ class VocabParallelEmbedding:
         z: float,
         sizes: Sequence[int] | None,
     ) -> TokenLoss:
-        assert sizes is not None, "the ranks of a table know each other's labels"
+        assert sizes is not None, "each rank of a table needs the labels of the others"
         gathered = all_gather_rows(hidden, group=self._group, sizes=sizes)
         labels = all_gather_rows(label, group=self._group, sizes=sizes)
         # this rank returns the loss of its own tokens, but scores those of all ranks

@@ -152,7 +152,7 @@ def _fsdp() -> Any:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # imported where modules are sharded
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 

@@ -226,8 +226,8 @@ def _with_step_over_parts(machine: Machine, run: _Run, steps: Sequence[Measureme
     over = memory_over_parts(run.keep("synthetic steps", *steps), machine=machine)
     machine = machine.replace(step_over_parts=run.at_least_one(over))
     pairs = machine.contended
-    beside = beside_memory_curve(pairs.all_devices.value, machine=machine)
-    return machine.replace(contended=pairs.replace(all_devices=run.at_least_one(beside)))
+    curve = beside_memory_curve(pairs.all_devices.value, machine=machine)
+    return machine.replace(contended=pairs.replace(all_devices=run.at_least_one(curve)))
 
 
 def _shared_cores(run: _Run, ranks: RankTimings, *, call: Measurement) -> SharedCores:

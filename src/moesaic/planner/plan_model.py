@@ -24,6 +24,7 @@ from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
 from moesaic.planner.cost_entries import (
     DEVICE,
+    HOST,
     OperationCost,
     Phase,
     Purpose,
@@ -62,6 +63,7 @@ from moesaic.planner.step_time import (
     unfolded_expert_axes,
 )
 from moesaic.planner.tier_bytes import (
+    CopyBuffers,
     PassBytes,
     fetched_by_1f1b,
     most_streamed,
@@ -166,6 +168,11 @@ class PlanModel:
         inner, saved = self._activations(degrees, option)
         held[tiers["activations"], Purpose.ACTIVATIONS] += saved
         held[DEVICE, Purpose.TRANSIENT] += inner
+        kind = self.settings.machine.device
+        whole = self._tiered(state)
+        copies = CopyBuffers.of(memory, whole, saved=saved, device=kind, stages=pipe)
+        held[DEVICE, Purpose.TRANSIENT] += copies.device
+        held[HOST, Purpose.TRANSIENT] += copies.host
         return {key: size for key, size in held.items() if size}
 
     def forecast(self, choice: CompletePlan) -> PlanForecast:
@@ -339,13 +346,9 @@ class PlanModel:
     def _transfers(self, degrees: Degrees, option: Option, state: ShardBytes) -> dict[str, float]:
         share, m, tiered = self._share(degrees), degrees.micro_batches, self._tiered(state)
         moved: Counter[tuple[str, str]] = Counter()
-        fetched = fetched_by_1f1b(
-            {} if option.memory.parameters.is_device else tiered.streamed,
-            last=f"stack.{self._blocks - 1}",
-            stages=degrees.pipe,
-            micro_batches=m,
-            share=share,
-        )
+        last, pipe = f"stack.{self._blocks - 1}", degrees.pipe
+        units = {} if option.memory.parameters.is_device else tiered.streamed
+        fetched = fetched_by_1f1b(units, last=last, stages=pipe, micro_batches=m, share=share)
         saved = self._activations(degrees, option)[1]
         passes = PassBytes(m, fetched=fetched, saved=saved, summed=state.summed)
         for each in moved_bytes(tiered, option.memory, passes):
@@ -370,9 +373,7 @@ class PlanModel:
         for number in range(blocks - sparse, blocks):
             streamed[f"stack.{number}.experts"] = state.experts // sparse
         reads = self.settings.state.reads_weights
-        return StateBytes(
-            state.weights, 0, streamed, state.updated, state.by_matrix, reads_weights=reads
-        )
+        return StateBytes(state.weights, 0, streamed, state.updated, state.by_matrix, reads)
 
     def _resident_weights(self, state: ShardBytes, stages: int, *, streams: bool) -> int:
         """Return the bytes of weights on the device: all, or what stays and the units in use."""

@@ -27,7 +27,6 @@ from moesaic.parallel.parameter_inventory import RankParameters
 from moesaic.planner.block_chain import BlockChain, ChainPlace
 from moesaic.planner.cost_entries import (
     DEVICE,
-    DISK,
     HOST,
     HeldBytes,
     OperationCost,
@@ -39,12 +38,7 @@ from moesaic.planner.cost_entries import (
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.dry_run import volumes
 from moesaic.planner.inventory_cache import inventory_of
-from moesaic.planner.measured_step import (
-    MeasuredPart,
-    MeasuredStep,
-    Span,
-    smallest_plan,
-)
+from moesaic.planner.measured_step import MeasuredPart, MeasuredStep, Span, smallest_plan
 from moesaic.planner.operation_recorder import Operation, OperationKind
 from moesaic.planner.owner_update import owner_communication, owner_operations
 from moesaic.planner.pipeline_cost import PipelineCost
@@ -60,7 +54,13 @@ from moesaic.planner.step_memory import (
     state_bytes,
     with_offloaded_activations,
 )
-from moesaic.planner.tier_bytes import PassBytes, StreamedUnits, moved_bytes, tier_name
+from moesaic.planner.tier_bytes import (
+    CopyBuffers,
+    PassBytes,
+    StreamedUnits,
+    moved_bytes,
+    tier_name,
+)
 
 
 def step_cost(settings: CostSettings, *, rank: int = 0) -> StepCost:
@@ -166,8 +166,8 @@ class _Composition:
         yield HeldBytes(tier_name(memory.gradients), Purpose.GRADIENTS, state.gradients)
         yield HeldBytes(tier_name(memory.optimizer_states), Purpose.STATES, state.stored)
         yield HeldBytes(DEVICE, Purpose.STATES, state.counters)
-        kept = min(memory.run_ahead_bytes, state.overwritten)
-        yield HeldBytes(HOST, Purpose.OVERWRITTEN, kept)
+        yield HeldBytes(HOST, Purpose.OVERWRITTEN, min(memory.run_ahead_bytes, state.overwritten))
+        yield HeldBytes(HOST, Purpose.TRANSIENT, self._copies.host)
 
     @property
     def _memory(self) -> MemoryPlan:
@@ -176,7 +176,6 @@ class _Composition:
     def cost(self) -> StepCost:
         """Return the whole cost."""
         held, peak = self.held()
-        spans = chain.from_iterable(self._spans(self.measured, micro_batch=0))
         return StepCost(
             held=held,
             peak=peak,
@@ -193,7 +192,7 @@ class _Composition:
                 PassBytes(
                     self.settings.micro_batches,
                     fetched=self._fetched(),
-                    saved=sum(span.saved for span in spans),
+                    saved=self._saved,
                     summed=sum(bucket.bytes for bucket in self._buckets),
                     shared=self._pipeline.shared_gradients(),
                 ),
@@ -224,6 +223,16 @@ class _Composition:
         starts = self._pipeline.stage_numbers[0] == 0
         frozen = self.blocks.names_without(reached) if starts else ()
         return self._streamed.fetched(self._pipeline.passes(), frozen=frozen)
+
+    @cached_property
+    def _copies(self) -> CopyBuffers:
+        kind = self.settings.device
+        return CopyBuffers.of(self._memory, self._state, saved=self._saved, device=kind)
+
+    @cached_property
+    def _saved(self) -> int:
+        spans = chain.from_iterable(self._spans(self.measured, micro_batch=0))
+        return sum(span.saved for span in spans)
 
     @cached_property
     def _state(self) -> StateBytes:
@@ -277,7 +286,7 @@ class _Composition:
         summed = sum(bucket.bytes for bucket in self._buckets[-IN_FLIGHT:])
         update_peak = max(self._update_peak(), summed)
         gradients = state.gradients * memory.gradients.is_device
-        return fixed + max(peak, gradients + update_peak), most_kept
+        return fixed + max(peak + self._copies.device, gradients + update_peak), most_kept
 
     def _passes_peak(self) -> tuple[int, int]:
         """Return the most bytes of forward and backward beside what is there for good, and kept."""
@@ -308,11 +317,8 @@ class _Composition:
 
     def _update_peak(self) -> int:
         """Return the most bytes that the update has beside weights, gradients and states."""
-        states = self._memory.optimizer_states
-        if states.is_device:
-            return self.measured.update.peak
-        on_disk = tier_name(states) == DISK
-        return on_disk * min(self._memory.in_flight_bytes, self._state.stored)
+        is_resident = self._memory.optimizer_states.is_device
+        return self.measured.update.peak if is_resident else self._copies.in_update
 
     def _operations(self) -> tuple[OperationCost, ...]:
         found: Counter[tuple[Phase, Operation]] = Counter()

@@ -126,6 +126,37 @@ def _block_of(unit: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyBuffers:
+    """The most bytes of copies under way: on the device, and in pinned buffers on the host.
+
+    A CPU has only those of disks, ``in_update``.
+    """
+
+    device: int = 0
+    host: int = 0
+    in_update: int = 0
+
+    @staticmethod
+    def of(
+        memory: MemoryPlan, state: StateBytes, *, saved: int, device: str, stages: int = 1
+    ) -> "CopyBuffers":
+        """Return those of a rank with a share of ``state`` and ``saved`` activations.
+
+        Gradients leave through a ring of buffers, activations from copies on the device. Weights
+        that are updated on the host, and states on disk, are in buffers there.
+        """
+        bound, states = memory.in_flight_bytes, memory.optimizer_states
+        on_disk = (tier_name(states) == DISK) * min(bound, -(-state.stored // stages))
+        if device == "cpu":
+            return CopyBuffers(in_update=on_disk)
+        updated = state.updated.weights - (not memory.parameters.is_device) * state.updated.streamed
+        leaving = 0 if memory.gradients.is_device else min(bound, -(-state.gradients // stages))
+        away = 0 if memory.activations.is_device else min(bound, saved)
+        weights = 0 if states.is_device else min(bound, -(-updated // stages))
+        return CopyBuffers(leaving + away, leaving + weights + on_disk)
+
+
+@dataclass(frozen=True, slots=True)
 class PassBytes:
     """Bytes of the passes of a step.
 

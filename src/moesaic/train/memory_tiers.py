@@ -10,13 +10,15 @@ from torch import nn
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.distributed.world import local_tensor
+from moesaic.memory.device_copies import device_copies
 from moesaic.memory.memory_plan import MemoryPlan
+from moesaic.memory.named_copies import NamedCopies
 from moesaic.memory.tensor_store import TensorStore
 from moesaic.memory.tier import HostMemory, Tier
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.router import RouterOutput
 from moesaic.nn.adapter import is_of_adapter
-from moesaic.optim.gradients import TieredGradients
+from moesaic.optim.gradients import ResidentGradients, TieredGradients
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
 from moesaic.optim.named_optimizer import NamedOptimizer
 from moesaic.optim.run_ahead import RunAhead, all_overwritten_bytes
@@ -47,8 +49,14 @@ def use_memory_plan(
             dtype=model.precision.gradient_dtype,
             banks={name for name, (_, p) in banks.items() if len(local_tensor(p))},
         )
-    optimizer.gradients = model.gradients
     stream = model.parameter_stream
+    optimizer.weights.at_rest = frozenset(stream.names if stream else ())
+    copies = device_copies(model.mesh.device, max_bytes=plan.in_flight_bytes)
+    if copies is not None:
+        optimizer.weights.copies = NamedCopies(copies)
+        if plan.gradients.is_device:
+            model.gradients = ResidentGradients(NamedCopies(copies))
+    optimizer.gradients = model.gradients
     optimizer.updated_weights.tier = stream.store if stream else None
     if plan.optimizer_states.is_device:
         return RunAhead(optimizer, memory=torch.empty(0, dtype=torch.uint8))
