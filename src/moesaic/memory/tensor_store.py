@@ -138,7 +138,7 @@ class TensorStore(ABC):
         Raises DiskFullError if a disk has no room for what is to be written.
         """
         num_bytes = sum(self.specs[part.name].of(part).num_bytes for part in parts)
-        counted = num_bytes * self._moves_to(place)
+        counted = num_bytes * self.moves_to(place)
         with self._changed:
             if access is not Access.READ:
                 self.reserve(parts)
@@ -186,7 +186,7 @@ class TensorStore(ABC):
     def _allocate(self, name: str, spec: TensorSpec) -> None: ...
 
     @abstractmethod
-    def _moves_to(self, place: Place) -> bool:
+    def moves_to(self, place: Place) -> bool:
         """Whether tensors cross between device, host and disk to be used at ``place``."""
 
     @abstractmethod
@@ -228,7 +228,7 @@ class DeviceStore(TensorStore):
     def _allocate(self, name: str, spec: TensorSpec) -> None:
         self._tensors[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=self.device)
 
-    def _moves_to(self, place: Place) -> bool:
+    def moves_to(self, place: Place) -> bool:
         return place is Place.HOST
 
     def _fetch(
