@@ -217,6 +217,7 @@ def _run(case: CostSettings, *, rank: int) -> MeasuredPeak:
 def _forward_backward(parallel_model: Any, batches: Sequence[Any]) -> None:
     model = parallel_model.model
     if parallel_model.pipeline is not None:
+        parallel_model.before_backward(last=False)
         parallel_model.pipeline.forward_backward(batches, loss_settings=LossSettings(1))
         return
     for number, batch in enumerate(batches):

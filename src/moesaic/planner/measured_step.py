@@ -181,7 +181,7 @@ class _Recording:
         model = parallel_model.model
         self._restart(Phase.FORWARD, ChainPlace(_first_stack(model)))
         if zero := parallel_model.mesh.plan.zero:  # sums of replicated gradients are arithmetic
-            set_gradient_accumulation(model, last=last, zero_stage=zero)
+            set_gradient_accumulation(model.modules(), last=last, zero_stage=zero)
         with parallel_model.precision.autocast(batch.device):
             output = model(batch)
             loss = model.loss(output)
