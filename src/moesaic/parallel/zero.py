@@ -134,9 +134,7 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
             _fsdp().register_fsdp_forward_method(model.embedding, method)
 
 
-def set_gradient_accumulation(
-    modules: Iterable[nn.Module], *, last: bool, zero_stage: int
-) -> None:
+def set_gradient_accumulation(modules: Iterable[nn.Module], *, last: bool, zero_stage: int) -> None:
     """Set whether the next backward through these modules is the step's last.
 
     Stage 1 reduces gradients only then, and stages 1 and 2 release gathered parameters only then.
@@ -145,7 +143,6 @@ def set_gradient_accumulation(
     for module in sharded:
         module.set_requires_gradient_sync(last or zero_stage > 1, recurse=False)
         module.set_reshard_after_backward(last or zero_stage == 3, recurse=False)
-        module.set_is_last_backward(last)
 
 
 def _fsdp() -> Any:
