@@ -130,7 +130,7 @@ class DiskStore(ChunkedStore):
         name = f"moesaic-{os.getpid()}-{self.label}-{len(self._chunks)}.bin"
         return FileChunk(self.folder / name, num_bytes)
 
-    def _moves_to(self, place: Place) -> bool:  # noqa: ARG002
+    def moves_to(self, place: Place) -> bool:  # noqa: ARG002
         return True
 
     def _fetch(
