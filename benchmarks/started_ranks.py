@@ -1,4 +1,4 @@
-"""``trillion-384`` started on fake devices: what ranks allocate beside what is forecast.
+"""``trillion-384`` started on fake devices: what ranks allocate shared what is forecast.
 
 Each rank makes its part of the model as training does, with its gradients and its AdamW states;
 fake tensors take no memory, and their bytes are counted by storage.
@@ -46,14 +46,14 @@ def started(config: Any, *, world: int, rank: int) -> dict[str, Any]:
         tables = simulated.ledger.live_bytes - buffers
         with SharedChunks():
             parallelize_on_mesh(model, parallel=PARALLEL, mesh=mesh)
-        beside = buffers + tables
-        weights = simulated.ledger.live_bytes - beside
+        shared = buffers + tables
+        weights = simulated.ledger.live_bytes - shared
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        gradients = simulated.ledger.live_bytes - beside - weights
+        gradients = simulated.ledger.live_bytes - shared - weights
         optimizer = AdamW().build(model.named_parameters(), kinds=model.parameter_kinds())
         optimizer.step()
-        states = simulated.ledger.live_bytes - beside - weights - gradients
+        states = simulated.ledger.live_bytes - shared - weights - gradients
         peak = simulated.ledger.peak_bytes
     return {
         "world": world,

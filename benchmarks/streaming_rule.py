@@ -49,6 +49,7 @@ from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import LayerIndex
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.parallel.parameter_streaming import ParameterStream
+from moesaic.parallel.partial_forward import BlockRange
 
 TOKENS = (8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 WEIGHT_BYTES = 4
@@ -75,7 +76,7 @@ class Experts(nn.Module):
         super().__init__()
         config = MoE(experts=experts, select=SwitchTop1(), limit=Dropless(), balance=())
         feed = FeedForwardConfig(hidden=hidden, activation=ReLU())
-        self.layers = nn.ModuleList(
+        self.decoder = nn.ModuleList(
             MoELayer(
                 config, dim=dim, feed_forward=feed, bias=False, layer_index=LayerIndex(f"layer.{i}")
             )
@@ -85,17 +86,18 @@ class Experts(nn.Module):
     def stream(self, store: TensorStore) -> None:
         """Stream the weights of the experts from ``store``."""
         experts = {name for name, _ in self.named_parameters() if ".experts." in name}
-        ParameterStream(self, store=store, experts=experts).move_to_tier()
+        blocks = BlockRange(range(0), range(len(self.decoder)))
+        ParameterStream(self, store=store, experts=experts, stages=[blocks]).move_to_tier()
 
     def forward(self, x: Tensor) -> Tensor:
-        for number in range(len(self.layers)):
+        for number in range(len(self.decoder)):
             x = self.through(number, x)
         return x
 
     def through(self, number: int, x: Tensor) -> Tensor:
         """Return the output of one layer."""
         context, state = TokenContext.unbatched(len(x)), RouterState()
-        return x + self.layers[number](x, context=context, router_state=state).out
+        return x + self.decoder[number](x, context=context, router_state=state).out
 
 
 @dataclass
@@ -147,7 +149,7 @@ def contended(
     The passes are timed beside fetches that outlast them. A fetch is timed from its start to its
     arrival, beside a layer's forward pass of half the tokens, which it outlasts.
     """
-    layers = range(len(model.layers))
+    layers = range(len(model.decoder))
     parts = [[Part(name) for name in store.specs if f".{i}." in name] for i in layers]
     targets = [torch.empty(store.specs[part.name].shape) for part in parts[0]]
     passes, fetches = [], []

@@ -89,4 +89,6 @@ def test_a_tier_of_parameters_is_refused_where_zero_leaves_nothing_to_it() -> No
     with pytest.raises(ConfigError, match=r"parameters=HostMemory with parallel\.plan\.zero=1"):
         check_parallel(dense, parallel=parallel, plan=plan)
     check_parallel(dense, parallel=parallel, plan=ParallelPlan(data=2))
-    check_parallel(sparse, parallel=parallel, plan=plan)
+    with pytest.raises(ConfigError, match=r"over the 2 ranks with copies of each: set .*expert"):
+        check_parallel(sparse, parallel=parallel, plan=plan)
+    check_parallel(sparse, parallel=parallel, plan=plan.replace(expert=2))

@@ -12,13 +12,12 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Float32
-from moesaic.planner.cost_entries import DEVICE, HeldBytes, OperationCost, Phase, Purpose
+from moesaic.planner.cost_entries import DEVICE, HeldBytes, OperationCost, Phase, Purpose, StepCost
 from moesaic.planner.machine import Machine, find_machine
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_model import EXCHANGES, PlanModel, PlanModelSettings
 from moesaic.planner.plan_space import PlanSpace
 from moesaic.planner.state_bytes import ShardedState
-from moesaic.planner.step_cost import StepCost
 
 LAYERS, DIM, TOKENS = 4, 64, 32
 

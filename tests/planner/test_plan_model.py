@@ -9,13 +9,19 @@ from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import HostMemory
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.parallel.config import ParallelConfig
-from moesaic.planner.cost_entries import DEVICE, Purpose, accumulation, gradient_operations
+from moesaic.planner.cost_entries import (
+    DEVICE,
+    Purpose,
+    StepCost,
+    accumulation,
+    gradient_operations,
+)
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.machine import find_machine
 from moesaic.planner.operation_recorder import OperationKind
 from moesaic.planner.plan_model import MORE_ROWS, PlanModel
 from moesaic.planner.plan_space import RESIDENT, CompletePlan, Degrees, Option
-from moesaic.planner.step_cost import StepCost, step_cost
+from moesaic.planner.step_cost import step_cost
 from moesaic.planner.step_time import compute_seconds, step_time
 
 MACHINE = find_machine("cpu-2-cores")

@@ -6,9 +6,8 @@ from plan_cases import hand_made_step
 
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.parallel.communication_volume import CommunicationVolume
-from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
+from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose, StepCost
 from moesaic.planner.machine import Machine, SharedCores, SizedRate, SlowDown, find_machine
-from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_time import group_shape, sent_seconds, step_sums, step_time, together
 
 H100 = find_machine("h100")

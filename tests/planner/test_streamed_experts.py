@@ -3,6 +3,7 @@
 from streamed_experts import forecast, nodes_of_four, request, tokens_per_second
 
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.plan_problems import memory_problems
 from moesaic.planner.plan_forecast import PlanForecast
 from moesaic.planner.plan_report import find_plans, machine_limits, training_problems
 from moesaic.planner.plan_space import STREAMED, CompletePlan, Option
@@ -33,11 +34,11 @@ def test_no_tier_takes_experts_of_which_zero_shards_copies():
     choice = forecast("27B", tensor=2, expert=4, streamed=True).choice
     asked, option = request("27B"), choice.option
     sharded = CompletePlan(choice.degrees, Option(1, option.memory, option.checkpointing))
-    (problem,) = training_problems(asked, sharded)
-    assert "each of 256 experts has 8 copies" in problem
+    (problem,) = training_problems(asked)(sharded)
+    assert "the 256 experts of a layer over the 8 ranks with copies" in problem
     alone = sharded.parallel_config(ParallelConfig())
     alone = alone.replace(plan=alone.plan.replace(expert=32))
-    assert not [*alone.tier_problems((256,))]
+    assert not [*memory_problems(alone.memory, plan=alone.plan, expert_counts=(256,))]
     space = asked.space.replace(memory=(STREAMED,), zero=(1,), max_tensor=2)
     found = find_plans(
         asked.replace(space=space), machine=nodes_of_four(), limits=LIMITS, keep=1

@@ -23,8 +23,7 @@ with deferred():
     from moesaic.model.parameter_flop_count import BatchDims, count_parameters
     from moesaic.model.presets import PRESETS, preset
     from moesaic.planner.cost_settings import CostSettings
-    from moesaic.planner.machine import DeviceSize, Machine, device_here, find_machine
-    from moesaic.planner.plan_model import dtype_name
+    from moesaic.planner.machine import DeviceSize, Machine, device_here, dtype_name, find_machine
     from moesaic.planner.plan_report import streaming_tokens, streaming_words
     from moesaic.planner.plan_space import Degrees
     from moesaic.planner.scale_report import bytes_by_purpose

@@ -157,7 +157,7 @@ class HostStore(ChunkedStore):
     def _new_chunk(self, num_bytes: int) -> Chunk:
         return HostChunk(num_bytes, pinned=self.device.type == "cuda")
 
-    def _moves_to(self, place: Place) -> bool:
+    def moves_to(self, place: Place) -> bool:
         return place is Place.DEVICE
 
     def _fetch(

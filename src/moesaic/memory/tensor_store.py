@@ -7,7 +7,7 @@ CPU run are those beside a GPU. Content starts as zeros; memory is taken when it
 
 Two threads may use a store at once, for different tensors.
 
-Beside a GPU, copies between it and host memory are made on streams of their own
+With a GPU, copies between it and host memory are made on streams of their own
 (``device_copies.py``); ``in_flight_bytes`` bounds those of a store in each direction.
 
 ``freeze`` returns the content at one moment: no later update changes it, so a checkpoint may be
@@ -138,7 +138,7 @@ class TensorStore(ABC):
         Raises DiskFullError if a disk has no room for what is to be written.
         """
         num_bytes = sum(self.specs[part.name].of(part).num_bytes for part in parts)
-        counted = num_bytes * self._moves_to(place)
+        counted = num_bytes * self.moves_to(place)
         with self._changed:
             if access is not Access.READ:
                 self.reserve(parts)
@@ -186,7 +186,7 @@ class TensorStore(ABC):
     def _allocate(self, name: str, spec: TensorSpec) -> None: ...
 
     @abstractmethod
-    def _moves_to(self, place: Place) -> bool:
+    def moves_to(self, place: Place) -> bool:
         """Whether tensors cross between device, host and disk to be used at ``place``."""
 
     @abstractmethod
@@ -228,7 +228,7 @@ class DeviceStore(TensorStore):
     def _allocate(self, name: str, spec: TensorSpec) -> None:
         self._tensors[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=self.device)
 
-    def _moves_to(self, place: Place) -> bool:
+    def moves_to(self, place: Place) -> bool:
         return place is Place.HOST
 
     def _fetch(

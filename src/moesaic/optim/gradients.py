@@ -2,7 +2,7 @@
 
 On a tier a gradient leaves the device as soon as backward has made it (torch calls a hook after it
 has accumulated one, FSDP2 after it has reduced one), and micro-batches add up there, in the same
-order as in ``Parameter.grad``. Beside a GPU it leaves through a ring of pinned buffers and a thread
+order as in ``Parameter.grad``. With a GPU it leaves through a ring of pinned buffers and a thread
 adds it up, while backward goes on; who reads a gradient waits for it.
 
 Of the experts in ``banks`` only those whose gradient is not

@@ -23,7 +23,7 @@ from moesaic.optim.gradients import Gradients, ResidentGradients
 from moesaic.optim.group_update import GroupUpdate, MatrixSharding, UpdateRule
 from moesaic.optim.late_updates import ExpertBank, LateUpdates
 from moesaic.optim.master_weights import MasterWeights, ShardUpdate
-from moesaic.optim.tiered_states import ParameterRows, TieredStates
+from moesaic.optim.tiered_states import ParameterRows, TieredStates, UpdatedWeights
 from moesaic.optim.weight_transfers import WeightTransfers
 
 MASTER = "master"  # the slot of a float32 copy
@@ -47,6 +47,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.fused_outputs: Mapping[str, Sequence[int]] = {}
         self.gradients: Gradients = ResidentGradients()
         self.tier: TieredStates | None = None  # states that are not on the device
+        self.updated_weights = UpdatedWeights()
         self.weights = WeightTransfers(self._write_back, self._has_master)
         self.late = LateUpdates()
         # parameters that the present step has updated already, and the rows that it has
@@ -270,11 +271,12 @@ class NamedOptimizer(torch.optim.Optimizer):
     ) -> tuple[list[dict[str, Tensor]], FetchedTensors]:
         """Return each member's state at ``place``, and the handle that writes it back."""
         resident = [self.late.scalars(rows, shared=self.state[rows.parameter]) for rows in members]
+        for rows in members:
+            reads = not self._has_master(rows.parameter)
+            self.updated_weights.count(rows, place=place, reads=reads)
         if self.tier is None:
             return resident, FetchedTensors(list[Tensor], lambda: None)
         stored, held = self.tier.fetch(members, place=place, access=access)
-        for rows in members:
-            self.tier.count_weights(rows, place=place)
         scalars = [{slot: t.clone() for slot, t in state.items()} for state in resident]
         return [a | b for a, b in zip(stored, scalars, strict=True)], held
 

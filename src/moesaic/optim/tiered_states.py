@@ -35,16 +35,33 @@ class ParameterRows:
 
 
 @dataclass(slots=True)
-class TieredStates:
-    """States of an optimizer in a store. ``weights`` counts the parameters' bytes that cross.
+class UpdatedWeights:
+    """Counts the bytes of weights that cross between tiers to be updated.
 
-    ``at_rest`` are the parameters that are on a tier themselves when they are updated.
+    ``moved`` are those of the device; ``moved_at_rest`` those of parameters in ``tier``, which are
+    updated in its memory: where that is a file, the system reads and writes it.
     """
+
+    tier: TensorStore | None = None
+    moved: TransferCounter = field(default_factory=TransferCounter)
+    moved_at_rest: TransferCounter = field(default_factory=TransferCounter)
+
+    def count(self, rows: ParameterRows, *, place: Place, reads: bool) -> None:
+        """Count an update at ``place``; one of a float32 copy does not read the weights."""
+        local = rows_of(local_tensor(rows.parameter), rows.part)
+        at_rest = self.tier is not None and rows.part.name in self.tier.specs
+        crosses = self.tier.moves_to(place) if self.tier and at_rest else place is Place.HOST
+        counter = self.moved_at_rest if at_rest else self.moved
+        counter.fetched += local.numel() * local.itemsize * crosses * reads
+        counter.written += local.numel() * local.itemsize * crosses
+
+
+@dataclass(slots=True)
+class TieredStates:
+    """States of an optimizer in a store."""
 
     store: TensorStore
     in_flight_bytes: int
-    at_rest: frozenset[str] = frozenset()
-    weights: TransferCounter = field(default_factory=TransferCounter)
     _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def allocate(self, name: str, expected: Mapping[str, Tensor]) -> None:
@@ -63,14 +80,6 @@ class TieredStates:
     def live(self, name: str) -> dict[str, Tensor]:
         """Return views of a parameter's stored states, by slot."""
         return {slot: self.store.live(f"{slot}/{name}") for slot in self._slots.get(name, ())}
-
-    def count_weights(self, rows: ParameterRows, *, place: Place) -> None:
-        """Count weights that are updated on the host and written back."""
-        if place is Place.HOST and rows.part.name not in self.at_rest:
-            local = rows_of(local_tensor(rows.parameter), rows.part)
-            num_bytes = local.numel() * local.itemsize
-            self.weights.fetched += num_bytes
-            self.weights.written += num_bytes
 
     def clear(self) -> None:
         """Discard all states."""

@@ -62,7 +62,7 @@ class WeightTransfers:
                 self._coming[rows.part] = self._fetch(rows, place=place, access=Access.UPDATE)
 
     def discard(self) -> None:
-        """Forget what an interrupted step has fetched."""
+        """Drop what an interrupted step has fetched."""
         self._coming = {}
 
     def join(self) -> None:

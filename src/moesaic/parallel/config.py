@@ -1,7 +1,5 @@
 """Parallel config: the degrees of parallelism of a run and the method of each."""
 
-from collections.abc import Iterator, Sequence
-
 from moesaic.core.config import Config
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.memory.memory_plan import MemoryPlan
@@ -43,33 +41,6 @@ class ParallelConfig(Config):
         E+Z-Offload+M is E+Z+M with gradients or optimizer states away from the device.
         """
         return self.plan.acronym(zero="Z-Offload" if self.memory.offloads else "Z")
-
-    def tier_problems(self, expert_counts: Sequence[int]) -> Iterator[str]:
-        """Yield why no tier takes the parameters of a model of layers of so many experts.
-
-        ``plan`` is resolved.
-        """
-        plan, parameters = self.plan, self.memory.parameters
-        if parameters.is_device or not plan.zero:
-            return
-        chosen = (
-            f"parallel.memory.parameters={type(parameters).__name__} with parallel.plan."
-            f"zero={plan.zero}"
-        )
-        if not expert_counts and (plan.data or 1) * plan.context > 1:
-            yield (
-                f"{chosen}: ZeRO shards all weights of this model, which has no MoE layers, so "
-                "none is left to it: set parameters to DeviceMemory, or zero to 0"
-            )
-        for number in expert_counts:
-            ranks = plan.expert_ranks(number) * plan.expert_tensor
-            if plan.stage_size > ranks:
-                yield (
-                    f"{chosen}: each of {number} experts has {plan.stage_size // ranks} copies, "
-                    "between whose ranks ZeRO shards it, so no rank has it whole: set "
-                    f"parallel.plan.expert so that there is one copy (expert x expert_tensor = "
-                    f"{plan.stage_size}), or zero to 0"
-                )
 
     def pipeline_stages(self, config: ModelConfig) -> PipelineStages:
         """Return the pipeline stages of a model under this plan."""

@@ -32,7 +32,9 @@ from moesaic.parallel.context_parallel import ContextRanks, SequenceSharder
 from moesaic.parallel.expert_dispatch import DispatchGroups
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parameter_streaming import ParameterStream
+from moesaic.parallel.partial_forward import BlockRange
 from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.plan_problems import memory_problems
 from moesaic.parallel.precision import Float32, Precision, set_gradient_dtype
 from moesaic.parallel.sharding_plan import (
     GradientSync,
@@ -112,7 +114,10 @@ def parallelize_on_mesh(
     if not memory.parameters.is_device:
         store = open_tier(memory, "parameters", mesh=mesh)
         experts = {name for name, each in local_plan.items() if each.num_experts is not None}
-        stream = ParameterStream(model, store=store, experts=experts)
+        ranges = [BlockRange.all_blocks(model.config)]
+        if stages is not None:
+            ranges = stages.ranges_of_rank(mesh.coordinates()["pipe"])
+        stream = ParameterStream(model, store=store, experts=experts, stages=ranges)
     if any(parameter.is_meta for parameter in model.parameters()):
         hook = allocate or allocate_by_plan(mesh.device, stream=stream)
         allocate_parameters(model, allocate=hook, device=mesh.device)
@@ -224,18 +229,7 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
             problems.append(f"parallel.dispatch={dispatch} of {layer.name}: {why}")
         if plan.expert_tensor > 1:
             problems += _expert_tensor_problems(layer, ranks=plan.expert_tensor)
-    if plan.pipe > 1 and (kept := parallel.memory.run_ahead_bytes):
-        problems.append(
-            f"parallel.memory.run_ahead_bytes={kept} with parallel.plan.pipe={plan.pipe}: the "
-            "gradients of a stage are complete at the end of a step, so no update runs ahead: set "
-            "run_ahead_bytes to 0, or pipe to 1"
-        )
-    if parallel.memory.late_steps and not expert_counts(model):
-        problems.append(
-            f"parallel.memory.late_steps={parallel.memory.late_steps}: this model has no MoE "
-            "layers, so no experts without tokens: set it to 0"
-        )
-    problems += parallel.replace(plan=plan).tier_problems(expert_counts(model))
+    problems += memory_problems(parallel.memory, plan=plan, expert_counts=expert_counts(model))
     if problems:
         raise ConfigError(problems)
 

@@ -3,9 +3,11 @@
 A unit is the experts of an MoE layer, or all other parameters of a block. Its weights are on the
 device from its forward to the end of it, and again in its backward; those of the unit that computes
 next are fetched meanwhile. Forward fetches all experts of a layer, since it begins before the
-tokens are routed; backward those alone that had rows. What ZeRO shards stays, and is gathered from
-peers: dense slices from peers and experts from a slower tier are the two dimensions of SE-MoE's
-prefetch (2205.10034). Parameters outside of blocks (embeddings, the last norm) stay as well.
+tokens are routed; backward those alone that had rows. The last block of a stage stays after its
+forward pass until another block is used: if backward of that stage comes next, it has it. What ZeRO
+shards stays, and is gathered from peers: dense slices from peers and experts from a slower tier are
+the two dimensions of SE-MoE's prefetch (2205.10034). Parameters outside of blocks (embeddings, the
+last norm) stay as well.
 
 Between uses a parameter is a view of the tier's memory, so optimizers and checkpoints read and
 write it there. In use it is a buffer on the device whose memory is released afterwards; views that
@@ -22,13 +24,13 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Int, Tensor
 from moesaic.distributed.world import is_dtensor
 from moesaic.memory.tensor_store import Access, FetchedTensors, Part, TensorStore, rows_of
 from moesaic.model.block import Block, BlockState
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, MoEOutput
+from moesaic.parallel.partial_forward import BlockRange
 
 
 @dataclass(eq=False, slots=True)
@@ -37,8 +39,7 @@ class StreamedUnit:
 
     ``names`` are theirs in ``module``, whose name ``prefix`` ends with a dot.
     ``missing_gradients`` counts the parameters whose gradient the present backward has not added.
-    ``present`` are the parts in the buffers, all else there is zero. ``noted`` are the experts used
-    by the forward pass that runs, None for all; ``waiting`` those of passes before their backward.
+    ``present`` are the parts in the buffers, all else there is zero.
     """
 
     module: Block | MoELayer
@@ -49,8 +50,6 @@ class StreamedUnit:
     in_use: bool = False
     missing_gradients: int = 0
     present: list[Part] = field(default_factory=list)
-    noted: "list[UsedExperts] | None" = None
-    waiting: "list[list[UsedExperts] | None]" = field(default_factory=list)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -79,10 +78,9 @@ class StreamedUnit:
         for buffer in self.buffers.values():
             buffer.untyped_storage().resize_(0)
 
-    def parts(self, *, backward: bool) -> list[Part]:
-        """Return what a pass needs: in backward, where it is known which forward pass it is of."""
-        used = self.waiting[0] if backward and len(self.waiting) == 1 else None
-        if used is None:
+    def parts(self, used: "Sequence[UsedExperts]") -> list[Part]:
+        """Return what a pass needs: the experts that its calls used; without calls, all."""
+        if not used:
             return [Part(name) for name in self.parameters]
         counts = [each.counts() for each in used]
         runs = _runs([sum(rows) for rows in zip(*counts, strict=True)])
@@ -123,6 +121,9 @@ class UsedExperts:
         return self._host.tolist()
 
 
+UsedByUnit = dict[StreamedUnit, list[UsedExperts]]  # in the calls of one forward pass
+
+
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
     """Return the runs of experts with rows, as pairs of the first and the one after the last."""
     used = [0, *(int(count > 0) for count in rows), 0]
@@ -158,20 +159,35 @@ def _backward_order(units: Sequence[StreamedUnit]) -> list[StreamedUnit]:
 class ParameterStream:
     """Streams the weights of a model's blocks from ``store`` (see the module's docstring).
 
-    ``experts`` names the parameters in units of their own: those with a slice for each expert.
+    ``experts`` names the parameters in units of their own: those with a slice for each expert;
+    ``stages`` are the blocks of the rank's stages of a pipeline: a pass is through one of them.
     At most three units are on the device: a block's two, and the one that is fetched.
     ``device_bytes`` counts them, ``peak_device_bytes`` is the most there has been.
     """
 
-    def __init__(self, model: nn.Module, *, store: TensorStore, experts: Set[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        store: TensorStore,
+        experts: Set[str],
+        stages: Sequence[BlockRange],
+    ) -> None:
         self.store = store
         self._units = list(_units(model, experts=experts))
+        chains = [[u for u in self._units if stage.holds(u.prefix)] for stage in stages]
+        self._first, self._last = ({c[end] for c in chains if c} for end in (0, -1))
+        self._used: UsedByUnit = {}  # by the forward pass that runs
+        self._used_before: UsedByUnit = {}  # by that whose backward pass runs; none: unknown
         self.device_bytes, self.peak_device_bytes = 0, 0
         self._coming: _Coming | None = None
         self._hooked: set[nn.Parameter] = set()
         # a GPU copies beside its other work; on a CPU a thread does
         self._thread = None if store.copies else ThreadPoolExecutor(1, thread_name_prefix="stream")
-        self._next = dict(pairwise(self._units)), dict(pairwise(_backward_order(self._units)))
+        self._next: tuple[dict[StreamedUnit, StreamedUnit], ...] = {}, {}  # forward, backward
+        for chain in chains:
+            self._next[False].update(pairwise(chain))
+            self._next[True].update(pairwise(_backward_order(chain)))
         for unit in self._units:
             self._add_hooks(unit)
 
@@ -207,13 +223,6 @@ class ParameterStream:
         known = unit.resting.get(name)
         if known is not None and known.data_ptr() == parameter.data_ptr():
             return
-        if is_dtensor(parameter):
-            raise ConfigError(
-                [
-                    f"parallel.memory.parameters: ZeRO shards {name} over the ranks with copies of "
-                    "its expert: set parallel.plan.expert so that there is one copy, or zero to 0"
-                ]
-            )
         resting = self.memory(name, parameter.shape, parameter.dtype)
         if resting.data_ptr() != parameter.data_ptr():
             resting.copy_(parameter)
@@ -226,23 +235,24 @@ class ParameterStream:
             parameter.register_post_accumulate_grad_hook(lambda _: self._count_gradient(unit))
 
     def _add_hooks(self, unit: StreamedUnit) -> None:
-        stays = self._units[-1].is_in(unit)  # between forward and backward
+        stays = any(last.is_in(unit) for last in self._last)  # until another block is used
 
         def before(*_: Any) -> None:
-            unit.noted = None
+            if not in_backward():
+                self._used = {} if unit in self._first else self._used
             self._use(unit)
 
         def note(rows_per_expert: Int[Tensor, "E"]) -> None:
             if not in_backward():
-                unit.noted = [*(unit.noted or []), UsedExperts(rows_per_expert)]
+                self._used.setdefault(unit, []).append(UsedExperts(rows_per_expert))
 
         def after(_module: nn.Module, _inputs: Any, output: MoEOutput | BlockState) -> None:
             if in_backward():  # recomputed: the backward of the unit comes next
                 return
             out = output.out if isinstance(output, MoEOutput) else output.x
             if out.requires_grad:
-                unit.waiting.append(unit.noted)
-                out.register_hook(lambda _: self._start_backward(unit))
+                used = self._used
+                out.register_hook(lambda _: self._start_backward(unit, used))
             if not (stays and out.requires_grad):
                 self._release(unit)
 
@@ -251,10 +261,10 @@ class ParameterStream:
         if isinstance(unit.module, MoELayer) and type(unit.module.experts) is GroupedExperts:
             unit.module.experts.call_before_use(note)
 
-    def _start_backward(self, unit: StreamedUnit) -> None:
+    def _start_backward(self, unit: StreamedUnit, used: UsedByUnit) -> None:
         unit.missing_gradients = len(unit.names)  # frozen ones have none: then it stays longer
+        self._used_before = used
         self._use(unit)
-        unit.waiting = unit.waiting[1:]
         Variable._execution_engine.queue_callback(self._end_backward)
 
     def _count_gradient(self, unit: StreamedUnit) -> None:
@@ -265,6 +275,7 @@ class ParameterStream:
     def _end_backward(self) -> None:
         """Release what no gradient has reached, and what was fetched in vain."""
         self._discard()
+        self._used_before = {}
         for unit in self._units:
             self._release(unit)
 
@@ -277,8 +288,8 @@ class ParameterStream:
         for other in self._units:
             if other.in_use and not (other.is_in(unit) or unit.is_in(other)):
                 self._release(other)
-        parts = unit.parts(backward=in_backward())
-        if unit.present != parts and unit.present != unit.parts(backward=False):
+        parts = self._parts(unit)
+        if unit.present != parts and unit.present != unit.parts(()):
             self._release(unit)  # what an interrupted backward has left
         if not unit.in_use:
             for name, parameter in unit.parameters.items():
@@ -286,7 +297,10 @@ class ParameterStream:
             self._fill(unit, parts)
         following = self._next[in_backward()].get(unit)
         if following is not None and not following.in_use:
-            self._prefetch(following, following.parts(backward=in_backward()))
+            self._prefetch(following, self._parts(following))
+
+    def _parts(self, unit: StreamedUnit) -> list[Part]:
+        return unit.parts(self._used_before.get(unit, ()) if in_backward() else ())
 
     def _fill(self, unit: StreamedUnit, parts: list[Part]) -> None:
         self._prefetch(unit, parts)

@@ -45,6 +45,12 @@ class BlockRange:
         encoder = range(min(start, first), min(stop, first))
         return BlockRange(encoder, range(max(start - first, 0), max(stop - first, 0)))
 
+    def holds(self, name: str) -> bool:
+        """Whether a parameter, or a module whose name ends with a dot, is in one of the blocks."""
+        stack, number, *_ = (*name.split("."), "")
+        blocks = {"encoder": self.encoder, "decoder": self.decoder}.get(stack, range(0))
+        return number.isdigit() and int(number) in blocks
+
 
 @dataclass(frozen=True, slots=True)
 class StageIO:

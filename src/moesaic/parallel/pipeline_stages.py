@@ -107,6 +107,10 @@ class PipelineStages:
         """Return the stages of a rank."""
         return tuple(stage for stage, owner in enumerate(self.rank_of_stage) if owner == rank)
 
+    def ranges_of_rank(self, rank: int) -> list[BlockRange]:
+        """Return the blocks of each stage of a rank."""
+        return [self.block_ranges[stage] for stage in self.stages_of_rank(rank)]
+
     def remove_other_stages(self, model: Transformer, *, rank: int) -> None:
         """Remove the modules that only the stages of other ranks need, in place."""
         needed = self._module_paths(rank)
@@ -190,7 +194,7 @@ class PipelineStages:
 
     def _module_paths(self, rank: int) -> frozenset[str]:
         return frozenset().union(
-            *(module_paths(self.config, self.block_ranges[s]) for s in self.stages_of_rank(rank))
+            *(module_paths(self.config, blocks) for blocks in self.ranges_of_rank(rank))
         )
 
 

@@ -7,7 +7,7 @@ makes what a stack shares. So one block is run for each kind between kinds of ne
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from moesaic.model.config import ModelConfig
@@ -62,6 +62,15 @@ class BlockChain:
         if place.block < 0:
             return place
         return ChainPlace(place.stack, self.representative[place.stack][place.block])
+
+    def names_without(self, reached: Collection[ChainPlace]) -> set[str]:
+        """Return the names of the blocks whose spans are not at the places that were reached."""
+        return {
+            f"{stack}.{number}"
+            for stack, blocks in self.representative.items()
+            for number, run in enumerate(blocks)
+            if ChainPlace(stack, run) not in reached
+        }
 
     def has_run(self, parameter: str) -> bool:
         """Whether the module of a parameter of this name was run: all outside of blocks are."""

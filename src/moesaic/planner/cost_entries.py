@@ -1,10 +1,11 @@
-"""Entries of a step's cost: operations, bytes held and bytes moved, each of one kind."""
+"""Step cost, and its entries: operations, bytes held and bytes moved, each of one kind."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from moesaic.parallel.communication_volume import CommunicationVolume, summed_volumes
 from moesaic.planner.operation_recorder import OperationKind
 
 DEVICE, HOST, DISK = "DeviceMemory", "HostMemory", "DiskStorage"  # members of the family of tiers
@@ -127,3 +128,45 @@ class MovedBytes:
     target: str
     purpose: Purpose
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """The cost of one training step (all micro-batches) for one rank.
+
+    ``peak`` is the most bytes in each tier at once. ``operations`` are those of all micro-batches
+    and of the update, ``gradient_operations`` between them (``cost_entries.gradient_operations``).
+    ``synced`` is sent for gradients and ZeRO's weights, ``exchanged`` between layers and for the
+    update. ``bubble`` is the share of a pipeline's time in which the rank waits for others (0
+    without one).
+    """
+
+    held: tuple[HeldBytes, ...]
+    peak: Mapping[str, int]
+    operations: tuple[OperationCost, ...] = field(repr=False)
+    exchanged: tuple[CommunicationVolume, ...]
+    synced: tuple[CommunicationVolume, ...]
+    moved: tuple[MovedBytes, ...]
+    bubble: float = 0.0
+    gradient_operations: tuple[OperationCost, ...] = field(default=(), repr=False)
+
+    @property
+    def sent(self) -> tuple[CommunicationVolume, ...]:
+        """All that the rank sends, sorted by collective and axis."""
+        return summed_volumes((*self.exchanged, *self.synced))
+
+    def held_bytes(self, *, tier: str | None = None, purpose: Purpose | None = None) -> int:
+        """Return the bytes of a tier, of a purpose, or of both."""
+        return sum(
+            each.bytes
+            for each in self.held
+            if tier in (None, each.tier) and purpose in (None, each.purpose)
+        )
+
+    def flops(self, *, kind: OperationKind | None = None, phase: Phase | None = None) -> int:
+        """Return the FLOPs of a kind, of a phase, or of both."""
+        return sum(
+            each.flops * each.count
+            for each in self.operations
+            if kind in (None, each.kind) and phase in (None, each.phase)
+        )

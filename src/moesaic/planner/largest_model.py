@@ -88,14 +88,14 @@ def largest_models(request: PlanRequest, *, machine: Machine, limits: Limits) ->
     inventory = inventory_of(request.model, trainable=request.trainable)
     base = plan_model(request, inventory=inventory, machine=machine)
     models = [PlanModel(replace(base.settings, state=state), request.space) for state in states]
-    degrees = list(request.space.degrees(widest.model))
+    degrees, problems = list(request.space.degrees(widest.model)), training_problems(widest)
     rows = []
     for combination in COMBINATIONS:
         option = Option(combination.zero, combination.memory, CheckpointBlocks())
         fits = [
             _Fit(_most_experts(models, choice, few=few, limits=limits), choice)
             for choice in (CompletePlan(d, option) for d in degrees if combination.holds(d))
-            if not any(training_problems(request, choice))
+            if not any(problems(choice))
         ]
         rows.append(_row(request, combination, max(fits, key=lambda f: f.experts, default=None)))
     return {"name": request.name, "ranks": request.space.ranks, "rows": rows, "note": NOTE}

@@ -21,6 +21,7 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, UserError, did_you_mean
 from moesaic.core.file_reader import KIB, FileKind, read_text
 from moesaic.core.yaml_reader import read_yaml
+from moesaic.parallel.precision import Precision
 from moesaic.planner.operation_recorder import OperationKind
 
 MACHINE_FILE = FileKind(name="machine file", max_bytes=256 * KIB, error=ConfigError)
@@ -260,3 +261,8 @@ def find_machine(name: str) -> Machine:
         f'unknown machine "{name}"{did_you_mean(name, machine_names())}: expected one of '
         f"{', '.join(machine_names())}, or a machine file that `moesaic calibrate` wrote"
     )
+
+
+def dtype_name(precision: Precision) -> str:
+    """Return the name of the dtype of matrix products, as in a machine file."""
+    return str(precision.compute_dtype).removeprefix("torch.")

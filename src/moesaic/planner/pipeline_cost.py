@@ -1,5 +1,6 @@
 """Pipeline cost: what a pipeline adds to a rank's step, by arithmetic on its schedule."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,10 +50,13 @@ class PipelineCost:
         stages = self.parameters.stages
         if stages is None:
             return [BlockRange.all_blocks(self.settings.model)]
-        return [stages.block_ranges[number] for number in self.stage_numbers]
+        return stages.ranges_of_rank(self.parameters.pipe_rank)
 
     def passes(self) -> tuple[StagePass, ...]:
         """Return the rank's passes in their order."""
+        if self.parameters.stages is None:
+            pair = (StagePass(0, is_backward=False), StagePass(0, is_backward=True))
+            return pair * self.settings.micro_batches
         return self.settings.parallel.pipeline_schedule.passes(
             ranks=self.parameters.plan.pipe,
             rank=self.parameters.pipe_rank,
@@ -117,6 +121,15 @@ class PipelineCost:
     def sends(self) -> Iterator[SentCall]:
         """Yield what the rank's stages send for a micro-batch: states on, gradients back."""
         yield from (SentCall("send", "pipe", size, size) for _, size in self._boundaries())
+
+    def shared_gradients(self) -> int:
+        """Return the bytes of gradients that several ranks of a pipeline sum."""
+        itemsize = self.settings.precision.gradient_dtype.itemsize
+        return itemsize * sum(
+            math.prod(shard.shape)
+            for shard in self.parameters.trained
+            if len(self.parameters.holders(shard.parameter)) > 1
+        )
 
     def buffers(self) -> int:
         """Return the bytes that are received into, one buffer for each micro-batch, kept."""

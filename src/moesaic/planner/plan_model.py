@@ -28,6 +28,7 @@ from moesaic.planner.cost_entries import (
     OperationCost,
     Phase,
     Purpose,
+    StepCost,
     accumulation,
     gradient_operations,
     split_by_tokens,
@@ -44,7 +45,6 @@ from moesaic.planner.plan_space import (
     plan_of,
 )
 from moesaic.planner.state_bytes import PlanKey, ShardBytes, ShardedState
-from moesaic.planner.step_cost import StepCost
 from moesaic.planner.step_memory import StateBytes
 from moesaic.planner.step_time import (
     GroupShape,
@@ -62,7 +62,14 @@ from moesaic.planner.step_time import (
     transfer_link,
     unfolded_expert_axes,
 )
-from moesaic.planner.tier_bytes import CopyBuffers, moved_bytes, resident_weights, tier_names
+from moesaic.planner.tier_bytes import (
+    CopyBuffers,
+    PassBytes,
+    fetched_by_1f1b,
+    most_streamed,
+    moved_bytes,
+    tier_names,
+)
 
 MORE_ROWS = 5  # few operations are five times as large as another
 _RECENT = 64  # degrees of which times are kept: the options of one degrees share them
@@ -148,7 +155,7 @@ class PlanModel:
         state, memory = self._state(degrees, option), option.memory
         tiers, pipe = tier_names(memory), degrees.pipe
         held: Counter[tuple[str, Purpose]] = Counter()
-        gathered = state.gathered // pipe
+        gathered = -(-state.gathered // (1 if option.zero == 3 else pipe))  # 3 gathers by unit
         if tiers["gradients"] != DEVICE:
             gathered += state.gradients // max(2, self._layers)
         resident = self._resident(state, pipe, streams=tiers["parameters"] != DEVICE)
@@ -337,13 +344,14 @@ class PlanModel:
         return size / self.settings.machine.update.value
 
     def _transfers(self, degrees: Degrees, option: Option, state: ShardBytes) -> dict[str, float]:
-        share, m = self._share(degrees), degrees.micro_batches
+        share, m, tiered = self._share(degrees), degrees.micro_batches, self._tiered(state)
         moved: Counter[tuple[str, str]] = Counter()
-        tiered = self._tiered(state)
+        last, pipe = f"stack.{self._blocks - 1}", degrees.pipe
+        units = {} if option.memory.parameters.is_device else tiered.streamed
+        fetched = fetched_by_1f1b(units, last=last, stages=pipe, micro_batches=m, share=share)
         saved = self._activations(degrees, option)[1]
-        for each in moved_bytes(
-            tiered, option.memory, micro_batches=m, summed=state.summed, saved=saved
-        ):
+        passes = PassBytes(m, fetched=fetched, saved=saved, summed=state.summed)
+        for each in moved_bytes(tiered, option.memory, passes):
             moved[each.source, each.target] += each.bytes
         machine = self.settings.machine
         return {
@@ -364,11 +372,13 @@ class PlanModel:
         streamed = {f"stack.{n}": (state.streamed - state.experts) // blocks for n in range(blocks)}
         for number in range(blocks - sparse, blocks):
             streamed[f"stack.{number}.experts"] = state.experts // sparse
-        updated = (state.updated, state.updated_streamed)
-        return StateBytes(state.weights, state.gradients, state.states, 0, streamed, *updated)
+        reads = self.settings.state.reads_weights
+        return StateBytes(state.weights, 0, streamed, state.updated, state.by_matrix, reads)
 
     def _resident_weights(self, state: ShardBytes, stages: int, *, streams: bool) -> int:
-        return resident_weights(self._tiered(state), streams=streams, stages=stages)
+        """Return the bytes of weights on the device: all, or what stays and the units in use."""
+        in_use = most_streamed(self._tiered(state).streamed) if streams else 0
+        return -(-(state.weights - streams * state.streamed) // stages) + in_use
 
     def _activations(self, degrees: Degrees, option: Option) -> tuple[int, int]:
         """Return activations of what runs, and those kept to backward by this rank's blocks.
@@ -382,11 +392,6 @@ class PlanModel:
             return 0, round(whole * flying)
         inputs = self._row_bytes * self._layers * self._tokens(degrees)
         return block, round(min(inputs, whole) * flying)
-
-
-def dtype_name(precision: Precision) -> str:
-    """Return the name of the dtype of matrix products, as in a machine file."""
-    return str(precision.compute_dtype).removeprefix("torch.")
 
 
 def _bubble(degrees: Degrees) -> float:

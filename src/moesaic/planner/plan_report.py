@@ -23,20 +23,21 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel
 from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.parallel.pipeline_stages import PipelineStages
+from moesaic.parallel.plan_problems import memory_problems, pipeline_problems
 from moesaic.parallel.precision import BFloat16, Precision
 from moesaic.parallel.state_blocks import check_state_blocks
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
 from moesaic.planner.block_chain import BlockChain
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, TIER_WORDS, Purpose
 from moesaic.planner.inventory_cache import inventory_of
-from moesaic.planner.machine import Machine
+from moesaic.planner.machine import Machine, dtype_name
 from moesaic.planner.plan_forecast import Limits, PlanForecast
 from moesaic.planner.plan_model import (
     EXCHANGES,
     MORE_ROWS,
     PlanModel,
     PlanModelSettings,
-    dtype_name,
 )
 from moesaic.planner.plan_space import (
     CompletePlan,
@@ -191,12 +192,13 @@ def find_plans(
     """Return the fastest plans that fit. Raises ConfigError if none does, naming the nearest."""
     inventory = inventory_of(request.model, trainable=request.trainable)
     model = plan_model(request, inventory=inventory, machine=machine)
+    problems = training_problems(request)
     found = search(
         model,
         limits=limits,
         keep=keep,
         legal=_can_be_cut(request),
-        trains=lambda choice: not any(training_problems(request, choice)),
+        trains=lambda choice: not any(problems(choice)),
     )
     if not found.best:
         raise ConfigError(_untrainable(request, found) or [nothing_fits(request, found)])
@@ -254,11 +256,24 @@ def _measure_exchanges(
     return found
 
 
-def training_problems(request: PlanRequest, choice: CompletePlan) -> Iterator[str]:
-    """Yield why what is trained, or kept on a tier, cannot be under a plan."""
-    parallel = choice.parallel_config(request.parallel)
-    yield from request.trainable.parallel_problems(parallel)
-    yield from parallel.tier_problems(expert_numbers(request.model))
+def training_problems(request: PlanRequest) -> Callable[[CompletePlan], Iterator[str]]:
+    """Return what yields why training refuses a plan, of layers that can be cut so."""
+    base, trainable, experts = request.parallel, request.trainable, expert_numbers(request.model)
+    asks = type(trainable).parallel_problems is not TrainableParameters.parallel_problems
+
+    @cache
+    def stages(pipe: int) -> PipelineStages:
+        return base.replace(plan=base.plan.replace(pipe=pipe)).pipeline_stages(request.model)
+
+    def problems(choice: CompletePlan) -> Iterator[str]:
+        plan, m = choice.plan, choice.degrees.micro_batches
+        yield from memory_problems(choice.option.memory, plan=plan, expert_counts=experts)
+        if asks:
+            yield from trainable.parallel_problems(choice.parallel_config(base))
+        if plan.pipe > 1:
+            yield from pipeline_problems(stages(plan.pipe), micro_batches=m, zero=plan.zero)
+
+    return problems
 
 
 def _untrainable(request: PlanRequest, found: SearchResult) -> list[str]:
@@ -267,7 +282,8 @@ def _untrainable(request: PlanRequest, found: SearchResult) -> list[str]:
     if found.nearest is not None or degrees is None:
         return []
     plans = [CompletePlan(degrees, option) for option in request.space.options()]
-    return list(dict.fromkeys(each for plan in plans for each in training_problems(request, plan)))
+    problems = training_problems(request)
+    return list(dict.fromkeys(each for plan in plans for each in problems(plan)))
 
 
 def _can_be_cut(request: PlanRequest) -> Callable[[Degrees], bool]:

@@ -13,10 +13,10 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import RankParameters
 from moesaic.parallel.precision import Float32, Precision
 from moesaic.parallel.trainable_parameters import AllParameters, TrainableParameters
-from moesaic.planner.cost_entries import DEVICE, HOST, Purpose
+from moesaic.planner.cost_entries import DEVICE, HOST, Purpose, StepCost
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.inventory_cache import inventory_of
-from moesaic.planner.step_cost import StepCost, step_cost
+from moesaic.planner.step_cost import step_cost
 
 
 class ScaleConfig(Config):

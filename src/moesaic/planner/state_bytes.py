@@ -16,11 +16,13 @@ from torch import nn
 
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.distributed.world import BUCKET_BYTES
+from moesaic.optim.group_update import UpdateRule
 from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.parallel.precision import Precision
 from moesaic.parallel.sharding_plan import Placement, local_spans, zero_dim
+from moesaic.planner.step_memory import UpdatedBytes
 
 _REPEATED_FROM = {"all-gather": 3, "reduce-scatter": 2}  # ZeRO's stage, in each micro-batch
 UnitShape = tuple[tuple[tuple[Placement, bool], int], ...]  # ((placement, trained), number)
@@ -30,7 +32,8 @@ UnitShape = tuple[tuple[tuple[Placement, bool], int], ...]  # ((placement, train
 class ParameterClass:
     """``copies`` equal parameters of a model in units of gathering of one ``unit`` shape.
 
-    ``state_per_value`` are the bytes of optimizer state of a value, 0 of what is not ``trained``.
+    ``state_per_value`` are the bytes of optimizer state of a value, 0 of what is not ``trained``;
+    ``elementwise`` is that of its update rule.
     """
 
     placement: Placement
@@ -38,6 +41,7 @@ class ParameterClass:
     copies: int
     state_per_value: float
     trained: bool
+    elementwise: bool
 
 
 class PlanKey(NamedTuple):
@@ -61,20 +65,18 @@ class ShardBytes:
     """Bytes of rank 0: its shards, and what ZeRO gathers beside them at the peak.
 
     Of ``streamed``, which a tier of parameters takes, ``experts`` are those of experts; ``updated``
-    and ``updated_streamed`` are of the weights that are trained, ``summed`` of gradients that ranks
-    sum, in so many ``buckets``. ``trained`` parameters have gradients. ``synced_once`` is sent in a
-    step, ``synced_often`` in each of its micro-batches.
+    and ``by_matrix`` are as in ``StateBytes``, ``summed`` of gradients that ranks sum, in so many
+    ``buckets``. ``trained`` parameters have gradients. ``synced_once`` is sent in a step,
+    ``synced_often`` in each of its micro-batches.
     """
 
     values: int
     weights: int
-    gradients: int
-    states: int
     gathered: int
     streamed: int
     experts: int
-    updated: int
-    updated_streamed: int
+    updated: UpdatedBytes
+    by_matrix: UpdatedBytes
     summed: int
     buckets: int
     trained: int
@@ -84,7 +86,17 @@ class ShardBytes:
     @property
     def read_and_written(self) -> int:
         """The bytes of an update: reads all that is trained, writes weights and states."""
-        return 2 * self.updated + self.gradients + 2 * self.states
+        return 2 * self.updated.weights + self.gradients + 2 * self.states
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of gradients."""
+        return self.updated.gradients
+
+    @property
+    def states(self) -> int:
+        """Bytes of states."""
+        return self.updated.states
 
 
 class ShardedState:
@@ -96,6 +108,7 @@ class ShardedState:
         self.optimizer, self._each = optimizer, each
         narrow = each.parameter_dtype != torch.float32
         master = each.master_weights.bytes_per_value if narrow else 0
+        self.reads_weights = not master
         counted = Counter(
             (p.placement, p.kind, bool(p.fsdp_unit), p.trained) for p in inventory.parameters
         )
@@ -106,6 +119,7 @@ class ShardedState:
                 copies,
                 trained * (_state(placement, kind, optimizer) + master),
                 trained,
+                _rule(placement, kind, optimizer).elementwise,
             )
             for (placement, kind, in_block, trained), copies in counted.items()
         )
@@ -121,6 +135,10 @@ class ShardedState:
         """Return the bytes of a plan."""
         plan = key.plan
         sums = Counter[str]()
+        updated = {False: Counter[str](), True: Counter[str]()}  # by elementwise
+        weight, gradient = (
+            dtype.itemsize for dtype in (self._each.parameter_dtype, self._each.gradient_dtype)
+        )
         synced: Counter[tuple[str, str, bool]] = Counter()
         messages = self._unit_messages(key)
         for each in self.classes:
@@ -131,22 +149,21 @@ class ShardedState:
             sums["streamed"] += values * streams
             sums["values"] += values
             sums["experts"] += values * is_expert
-            sums["trained"] += trained
-            sums["trained, streamed"] += trained * streams
+            updated[each.elementwise] += Counter(
+                weights=weight * trained,
+                streamed=weight * trained * streams,
+                gradients=gradient * trained,
+                states=round(values * each.state_per_value),
+            )
             sums["parameters"] += each.copies * each.trained
             sums["summed"] += trained * (shard.sum_ranks > 1)
-            sums["states"] += round(values * each.state_per_value)
             for kind, axis, size, often in _sync(shard, plan=plan, in_block=each.in_block):
                 if kind != "all-gather" and not each.trained:
                     continue
-                itemsize = (
-                    self._each.parameter_dtype.itemsize
-                    if kind == "all-gather"
-                    else self._each.reduce_dtype.itemsize
-                )
+                itemsize = weight if kind == "all-gather" else self._each.reduce_dtype.itemsize
                 synced[kind, axis, often] += each.copies * round(size * itemsize)
                 if kind == "all-reduce":  # a parameter above a bucket's size has one of its own
-                    held = shard.values * self._each.parameter_dtype.itemsize
+                    held = shard.values * weight
                     messages[kind, axis, often] += each.copies * min(1, held / BUCKET_BYTES)
         once, often = (
             tuple(
@@ -158,14 +175,12 @@ class ShardedState:
         )
         return ShardBytes(
             values=sums["values"],
-            weights=sums["values"] * self._each.parameter_dtype.itemsize,
-            gradients=sums["trained"] * self._each.gradient_dtype.itemsize,
-            states=sums["states"],
+            weights=sums["values"] * weight,
             gathered=self._gathered(key),
-            streamed=sums["streamed"] * self._each.parameter_dtype.itemsize,
-            experts=sums["experts"] * self._each.parameter_dtype.itemsize,
-            updated=sums["trained"] * self._each.parameter_dtype.itemsize,
-            updated_streamed=sums["trained, streamed"] * self._each.parameter_dtype.itemsize,
+            streamed=sums["streamed"] * weight,
+            experts=sums["experts"] * weight,
+            updated=UpdatedBytes(**(updated[True] + updated[False])),
+            by_matrix=UpdatedBytes(**updated[False]),
             summed=sums["summed"] * self._each.reduce_dtype.itemsize,
             buckets=sum(line.messages for line in once if line.kind == "all-reduce"),
             trained=sums["parameters"],
@@ -263,10 +278,15 @@ def _sync(
         yield "all-reduce", "stage" if whole else "+".join(shard.sum_axes), sent, False
 
 
+def _rule(placement: Placement, kind: str, optimizer: Optimizer) -> UpdateRule:
+    parameter = nn.Parameter(torch.empty(placement.shape, device="meta"))
+    return optimizer.param_group(parameter, kind=kind)["rule"]
+
+
 def _state(placement: Placement, kind: str, optimizer: Optimizer) -> float:
     """Return the bytes of optimizer state of a value of a parameter."""
     parameter = nn.Parameter(torch.empty(placement.shape, device="meta"))
-    rule = optimizer.param_group(parameter, kind=kind)["rule"]
+    rule = _rule(placement, kind, optimizer)
     state = sum(s.numel() * s.element_size() for s in rule.initial_state(parameter).values())
     return state / max(1, parameter.numel())
 

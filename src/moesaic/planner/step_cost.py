@@ -29,10 +29,10 @@ from moesaic.planner.cost_entries import (
     DEVICE,
     HOST,
     HeldBytes,
-    MovedBytes,
     OperationCost,
     Phase,
     Purpose,
+    StepCost,
     gradient_operations,
 )
 from moesaic.planner.cost_settings import CostSettings
@@ -54,49 +54,13 @@ from moesaic.planner.step_memory import (
     state_bytes,
     with_offloaded_activations,
 )
-from moesaic.planner.tier_bytes import CopyBuffers, moved_bytes, resident_weights, tier_name
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """The cost of one training step (all micro-batches) for one rank.
-
-    ``peak`` is the most bytes in each tier at once. ``operations`` are those of all micro-batches
-    and of the update, ``gradient_operations`` between them (``cost_entries.gradient_operations``).
-    ``synced`` is sent for gradients and ZeRO's weights, ``exchanged`` between layers and for the
-    update. ``bubble`` is the share of a pipeline's time in which the rank waits for others (0
-    without one).
-    """
-
-    held: tuple[HeldBytes, ...]
-    peak: Mapping[str, int]
-    operations: tuple[OperationCost, ...] = field(repr=False)
-    exchanged: tuple[CommunicationVolume, ...]
-    synced: tuple[CommunicationVolume, ...]
-    moved: tuple[MovedBytes, ...]
-    bubble: float = 0.0
-    gradient_operations: tuple[OperationCost, ...] = field(default=(), repr=False)
-
-    @property
-    def sent(self) -> tuple[CommunicationVolume, ...]:
-        """All that the rank sends, sorted by collective and axis."""
-        return summed_volumes((*self.exchanged, *self.synced))
-
-    def held_bytes(self, *, tier: str | None = None, purpose: Purpose | None = None) -> int:
-        """Return the bytes of a tier, of a purpose, or of both."""
-        return sum(
-            each.bytes
-            for each in self.held
-            if tier in (None, each.tier) and purpose in (None, each.purpose)
-        )
-
-    def flops(self, *, kind: OperationKind | None = None, phase: Phase | None = None) -> int:
-        """Return the FLOPs of a kind, of a phase, or of both."""
-        return sum(
-            each.flops * each.count
-            for each in self.operations
-            if kind in (None, each.kind) and phase in (None, each.phase)
-        )
+from moesaic.planner.tier_bytes import (
+    CopyBuffers,
+    PassBytes,
+    StreamedUnits,
+    moved_bytes,
+    tier_name,
+)
 
 
 def step_cost(settings: CostSettings, *, rank: int = 0) -> StepCost:
@@ -195,8 +159,7 @@ class _Composition:
     def _state_lines(self) -> Iterator[HeldBytes]:
         """Yield the bytes of weights, gradients and states, each in its tier."""
         state, memory = self._state, self._memory
-        resident = resident_weights(state, streams=not memory.parameters.is_device)
-        yield HeldBytes(DEVICE, Purpose.WEIGHTS, resident)
+        yield HeldBytes(DEVICE, Purpose.WEIGHTS, self._resident_weights)
         if not memory.parameters.is_device:
             streamed = sum(state.streamed.values())
             yield HeldBytes(tier_name(memory.parameters), Purpose.WEIGHTS, streamed)
@@ -223,14 +186,16 @@ class _Composition:
                 precision=self.settings.precision,
                 micro_batches=self.settings.micro_batches,
             ),
-            moved=tuple(
-                moved_bytes(
-                    self._state,
-                    self._memory,
-                    micro_batches=self.settings.micro_batches,
-                    summed=sum(bucket.bytes for bucket in self._buckets),
+            moved=moved_bytes(
+                self._state,
+                self._memory,
+                PassBytes(
+                    self.settings.micro_batches,
+                    fetched=self._fetched(),
                     saved=self._saved,
-                )
+                    summed=sum(bucket.bytes for bucket in self._buckets),
+                    shared=self._pipeline.shared_gradients(),
+                ),
             ),
             bubble=self._pipeline.bubble(),
             gradient_operations=gradient_operations(
@@ -239,6 +204,25 @@ class _Composition:
                 buckets=Counter(bucket.bytes for bucket in self._buckets),
             ),
         )
+
+    @property
+    def _resident_weights(self) -> int:
+        """The bytes of weights on the device: all, or what stays and the units in use."""
+        return self._state.weights - self._streamed.num_bytes + self._streamed.most_in_use
+
+    @property
+    def _streamed(self) -> StreamedUnits:
+        units = {} if self._memory.parameters.is_device else self._state.streamed
+        return StreamedUnits.of(units, stages=self._pipeline.block_ranges)
+
+    def _fetched(self) -> int:
+        """Return the bytes of weights that a tier of parameters lends in a step."""
+        spans = self.measured.micro_batches[0]
+        reached = {span.place for span in spans if span.phase is Phase.BACKWARD}
+        # later stages send gradients back in any case
+        starts = self._pipeline.stage_numbers[0] == 0
+        frozen = self.blocks.names_without(reached) if starts else ()
+        return self._streamed.fetched(self._pipeline.passes(), frozen=frozen)
 
     @cached_property
     def _copies(self) -> CopyBuffers:
@@ -294,7 +278,7 @@ class _Composition:
     def _peak(self) -> tuple[int, int]:
         """Return the most bytes of the device at once, and of activations kept there."""
         state, memory = self._state, self._memory
-        fixed = resident_weights(state, streams=not memory.parameters.is_device)
+        fixed = self._resident_weights
         fixed += state.counters + state.stored * memory.optimizer_states.is_device
         fixed += self._pipeline.buffers()
         passes = self._passes_peak if self.parameters.stages is None else self._pipeline_peak
@@ -358,7 +342,7 @@ class _Composition:
         passes = sum(n for each, n in measured.items() if each.kind is OperationKind.MEMORY)
         run = sum(self.blocks.has_run(s.parameter.name) for s in self.measured_parameters.trained)
         calls = max(1, round(passes * len(self.parameters.trained) / max(1, run)))
-        written = state.updated + state.states
+        written = state.updated.weights + state.states
         read = written + state.gradients
         yield Operation(OperationKind.MEMORY, "float32", 0, read // calls, written // calls), calls
         yield from owner_operations(self.parameters, self.settings.optimizer)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moesaic.core.shapes import Tensor
 from moesaic.parallel.communication_volume import gradient_buckets
 from moesaic.parallel.gradient_sums import IN_FLIGHT
 from moesaic.parallel.parameter_inventory import RankParameters
@@ -26,28 +25,56 @@ FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
+class UpdatedBytes:
+    """Bytes of what a step updates: weights, those of them that a tier takes, gradients, states."""
+
+    weights: int = 0
+    streamed: int = 0
+    gradients: int = 0
+    states: int = 0
+
+    def __sub__(self, other: "UpdatedBytes") -> "UpdatedBytes":
+        return UpdatedBytes(
+            self.weights - other.weights,
+            self.streamed - other.streamed,
+            self.gradients - other.gradients,
+            self.states - other.states,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StateBytes:
     """Bytes of a rank's weights, gradients and optimizer states, exact, in whichever tier.
 
     ``counters`` are those of the states that are one number, which stay on the device; ``streamed``
-    those of the weights that a tier of parameters takes, by unit (``parameter_streaming.py``). Of
-    ``updated`` weights, those that are trained, it takes ``updated_streamed``.
+    those of the weights that a tier of parameters takes, by unit (``parameter_streaming.py``).
+    Of what is ``updated``, ``by_matrix`` is by rules that compute on the device (Muon). An update
+    ``reads_weights`` unless it has float32 copies of them.
     ``overwritten`` are the old values of updates that may run ahead of the gradient norm.
     """
 
     weights: int
-    gradients: int
-    states: int
     counters: int
     streamed: Mapping[str, int]
-    updated: int
-    updated_streamed: int
+    updated: UpdatedBytes
+    by_matrix: UpdatedBytes
+    reads_weights: bool
     overwritten: int = 0
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of gradients: those that are updated by."""
+        return self.updated.gradients
+
+    @property
+    def states(self) -> int:
+        """Bytes of all states."""
+        return self.updated.states + self.counters
 
     @property
     def stored(self) -> int:
         """Bytes of the states that a tier holds."""
-        return self.states - self.counters
+        return self.updated.states
 
 
 def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateBytes:
@@ -55,9 +82,9 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
     precision = settings.precision
     weight, gradient = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
     master = precision.master_weights.bytes_per_value if weight < FLOAT32_BYTES else 0
-    values = overwritten = trained = trained_streamed = 0
+    values = overwritten = counters = 0
     streamed: dict[str, int] = {}
-    slots: list[Tensor] = []
+    sums: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}  # by elementwise
     for shard in parameters.shards:
         size = math.prod(shard.shape)
         values += size
@@ -66,23 +93,27 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
             streamed[unit] = streamed.get(unit, 0) + weight * size
     for shard in parameters.trained:
         size = math.prod(shard.shape)
-        trained += size
-        trained_streamed += size * shard.streams
         parameter = nn.Parameter(torch.empty(shard.shape, device="meta"))
         rule = settings.optimizer.param_group(parameter, kind=shard.parameter.kind)["rule"]
-        own = list(rule.initial_state(parameter).values())
-        slots += own
+        slots = rule.initial_state(parameter).values()
+        stored = sum(slot.nbytes for slot in slots if slot.dim())
+        counters += sum(slot.nbytes for slot in slots if not slot.dim())
+        sums[rule.elementwise] += Counter(
+            weights=weight * size,
+            streamed=weight * size * shard.streams,
+            gradients=gradient * size,
+            states=master * size + stored,
+        )
         if rule.elementwise:
-            overwritten += FLOAT32_BYTES * size + sum(slot.nbytes for slot in own if slot.dim())
+            overwritten += FLOAT32_BYTES * size + stored
     return StateBytes(
         weight * values,
-        gradient * trained,
-        master * trained + sum(slot.nbytes for slot in slots),
-        sum(slot.nbytes for slot in slots if not slot.dim()),
+        counters,
         streamed,
-        weight * trained,
-        weight * trained_streamed,
-        overwritten,
+        UpdatedBytes(**(sums[True] + sums[False])),
+        UpdatedBytes(**sums[False]),
+        reads_weights=not master,
+        overwritten=overwritten,
     )
 
 

@@ -21,10 +21,10 @@ from moesaic.planner.cost_entries import (
     OperationCost,
     Phase,
     Purpose,
+    StepCost,
 )
 from moesaic.planner.machine import LinkSpeed, Machine, SizedRate
 from moesaic.planner.operation_recorder import OperationKind
-from moesaic.planner.step_cost import StepCost
 
 PRODUCTS_PER_EXPERT = {Phase.FORWARD: 2, Phase.BACKWARD: 4}
 COUNT_BYTES = 8  # of a number that ranks sum

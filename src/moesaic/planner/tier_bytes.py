@@ -1,12 +1,15 @@
 """Memory tiers in a step's cost: what stays on the device, and what moves, by arithmetic."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
 
 from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.memory.tier import Tier
+from moesaic.parallel.partial_forward import BlockRange
+from moesaic.parallel.pipeline_schedules import StagePass
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, MovedBytes, Purpose
 from moesaic.planner.step_memory import StateBytes
 
@@ -26,19 +29,70 @@ def tier_names(memory: MemoryPlan) -> dict[str, str]:
     }
 
 
-def resident_weights(state: StateBytes, *, streams: bool, stages: int = 1) -> int:
-    """Return the bytes of weights on the device: all, or what is not streamed and units in use.
+@dataclass(frozen=True, slots=True)
+class StreamedUnits:
+    """Bytes of the weights that a tier of parameters takes, by unit, of each stage of a rank."""
 
-    The weights of ``state`` are those of so many pipeline stages, each of which has units in use.
+    stages: tuple[Mapping[str, int], ...]
+
+    @staticmethod
+    def of(units: Mapping[str, int], *, stages: Sequence[BlockRange]) -> "StreamedUnits":
+        """Return the units of the blocks of each stage."""
+        return StreamedUnits(
+            tuple({n: size for n, size in units.items() if stage.holds(n)} for stage in stages)
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all units."""
+        return sum(sum(units.values()) for units in self.stages)
+
+    @property
+    def most_in_use(self) -> int:
+        """The most bytes of units on the device at once."""
+        return max(map(most_streamed, self.stages), default=0)
+
+    def fetched(self, passes: Iterable[StagePass], *, frozen: Collection[str] = ()) -> int:
+        """Return the bytes of weights that a step fetches.
+
+        Each pass fetches its stage, but for the block that the forward pass before it has left. No
+        backward pass reaches ``frozen`` blocks, before which nothing is trained. It is the most: of
+        the experts, those without rows are left out in backward.
+        """
+        blocks: list[dict[str, int]] = [{} for _ in self.stages]
+        for found, units in zip(blocks, self.stages, strict=True):
+            for name, size in units.items():
+                found[_block_of(name)] = found.get(_block_of(name), 0) + size
+        total, left = 0, ""
+        for each in passes:
+            stage = blocks[each.stage]
+            needed = [b for b in stage if not (each.is_backward and b in frozen)]
+            if each.is_backward:
+                needed.reverse()
+            total += sum(stage[block] for block in needed)
+            if needed and needed[0] == left:  # any other has made it leave
+                total -= stage[left]
+            last = "" if each.is_backward or not needed else needed[-1]
+            left = "" if last in frozen else last
+        return total
+
+
+def fetched_by_1f1b(
+    units: Mapping[str, int], *, last: str, stages: int, micro_batches: int, share: float
+) -> int:
+    """Return the bytes that the first of some ``stages`` fetches, over its ``share`` of the units.
+
+    It has its ``last`` block from the forward pass before in all but the last ``stages - 1``
+    backward passes, and in as many forward passes at first if it has no other block.
     """
-    if not streams:
-        return -(-state.weights // stages)
-    stays = state.weights - sum(state.streamed.values())
-    return -(-stays // stages) + most_streamed(state.streamed)
+    whole, block = sum(units.values()), sum(s for n, s in units.items() if _block_of(n) == last)
+    alone = len({_block_of(name) for name in units}) <= stages
+    left = micro_batches - (stages - 1) * (not alone)
+    return 2 * micro_batches * whole - round(left * block / share)
 
 
 def most_streamed(units: Mapping[str, int]) -> int:
-    """Return the most bytes of units at once: of a block, and of the unit that is fetched next."""
+    """Return the most bytes of a stage's units at once: of a block, and of the next unit."""
     return max(
         (sum(units[name] for name in each) for each in _held_at_once(tuple(units))), default=0
     )
@@ -95,63 +149,91 @@ class CopyBuffers:
         on_disk = (tier_name(states) == DISK) * min(bound, -(-state.stored // stages))
         if device == "cpu":
             return CopyBuffers(in_update=on_disk)
-        updated = state.updated - (not memory.parameters.is_device) * state.updated_streamed
+        updated = state.updated.weights - (not memory.parameters.is_device) * state.updated.streamed
         leaving = 0 if memory.gradients.is_device else min(bound, -(-state.gradients // stages))
         away = 0 if memory.activations.is_device else min(bound, saved)
         weights = 0 if states.is_device else min(bound, -(-updated // stages))
         return CopyBuffers(leaving + away, leaving + weights + on_disk)
 
 
-def moved_bytes(
-    state: StateBytes,
-    memory: MemoryPlan,
-    *,
-    micro_batches: int,
-    summed: int,
-    saved: int,
-) -> Iterator[MovedBytes]:
-    """Yield what moves between tiers in a step of an optimizer that updates on the host.
+@dataclass(frozen=True, slots=True)
+class PassBytes:
+    """Bytes of the passes of a step.
 
-    Streamed weights are fetched for each forward pass and, but for the last block's, for each
-    backward pass: at most, since experts without rows are left out there, and blocks before which
-    nothing is trained. A pipeline, whose last block does not stay either, fetches more. Other
-    weights go to the host to be updated, and return. ``summed`` are the bytes of gradients that
-    ranks sum, ``saved`` those of the activations of a micro-batch that leave the device, and return
-    if they are used.
+    ``fetched`` are those of weights that a tier lends to all passes, ``saved`` those of the
+    activations of a micro-batch that leave the device, and return if they are used. Of gradients,
+    ranks sum ``summed``, and stages of a pipeline ``shared``.
     """
-    streamed = 0 if memory.parameters.is_device else sum(state.streamed.values())
-    if streamed:
-        tier = tier_name(memory.parameters)
-        last = sum(state.streamed[name] for name in _blocks(tuple(state.streamed))[-1])
-        yield MovedBytes(tier, DEVICE, Purpose.WEIGHTS, micro_batches * (2 * streamed - last))
-    if not memory.activations.is_device:
-        tier = tier_name(memory.activations)
-        yield MovedBytes(DEVICE, tier, Purpose.ACTIVATIONS, micro_batches * saved)
-        yield MovedBytes(tier, DEVICE, Purpose.ACTIVATIONS, micro_batches * saved)
-    if not memory.gradients.is_device:
-        yield from _moved_gradients(state.gradients, memory, micro_batches, summed=summed)
-    elif not memory.optimizer_states.is_device:
-        yield MovedBytes(DEVICE, HOST, Purpose.GRADIENTS, state.gradients)
-    if not memory.optimizer_states.is_device:
-        updated = state.updated - (state.updated_streamed if streamed else 0)
-        yield MovedBytes(DEVICE, HOST, Purpose.WEIGHTS, updated)
-        yield MovedBytes(HOST, DEVICE, Purpose.WEIGHTS, updated)
-    if tier_name(memory.optimizer_states) == DISK:
-        yield MovedBytes(DISK, HOST, Purpose.STATES, state.stored)
-        yield MovedBytes(HOST, DISK, Purpose.STATES, state.stored)
+
+    micro_batches: int
+    fetched: int
+    saved: int
+    summed: int
+    shared: int = 0
+
+
+def moved_bytes(state: StateBytes, memory: MemoryPlan, passes: PassBytes) -> tuple[MovedBytes, ...]:
+    """Return what moves between tiers in a step.
+
+    Elementwise rules update on the host what has states there, other rules on the device.
+    """
+    sums: Counter[tuple[str, str, Purpose]] = Counter()
+    sums[tier_name(memory.parameters), DEVICE, Purpose.WEIGHTS] += passes.fetched
+    tier = tier_name(memory.activations)
+    sums[DEVICE, tier, Purpose.ACTIVATIONS] += passes.micro_batches * passes.saved
+    sums[tier, DEVICE, Purpose.ACTIVATIONS] += passes.micro_batches * passes.saved
+    moves = (
+        *_moved_gradients(state, memory, passes),
+        *_moved_weights(state, memory),
+        *_moved_states(state, memory),
+    )
+    for each in moves:
+        sums[each.source, each.target, each.purpose] += each.bytes
+    return tuple(
+        MovedBytes(source, target, purpose, size)
+        for (source, target, purpose), size in sums.items()
+        if size and source != target
+    )
+
+
+def _moved_weights(state: StateBytes, memory: MemoryPlan) -> Iterator[MovedBytes]:
+    """Yield the moves of weights that are updated elsewhere than where they rest."""
+    tier = tier_name(memory.parameters)
+    at = DEVICE if memory.optimizer_states.is_device else HOST
+    for place, updated in ((at, state.updated - state.by_matrix), (DEVICE, state.by_matrix)):
+        streamed = updated.streamed if tier != DEVICE else 0
+        for rests, size in ((tier, streamed), (DEVICE, updated.weights - streamed)):
+            yield MovedBytes(rests, place, Purpose.WEIGHTS, size * state.reads_weights)
+            yield MovedBytes(place, rests, Purpose.WEIGHTS, size)
+
+
+def _moved_states(state: StateBytes, memory: MemoryPlan) -> Iterator[MovedBytes]:
+    """Yield the moves of states to where they are updated, and back."""
+    tier = tier_name(memory.optimizer_states)
+    on_host = state.stored - state.by_matrix.states
+    for place, size in ((HOST, on_host), (DEVICE, state.by_matrix.states)):
+        if tier != DEVICE:
+            yield MovedBytes(tier, place, Purpose.STATES, size)
+            yield MovedBytes(place, tier, Purpose.STATES, size)
 
 
 def _moved_gradients(
-    size: int, memory: MemoryPlan, micro_batches: int, *, summed: int
+    state: StateBytes, memory: MemoryPlan, passes: PassBytes
 ) -> Iterator[MovedBytes]:
-    """Yield the moves of ``size`` bytes of gradients.
+    """Yield the moves of gradients.
 
     They leave in each micro-batch and are added on the host; a sum over ranks brings them to the
-    device twice and back once; the update reads them on the host.
+    device twice and back once, one over stages once and back; the update reads them where it
+    computes.
     """
-    yield MovedBytes(DEVICE, HOST, Purpose.GRADIENTS, micro_batches * size + summed)
-    if summed:
-        yield MovedBytes(HOST, DEVICE, Purpose.GRADIENTS, 2 * summed)
-    if tier_name(memory.gradients) == DISK:
-        yield MovedBytes(DISK, HOST, Purpose.GRADIENTS, micro_batches * size + 2 * summed)
-        yield MovedBytes(HOST, DISK, Purpose.GRADIENTS, micro_batches * size + summed)
+    size, gradients, tier = state.gradients, Purpose.GRADIENTS, tier_name(memory.gradients)
+    at = DEVICE if memory.optimizer_states.is_device else HOST
+    micro_batches, summed, shared = passes.micro_batches, passes.summed, passes.shared
+    if tier != DEVICE:
+        yield MovedBytes(DEVICE, HOST, gradients, micro_batches * size + summed + shared)
+        yield MovedBytes(HOST, DEVICE, gradients, 2 * summed + shared)
+    if tier == DISK:
+        yield MovedBytes(DISK, HOST, gradients, (micro_batches - 1) * size + 2 * summed + shared)
+        yield MovedBytes(HOST, DISK, gradients, micro_batches * size + summed + shared)
+    yield MovedBytes(tier, at, gradients, size - state.by_matrix.gradients)
+    yield MovedBytes(tier, DEVICE, gradients, state.by_matrix.gradients)

@@ -50,17 +50,18 @@ def use_memory_plan(
             banks={name for name, (_, p) in banks.items() if len(local_tensor(p))},
         )
     stream = model.parameter_stream
-    at_rest = optimizer.weights.at_rest = frozenset(stream.names if stream else ())
+    optimizer.weights.at_rest = frozenset(stream.names if stream else ())
     copies = device_copies(model.mesh.device, max_bytes=plan.in_flight_bytes)
     if copies is not None:
         optimizer.weights.copies = NamedCopies(copies)
         if plan.gradients.is_device:
             model.gradients = ResidentGradients(NamedCopies(copies))
     optimizer.gradients = model.gradients
+    optimizer.updated_weights.tier = stream.store if stream else None
     if plan.optimizer_states.is_device:
         return RunAhead(optimizer, memory=torch.empty(0, dtype=torch.uint8))
     optimizer.tier = TieredStates(
-        opened(plan.optimizer_states, "optimizer-states"), plan.in_flight_bytes, at_rest=at_rest
+        opened(plan.optimizer_states, "optimizer-states"), plan.in_flight_bytes
     )
     if banks:
         late = _late_banks(banks, optimizer=optimizer, model=model)

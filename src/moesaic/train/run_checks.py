@@ -13,6 +13,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.model.mixer_pattern import parse_pattern
 from moesaic.model.transformer import Transformer
 from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, warmup_steps
+from moesaic.parallel.plan_problems import pipeline_problems
 from moesaic.parallel.sparse_adaptation import SpIEL
 from moesaic.parallel.trainable_parameters import AllParameters
 from moesaic.train.run import Run
@@ -99,13 +100,11 @@ def pipeline_has_enough_micro_batches(run: Run) -> Iterator[str]:
     parallel = run.parallel
     if parallel.plan.pipe == 1:
         return
-    micro_batches = run.gradient_accumulation_steps
-    problem = parallel.pipeline_stages(run.model).problems(
-        micro_batches=micro_batches, zero=parallel.plan.zero
+    yield from pipeline_problems(
+        parallel.pipeline_stages(run.model),
+        micro_batches=run.gradient_accumulation_steps,
+        zero=parallel.plan.zero,
     )
-    if problem:
-        key = "gradient_accumulation_steps"
-        yield f"parallel.pipeline_schedule with {key}={micro_batches}: {problem}"
 
 
 RUN_RULES: tuple[RunRule, ...] = (
