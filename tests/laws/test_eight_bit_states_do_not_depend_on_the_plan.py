@@ -139,15 +139,29 @@ def test_a_plan_that_cuts_a_row_within_a_block_is_refused(block: int, common: in
 
 
 @pytest.mark.parametrize(
-    ("states", "what"),
+    ("before", "states", "what"),
     [
-        (Float32States(), "uint8 .* in it, expected torch.float32"),
-        (EightBitStates(block=16), r"_scale.*\[32, 2\] in it, expected torch.float32 \[32, 1\]"),
+        (
+            8,
+            Float32States(),
+            r"uint8 .* in it, expected torch.float32.*set optimizer.states .*to E",
+        ),
+        (
+            8,
+            EightBitStates(block=16),
+            r"\[32, 2\] in it, .* \[32, 1\].*set optimizer.states .*block",
+        ),
+        (0, EightBitStates(), r"float32 .* in it, expected torch.uint8.*set .*to Float32States"),
     ],
 )
-def test_states_of_another_form_are_refused(
-    states: OptimizerStates, what: str, one_process: Path
+def test_states_of_another_form_are_refused_with_the_way_out(
+    before: int, states: OptimizerStates, what: str, one_process: Path, tmp_path: Path
 ) -> None:
-    trainer = _trainer({}, AdamW(states=states))
+    saved, trainer = one_process / f"step-{HALF:08d}", _trainer({}, AdamW(states=states))
+    if not before:
+        other = _trainer({}, AdamW())
+        _update(other)
+        CheckpointHook(tmp_path, flush=lambda: None).after_run(other)
+        saved = tmp_path / f"step-{1:08d}"
     with pytest.raises(CheckpointError, match=what):
-        trainer.load_checkpoint(one_process / f"step-{HALF:08d}")
+        trainer.load_checkpoint(saved)

@@ -68,15 +68,14 @@ class FakeStream:
         self._device = device
         self.given = self.done = 0
         self._work: list[Callable[[], object]] = []
-        self._mode: list[TorchDispatchMode] = []
-        self.follows_compute = False
+        self._of_thread = _OfThread()  # several give it work at once
 
     def wait_event(self, event: FakeEvent) -> None:
         with self._device.lock:
             if self is self._device.compute:
                 event.synchronize()
             else:
-                self.follows_compute |= event.stream is self._device.compute
+                self._of_thread.follows_compute |= event.stream is self._device.compute
                 self.add(event.synchronize)
                 if event.stream is not self._device.compute:
                     self.run_to(self.given)  # what follows may write what that copy reads
@@ -91,15 +90,24 @@ class FakeStream:
             self._work.pop(0)()
 
     def __enter__(self) -> "FakeStream":
-        if not self.follows_compute:
+        here = self._of_thread
+        if not here.follows_compute:
             self._device.problems.append("a copy that does not follow what the device computes")
-        self.follows_compute = False
-        self._mode.append(_Deferred(self, self._device))
-        self._mode[-1].__enter__()
+        here.follows_compute = False
+        here.modes.append(_Deferred(self, self._device))
+        here.modes[-1].__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._mode.pop().__exit__(*error)
+        self._of_thread.modes.pop().__exit__(*error)
+
+
+class _OfThread(threading.local):
+    """Whether what a thread gives a stream next follows the computing one; its open contexts."""
+
+    def __init__(self) -> None:
+        self.follows_compute = False
+        self.modes: list[TorchDispatchMode] = []
 
 
 class _Deferred(TorchDispatchMode):

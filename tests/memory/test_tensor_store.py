@@ -126,6 +126,24 @@ def test_a_file_grows_when_a_tensor_is_first_updated(tmp_path: Path) -> None:
     store.close()
 
 
+def test_reserved_room_is_in_the_file_that_is_then_written(tmp_path: Path) -> None:
+    def blocks() -> int:
+        return os.fstat(store._chunks[0].file).st_blocks  # pyright: ignore[reportAttributeAccessIssue]
+
+    store = disk(tmp_path, in_flight_bytes=2**20)
+    store.allocate("large", (2**16,), torch.float32)
+    kept = store.freeze()
+    store.reserve([Part("large")])
+    assert blocks() * 512 >= 2**18
+    assert not kept["large"].any()
+    store.close()
+    store.allocate("large", (2**16,), torch.float32)
+    assert blocks() == 0
+    store.reserve([Part("large")])
+    assert blocks() * 512 >= 2**18
+    store.close()
+
+
 def test_a_full_disk_is_met_before_anything_changes_and_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

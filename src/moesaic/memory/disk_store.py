@@ -107,6 +107,7 @@ class DiskStore(ChunkedStore):
         self._named = None if self.copies is None else NamedCopies(self.copies)
 
     def reserve(self, parts: Sequence[Part]) -> None:
+        super().reserve(parts)  # a copy has blocks for what is written, not for what is reserved
         new = [part for part in parts if part not in self._reserved]
         for part in new:
             spec, at = self.specs[part.name], self._locations[part.name]
@@ -114,7 +115,6 @@ class DiskStore(ChunkedStore):
             assert isinstance(chunk, FileChunk)
             chunk.reserve(at.offset + _row_offset(spec, part), spec.of(part).num_bytes)
         self._reserved.update(new)
-        super().reserve(parts)
 
     def synchronize(self) -> None:
         while self._writes:
@@ -122,6 +122,7 @@ class DiskStore(ChunkedStore):
 
     def close(self) -> None:
         super().close()
+        self._reserved = set()  # a tensor of the same name may follow, in another file
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None

@@ -4,15 +4,16 @@ Names and global shapes are those of the unsharded model, so a checkpoint of one
 be loaded under any other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 
-from moesaic.checkpoint.block_index import read_index
+from moesaic.checkpoint.block_index import StoredTensor, read_index
 from moesaic.checkpoint.full_checkpoint import read_snapshot
 from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.sharded_checkpoint import load_verified
-from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
+from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard, as_shard
+from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import World
 from moesaic.optim.named_optimizer import NamedOptimizer
@@ -61,7 +62,31 @@ def restore_shards(
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
                 optimizer.ensure_state(name, parameter, rule=group["rule"])
-    state = local_shards(parallel_model, live_state(optimizer), blocks=state_blocks(optimizer))
-    load_verified(path, into=state, world=world)
+    blocks = state_blocks(optimizer)
+    state = local_shards(parallel_model, live_state(optimizer), blocks=blocks)
+    try:
+        load_verified(path, into=state, world=world)
+    except CheckpointError as error:
+        stored = index.files.get("optimizer", {})
+        way_out = _way_out(stored, expected=state["optimizer"], scales=blocks)
+        raise CheckpointError(f"{error}{way_out}") from error
     round_masters(optimizer)
     return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])
+
+
+def _way_out(
+    stored: Mapping[str, StoredTensor],
+    *,
+    expected: Mapping[str, TensorOrShard],
+    scales: Container[str],
+) -> str:
+    """Return what to set if a checkpoint has moments in another form than this run; else ''."""
+    pairs = [(n, stored[n], as_shard(tensor)) for n, tensor in expected.items() if n in stored]
+    if any(found.shape != shard.shape for name, found, shard in pairs if name not in scales):
+        return ""  # of another model
+    for name, found, shard in pairs:
+        is_coded = not found.dtype.is_floating_point
+        if is_coded == shard.dtype.is_floating_point or found.shape != shard.shape:
+            of = "EightBitStates, with the block" if is_coded or name in scales else "Float32States"
+            return f": set optimizer.states (with Muon optimizer.adamw.states) to {of} of its run"
+    return ""
