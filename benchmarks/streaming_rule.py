@@ -62,10 +62,12 @@ class ThrottledDisk(DiskStore):
     rate = float("inf")
     _free_at = 0.0
 
-    def _transfer(self, action: Any, parts: Sequence[Part], buffers: Sequence[Tensor]) -> None:
+    def _transfer(
+        self, action: Any, parts: Sequence[Part], buffers: Sequence[Tensor], after: Any
+    ) -> None:
         start = max(self._free_at, time.perf_counter())
         self._free_at = start + sum(b.nbytes for b in buffers) / self.rate
-        super()._transfer(action, parts, buffers)
+        super()._transfer(action, parts, buffers, after)
         time.sleep(max(0.0, self._free_at - time.perf_counter()))
 
 

@@ -27,6 +27,7 @@ from moesaic.parallel.activation_checkpointing import (
     CheckpointBranches,
     CheckpointCheapOperations,
 )
+from moesaic.parallel.precision import BFloat16, Float32, Precision
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
 from moesaic.planner.cost_settings import CostSettings
 from moesaic.planner.step_cost import step_cost
@@ -101,23 +102,29 @@ def _forecast_moves(run: Run, *, ranks: int, rank: int) -> Counter[tuple[str, st
         micro_batches=run.gradient_accumulation_steps,
         world=ranks,
         device="cpu",
+        precision=run.precision,
     )
     cost = step_cost(settings, rank=rank)
     return Counter({(m.source, m.target, m.purpose): m.bytes for m in cost.moved})
 
 
 @pytest.mark.parametrize(
-    ("plan", "accumulation"),
+    ("plan", "accumulation", "precision"),
     [
-        ("one process", 1),
-        ("one process, Muon", 2),
-        ("data", 3),
-        ("pipeline", 2),
-        ("one process, 8-bit", 1),
+        ("one process", 1, Float32()),
+        ("one process", 1, BFloat16()),
+        ("one process, Muon", 2, Float32()),
+        ("data", 3, Float32()),
+        ("pipeline", 2, Float32()),
+        ("one process, 8-bit", 1, Float32()),
+        ("ZeRO 1", 3, Float32()),
+        ("ZeRO 2, experts without copies", 3, BFloat16()),
     ],
 )
-def test_the_bytes_between_tiers_are_those_of_the_forecast(plan: str, accumulation: int) -> None:
-    changes = {"gradient_accumulation_steps": accumulation}
+def test_the_bytes_between_tiers_are_those_of_the_forecast(
+    plan: str, accumulation: int, precision: Precision
+) -> None:
+    changes = {"gradient_accumulation_steps": accumulation, "precision": precision}
 
     def moved() -> tuple[int, ...]:
         trainer = trainer_of(plan, TIERS["disk"], **changes)
@@ -126,7 +133,8 @@ def test_the_bytes_between_tiers_are_those_of_the_forecast(plan: str, accumulati
         assert isinstance(gradients, TieredGradients)
         assert tier is not None
         assert isinstance(tier.store, DiskStore)
-        if "Muon" not in plan:  # its groups are fetched whole
+        # groups of Muon are fetched whole, and so are two rows whose states are above the bound
+        if "Muon" not in plan and precision == Float32():
             assert 0 < tier.store.peak_in_flight <= TIERS["disk"].in_flight_bytes
         weights = trainer.optimizer.updated_weights.moved
         counts = (gradients.store.moved, tier.store.moved, weights)

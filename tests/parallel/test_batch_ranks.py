@@ -96,9 +96,11 @@ def _single_process(data_ranks: list[int], *, size: int, scope: CapacityScope) -
 
 # ranks that share a scope, by plan; a row is in one rank or in those of its data rank
 E2, T2, C2 = ParallelPlan(expert=2), ParallelPlan(tensor=2), ParallelPlan(context=2)
+ET2 = ParallelPlan(expert_tensor=2)
 CASES = {
     "whole batch": (E2, GlobalBatch(), [[0, 1, 2, 3]]),
     "ranks that share experts": (E2, DataParallelRank(), [[0, 1], [2, 3]]),
+    "ranks that share the slices of experts": (ET2, DataParallelRank(), [[0, 1], [2, 3]]),
     "data rank": (E2, LocalGroup(), [[0], [1], [2], [3]]),
     "data rank with tensor ranks": (T2, LocalGroup(), [[0], [1]]),
     "data rank with context ranks": (C2, LocalGroup(), [[0], [1]]),
@@ -118,4 +120,4 @@ def test_capacity_in_a_scope_is_that_of_one_process_with_its_tokens() -> None:
         expected = [_single_process(group, size=size, scope=scope) for group in groups]
         totals.append([sum(counts) for counts in zip(*ranks, strict=True)])
         assert totals[-1] == [sum(counts) for counts in zip(*expected, strict=True)], scope
-    assert totals[0] != totals[2] != totals[5]  # the scope decides
+    assert totals[0] != totals[3] != totals[6]  # the scope decides

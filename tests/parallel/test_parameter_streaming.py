@@ -15,6 +15,7 @@ from moesaic.memory.tier import DiskStorage, HostMemory
 from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.layer import moe_layers
+from moesaic.optim.master_weights import StochasticRounding
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.optim.optimizer_state import live_state
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks, NoActivationCheckpointing
@@ -23,10 +24,14 @@ from moesaic.parallel.expert_dispatch import AdaptiveExperts, ChunkedAllToAll
 from moesaic.parallel.low_rank_adaptation import LoRA
 from moesaic.parallel.pipeline_schedules import (
     BreadthFirst,
+    DualPipeV,
     GPipe,
     Interleaved,
+    InterleavedZeroBubble,
     OneForwardOneBackward,
+    ZeroBubbleV,
 )
+from moesaic.parallel.precision import BFloat16
 from moesaic.parallel.trainable_parameters import MatchingParameters
 from moesaic.planner.cost_entries import DEVICE, DISK, HOST, Purpose
 from moesaic.planner.cost_settings import CostSettings
@@ -160,6 +165,8 @@ TIERED_RUNS = {
     "adapters": ({}, {"trainable": LoRA()}),
     "only the last norm": ({}, {"trainable": MatchingParameters(patterns=("decoder_norm*",))}),
     "Muon": ({}, {"optimizer": Muon()}),
+    "float32 masters": ({}, {"precision": BFloat16()}),
+    "rounded at random": ({}, {"precision": BFloat16(master=StochasticRounding())}),
     "checkpointed": ({}, {"checkpointing": CheckpointBlocks()}),
 }
 DEEP = tiny_model_config(layers=3)
@@ -169,6 +176,10 @@ PIPELINES = {
     "1F1B, checkpointed": {"checkpointing": CheckpointBlocks()},
     "interleaved": {"schedule": Interleaved()},
     "breadth first": {"schedule": BreadthFirst(), "gradient_accumulation_steps": 3},
+    "zero bubble": {"schedule": InterleavedZeroBubble()},
+    "ZBV": {"schedule": ZeroBubbleV(), "gradient_accumulation_steps": 5},
+    "ZBV, checkpointed": {"schedule": ZeroBubbleV(), "checkpointing": CheckpointBlocks()},
+    "DualPipeV": {"schedule": DualPipeV()},
 }
 
 
@@ -214,6 +225,7 @@ def test_streamed_weights_take_the_bytes_of_the_forecast(name):
         world=2,
         device="cpu",
         trainable=run.trainable,
+        precision=run.precision,
     )
     for rank, (held, fetched, updated) in enumerate(run_on_ranks(2, _weight_bytes, name)):
         cost = step_cost(settings, rank=rank)
@@ -227,6 +239,33 @@ def test_streamed_weights_take_the_bytes_of_the_forecast(name):
         assert updated[3] == moved[HOST, DISK] + moved[DEVICE, DISK]
         if not isinstance(run.optimizer, Muon):
             assert fetched == moved[DISK, DEVICE]
+
+
+SPLIT = InterleavedZeroBubble(), ZeroBubbleV(), DualPipeV()
+
+
+def _streamed_stages_equal_resident_ones():
+    """Return, for each schedule that splits backward passes, whether the weights are equal."""
+    plans, equal = (MemoryPlan(), MemoryPlan(parameters=HostMemory(), gradients=HostMemory())), []
+    for schedule in SPLIT:
+        parallel = ParallelConfig(plan=ParallelPlan(pipe=2), pipeline_schedule=schedule)
+        runs = [
+            RUN.replace(
+                model=DEEP, parallel=parallel.replace(memory=each), gradient_accumulation_steps=4
+            )
+            for each in plans
+        ]
+        trainers = [tiny_trainer(run, world=ProcessGroupWorld()) for run in runs]
+        for trainer in trainers:
+            trainer.train_step()
+            trainer.train_step()
+        weights = (trainer.model.parameters() for trainer in trainers)
+        equal.append(all(map(torch.equal, *weights)))
+    return equal
+
+
+def test_whole_backward_passes_of_streamed_stages_train_to_the_bits_of_split_ones():
+    assert run_on_ranks(2, _streamed_stages_equal_resident_ones) == [[True] * len(SPLIT)] * 2
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -52,6 +52,23 @@ def test_only_zero_bubble_schedules_split_the_backward(schedule: PipelineSchedul
 
 
 @pytest.mark.parametrize("schedule", ALL[2:], ids=repr)
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 2), (2, 4), (2, 5), (3, 6), (4, 9)])
+def test_whole_passes_are_those_of_torch_without_gradients_of_weights(
+    schedule: PipelineSchedule, ranks: int, micro_batches: int
+) -> None:
+    if schedule.problems(ranks=ranks, micro_batches=micro_batches):
+        return
+    for rank, ops in enumerate(_ops(schedule, ranks=ranks, micro_batches=micro_batches)):
+        own = [s for s, owner in enumerate(schedule.rank_of_stage(ranks)) if owner == rank]
+        parts = [part for op in ops for part in _of(op)]
+        assert schedule.whole_passes(ranks=ranks, rank=rank, micro_batches=micro_batches) == tuple(
+            (own.index(part.stage_index), "BACKWARD" in part.computation_type.name)
+            for part in parts
+            if part.computation_type.name != "BACKWARD_WEIGHT"
+        )
+
+
+@pytest.mark.parametrize("schedule", ALL[2:], ids=repr)
 @pytest.mark.parametrize("micro_batches", range(1, 10))
 def test_what_is_refused_is_what_torch_refuses(
     schedule: PipelineSchedule, micro_batches: int

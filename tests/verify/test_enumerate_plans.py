@@ -8,6 +8,7 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.moe.config import MoE
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.sparse_adaptation import SpIEL
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.run import Run
 from moesaic.verify.enumerate_plans import describe_plan, enumerate_plans
@@ -82,3 +83,10 @@ def test_a_pipeline_with_too_few_blocks_or_micro_batches_or_with_zero_is_rejecte
         p.pipeline_schedule.splits_backward and p.plan.zero
         for p in enumerate_plans([4], run=run).valid
     )
+
+
+def test_a_plan_that_what_is_trained_cannot_share_is_rejected() -> None:
+    run = run_with(heads=8).replace(trainable=SpIEL())
+    plans = enumerate_plans([2], run=run)
+    assert all(p.plan.tensor == p.plan.pipe == 1 and not p.plan.zero for p in plans.valid)
+    assert any("trainable=SpIEL under parallel.plan.tensor=2" in why for why in plans.rejected)

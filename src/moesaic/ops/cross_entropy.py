@@ -41,12 +41,14 @@ def _unchanged(values: Tensor) -> Tensor:
 class VocabularyShard:
     """The rows of the table that a rank has: they start at ``first`` of ``size`` words.
 
+    ``most`` is the largest number of rows of a rank: all take chunks of as many tokens.
     ``all_reduce_max`` and ``all_reduce_sum`` reduce [M] and [3, M] over the ranks of the table.
     ``own`` are the tokens whose loss is returned here; None: all.
     """
 
     first: int
     size: int
+    most: int
     all_reduce_max: Callable[[Tensor], Tensor] = _unchanged
     all_reduce_sum: Callable[[Tensor], Tensor] = _unchanged
     own: slice | None = None
@@ -70,16 +72,16 @@ def cross_entropy(
     with the same factor on each: a rank's loss is its share (``moe/batch_group.py``), and each has
     gradients of other ranks' tokens.
     """
-    shard = shard or VocabularyShard(0, weight.shape[0])
+    words = weight.shape[0]
+    shard = shard or VocabularyShard(0, words, words)
     terms = (shard, label_smoothing, z_loss)
     total, nll = _ChunkedCrossEntropy.apply(as_autocast(hidden), weight, label, terms)
     return TokenLoss(total, nll)
 
 
-def tokens_per_chunk(weight: Float[Tensor, "v D"], *, dtype: torch.dtype) -> int:
+def tokens_per_chunk(words: int, *, dtype: torch.dtype, device: torch.device) -> int:
     """Return how many tokens' logits of ``dtype`` exist at a time."""
-    budget = chunk_sizes(weight.device).logits
-    return max(1, budget // max(1, weight.shape[0] * dtype.itemsize))
+    return max(1, chunk_sizes(device).logits // max(1, words * dtype.itemsize))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -91,7 +93,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(table, dtype=torch.float32) if for_weight else None
         losses, nll = torch.empty(2, count, dtype=torch.float32, device=hidden.device)
-        step = tokens_per_chunk(table, dtype=hidden.dtype)
+        step = tokens_per_chunk(terms[0].most, dtype=hidden.dtype, device=hidden.device)
         memory = hidden.new_empty(min(step, count), table.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, count, step):

@@ -122,7 +122,7 @@ def parallelize_on_mesh(
         hook = allocate or allocate_by_plan(mesh.device, stream=stream)
         allocate_parameters(model, allocate=hook, device=mesh.device)
     set_gradient_dtype(model, precision)
-    pipeline = None if stages is None else Pipeline(model, mesh=mesh, stages=stages)
+    pipeline = stages and Pipeline(model, mesh=mesh, stages=stages, splits_backward=stream is None)
     parallel_model = ParallelModel(
         model,
         mesh=mesh,

@@ -123,9 +123,21 @@ class Pipeline:
     step in progress.
     """
 
-    def __init__(self, model: Transformer, *, mesh: Mesh, stages: PipelineStages) -> None:
-        """Make the pipeline of this rank of a mesh. Collective over the whole mesh."""
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        mesh: Mesh,
+        stages: PipelineStages,
+        splits_backward: bool = True,
+    ) -> None:
+        """Make the pipeline of this rank of a mesh. Collective over the whole mesh.
+
+        ``splits_backward``: a schedule may compute gradients of weights after those of inputs. With
+        streamed weights it does not: they are on the device for one pass.
+        """
         self.model, self.stages = model, stages
+        self._splits_backward = splits_backward
         self.shared_worlds: dict[tuple[int, ...], World] = {}
         for ranks in stages.shared_rank_sets:
             if mesh.coordinates()["pipe"] in ranks:
@@ -259,6 +271,8 @@ class Pipeline:
             input_args=serializers[number - 1].empty_buffers("meta") if number else (index,),
             output_args=serializers[number].empty_buffers("meta") if number < last else (loss,),
             group=self.group,
+            # else its backward passes are whole, and what is left for later is nothing
+            dw_builder=None if self._splits_backward else lambda: _no_weight_pass,
         )
 
     def _receive(self, serializer: StageSerializer, *, rank: int) -> tuple[Tensor, ...]:
@@ -284,6 +298,10 @@ class Pipeline:
             if self.rank in ranks:
                 shared = [p for name, p in named.items() if self.stages.ranks_of(name) == ranks]
                 self.shared_worlds[ranks].all_reduce_gradients(shared, dtype=dtype)
+
+
+def _no_weight_pass() -> None:
+    """Compute no gradients of weights: the backward pass has."""
 
 
 def loss_term_names(stages: PipelineStages) -> tuple[str, ...]:

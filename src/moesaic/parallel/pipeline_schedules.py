@@ -5,6 +5,8 @@
 
 import functools
 import importlib
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -56,12 +58,17 @@ class PipelineSchedule(Choice):
         del ranks, rank
         return _rounds(self.stages_per_rank(), micro_batches, each=micro_batches)
 
-    def bubble(self, *, ranks: int, micro_batches: int) -> float:
+    def whole_passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        """Return a rank's passes in their order if no backward pass is split."""
+        return self.passes(ranks=ranks, rank=rank, micro_batches=micro_batches)
+
+    def bubble(self, *, ranks: int, micro_batches: int, splits_backward: bool = True) -> float:
         """Return the share of a step in which a rank waits, if all stages take equally long.
 
-        ``(p - 1) / (m v + p - 1)`` with v stages on each of p ranks (2104.04473, section 2.2).
+        ``(p - 1) / (m v + p - 1)`` with v stages on each of p ranks (2104.04473, section 2.2), or
+        less where the schedule may split backward passes.
         """
-        waits = self.idle_share * (ranks - 1)
+        waits = (self.idle_share if splits_backward else 1.0) * (ranks - 1)
         return waits / (micro_batches * self.stages_per_rank() + waits)
 
     def problems(self, *, ranks: int, micro_batches: int) -> str | None:
@@ -136,6 +143,9 @@ class InterleavedZeroBubble(PipelineSchedule):
         # gradients of weights that wait
         return _interleaved(self.stages, ranks, micro_batches, ahead=2 * ranks - 1 - rank)
 
+    def whole_passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        return _interleaved(self.stages, ranks, micro_batches, ahead=ranks - 1 - rank)
+
 
 class ZeroBubbleV(PipelineSchedule):
     """ZBV: two stages per rank in a V, gradients of weights in the bubble (2401.10241, sec. 6)."""
@@ -147,6 +157,15 @@ class ZeroBubbleV(PipelineSchedule):
 
     def passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
         return _v_shaped(ranks, rank, micro_batches)
+
+    def whole_passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        # planned for as many micro-batches as fill the V, of which there may be fewer
+        full = max(2 * ranks - 1, micro_batches)
+        first = [_F0] * (2 * (ranks - rank) - 1) + [_F1, _F0] * rank + [_F1, _B1] * (ranks - rank)
+        more = full - (2 * (ranks - rank) - 1 + rank)
+        steady = [_F0, _B0, _F1, _B1] * more + [_B0, _F1, _B1] * (full - more - ranks)
+        last = [_B0, _B1] * rank + [_B0] * (ranks - rank)
+        return _first_of_each(micro_batches, [*first, *steady, *last])
 
 
 class DualPipeV(PipelineSchedule):
@@ -160,6 +179,27 @@ class DualPipeV(PipelineSchedule):
 
     def passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
         return _v_shaped(ranks, rank, micro_batches)
+
+    def whole_passes(self, *, ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:
+        behind = ranks - rank - 1
+        first = [_F0] * (2 * behind) + [_F0, _F1] * (rank + 1) + [_B1, _F1] * behind
+        steady = [_F0, _B1, _F1, _B0] * (micro_batches - ranks - behind)
+        last = [_B1, _F1, _B0] * behind + [_B1, _B0] * (rank + 1) + [_B0] * behind
+        return (*first, *steady, *last)
+
+
+# forward and backward passes of the stage down the V, and of that up
+_F0, _F1, _B0, _B1 = (StagePass(stage, back) for back in (False, True) for stage in (0, 1))
+
+
+def _first_of_each(number: int, passes: Sequence[StagePass]) -> tuple[StagePass, ...]:
+    """Return the first passes, so many of each."""
+    counts: Counter[StagePass] = Counter()
+    found = list[StagePass]()
+    for each in passes:
+        counts[each] += 1
+        found += [each] * (counts[each] <= number)
+    return tuple(found)
 
 
 def _v_shaped(ranks: int, rank: int, micro_batches: int) -> tuple[StagePass, ...]:

@@ -75,6 +75,7 @@ class VocabParallelEmbedding:
         shard = VocabularyShard(
             self._first,
             self._size,
+            -(-self._size // group_size(self._group)),
             all_reduce_max=partial(_all_reduce, group=self._group, op=distributed.ReduceOp.MAX),
             all_reduce_sum=partial(_all_reduce, group=self._group, op=distributed.ReduceOp.SUM),
             own=own,

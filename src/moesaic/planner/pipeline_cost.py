@@ -57,7 +57,9 @@ class PipelineCost:
         if self.parameters.stages is None:
             pair = (StagePass(0, is_backward=False), StagePass(0, is_backward=True))
             return pair * self.settings.micro_batches
-        return self.settings.parallel.pipeline_schedule.passes(
+        schedule = self.settings.parallel.pipeline_schedule
+        walk = schedule.passes if self._splits_backward else schedule.whole_passes
+        return walk(
             ranks=self.parameters.plan.pipe,
             rank=self.parameters.pipe_rank,
             micro_batches=self.settings.micro_batches,
@@ -116,7 +118,11 @@ class PipelineCost:
     def bubble(self) -> float:
         """Return the share of the step in which the rank waits."""
         plan, schedule = self.parameters.plan, self.settings.parallel.pipeline_schedule
-        return schedule.bubble(ranks=plan.pipe, micro_batches=self.settings.micro_batches)
+        return schedule.bubble(
+            ranks=plan.pipe,
+            micro_batches=self.settings.micro_batches,
+            splits_backward=self._splits_backward,
+        )
 
     def sends(self) -> Iterator[SentCall]:
         """Yield what the rank's stages send for a micro-batch: states on, gradients back."""
@@ -134,6 +140,11 @@ class PipelineCost:
     def buffers(self) -> int:
         """Return the bytes that are received into, one buffer for each micro-batch, kept."""
         return self.settings.micro_batches * sum(size for _, size in self._boundaries())
+
+    @property
+    def _splits_backward(self) -> bool:
+        """Whether backward passes may be split: with weights on a tier they are not."""
+        return self.settings.parallel.memory.parameters.is_device
 
     @property
     def _last_stage(self) -> int:

@@ -373,7 +373,8 @@ class PlanModel:
         for number in range(blocks - sparse, blocks):
             streamed[f"stack.{number}.experts"] = state.experts // sparse
         reads = self.settings.state.reads_weights
-        return StateBytes(state.weights, 0, streamed, state.updated, state.by_matrix, reads)
+        updated = state.updated, state.by_matrix
+        return StateBytes(state.weights, 0, streamed, *updated, reads, 0, state.summed_once)
 
     def _resident_weights(self, state: ShardBytes, stages: int, *, streams: bool) -> int:
         """Return the bytes of weights on the device: all, or what stays and the units in use."""

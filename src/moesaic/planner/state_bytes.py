@@ -64,10 +64,10 @@ class PlanKey(NamedTuple):
 class ShardBytes:
     """Bytes of rank 0: its shards, and what ZeRO gathers beside them at the peak.
 
-    Of ``streamed``, which a tier of parameters takes, ``experts`` are those of experts; ``updated``
-    and ``by_matrix`` are as in ``StateBytes``, ``summed`` of gradients that ranks sum, in so many
-    ``buckets``. ``trained`` parameters have gradients. ``synced_once`` is sent in a step,
-    ``synced_often`` in each of its micro-batches.
+    Of ``streamed``, which a tier of parameters takes, ``experts`` are those of experts;
+    ``updated``, ``by_matrix`` and ``summed_once`` are as in ``StateBytes``, ``summed`` of gradients
+    that ranks sum, in so many ``buckets``. ``trained`` parameters have gradients. ``synced_once`` is
+    sent in a step, ``synced_often`` in each of its micro-batches.
     """
 
     values: int
@@ -77,6 +77,7 @@ class ShardBytes:
     experts: int
     updated: UpdatedBytes
     by_matrix: UpdatedBytes
+    summed_once: int
     summed: int
     buckets: int
     trained: int
@@ -156,6 +157,7 @@ class ShardedState:
                 states=round(values * each.state_per_value),
             )
             sums["parameters"] += each.copies * each.trained
+            sums["summed_once"] += trained * (key.zero == 1 and shard.zero_ranks > 1)
             sums["summed"] += trained * (shard.sum_ranks > 1)
             for kind, axis, size, often in _sync(shard, plan=plan, in_block=each.in_block):
                 if kind != "all-gather" and not each.trained:
@@ -181,6 +183,7 @@ class ShardedState:
             experts=sums["experts"] * weight,
             updated=UpdatedBytes(**(updated[True] + updated[False])),
             by_matrix=UpdatedBytes(**updated[False]),
+            summed_once=sums["summed_once"] * gradient,
             summed=sums["summed"] * self._each.reduce_dtype.itemsize,
             buckets=sum(line.messages for line in once if line.kind == "all-reduce"),
             trained=sums["parameters"],

@@ -51,6 +51,7 @@ class StateBytes:
     Of what is ``updated``, ``by_matrix`` is by rules that compute on the device (Muon). An update
     ``reads_weights`` unless it has float32 copies of them.
     ``overwritten`` are the old values of updates that may run ahead of the gradient norm.
+    ``summed_once`` are the gradients that ZeRO 1 adds up on the device: a tier gets them once.
     """
 
     weights: int
@@ -60,6 +61,7 @@ class StateBytes:
     by_matrix: UpdatedBytes
     reads_weights: bool
     overwritten: int = 0
+    summed_once: int = 0
 
     @property
     def gradients(self) -> int:
@@ -82,7 +84,7 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
     precision = settings.precision
     weight, gradient = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
     master = precision.master_weights.bytes_per_value if weight < FLOAT32_BYTES else 0
-    values = overwritten = counters = 0
+    values = overwritten = counters = summed_once = 0
     streamed: dict[str, int] = {}
     sums: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}  # by elementwise
     for shard in parameters.shards:
@@ -104,6 +106,8 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
             gradients=gradient * size,
             states=master * size + stored,
         )
+        if parameters.plan.zero == 1 and shard.zero_axes:
+            summed_once += gradient * size
         if rule.elementwise:
             overwritten += FLOAT32_BYTES * size + stored
     return StateBytes(
@@ -114,6 +118,7 @@ def state_bytes(parameters: RankParameters, settings: CostSettings) -> StateByte
         UpdatedBytes(**sums[False]),
         reads_weights=not master,
         overwritten=overwritten,
+        summed_once=summed_once,
     )
 
 

@@ -222,18 +222,19 @@ def _moved_gradients(
 ) -> Iterator[MovedBytes]:
     """Yield the moves of gradients.
 
-    They leave in each micro-batch and are added on the host; a sum over ranks brings them to the
-    device twice and back once, one over stages once and back; the update reads them where it
+    They leave in each micro-batch, or once, and are added on the host; a sum over ranks brings them
+    to the device twice and back once, one over stages once and back; the update reads them where it
     computes.
     """
     size, gradients, tier = state.gradients, Purpose.GRADIENTS, tier_name(memory.gradients)
     at = DEVICE if memory.optimizer_states.is_device else HOST
-    micro_batches, summed, shared = passes.micro_batches, passes.summed, passes.shared
+    summed, shared = passes.summed, passes.shared
+    left = size + (passes.micro_batches - 1) * (size - state.summed_once)
     if tier != DEVICE:
-        yield MovedBytes(DEVICE, HOST, gradients, micro_batches * size + summed + shared)
+        yield MovedBytes(DEVICE, HOST, gradients, left + summed + shared)
         yield MovedBytes(HOST, DEVICE, gradients, 2 * summed + shared)
     if tier == DISK:
-        yield MovedBytes(DISK, HOST, gradients, (micro_batches - 1) * size + 2 * summed + shared)
-        yield MovedBytes(HOST, DISK, gradients, micro_batches * size + summed + shared)
+        yield MovedBytes(DISK, HOST, gradients, left - size + 2 * summed + shared)
+        yield MovedBytes(HOST, DISK, gradients, left + summed + shared)
     yield MovedBytes(tier, at, gradients, size - state.by_matrix.gradients)
     yield MovedBytes(tier, DEVICE, gradients, state.by_matrix.gradients)

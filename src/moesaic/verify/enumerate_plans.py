@@ -63,7 +63,10 @@ def plan_problems(parallel: ParallelConfig, *, model: Transformer, run: Run) -> 
     try:
         plan = parallel.plan.resolve(parallel.plan.world_size)
         check_parallel(model, parallel=parallel, plan=plan)
-        return [*pipeline_has_enough_micro_batches(run.model_copy(update={"parallel": parallel}))]
+        return [
+            *run.trainable.parallel_problems(parallel),
+            *pipeline_has_enough_micro_batches(run.model_copy(update={"parallel": parallel})),
+        ]
     except ConfigError as error:
         return list(error.problems)
 

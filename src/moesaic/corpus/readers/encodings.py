@@ -15,7 +15,7 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 # iconv's name -> the characters beyond ASCII that are frequent in texts of that encoding
-_WESTERN, _CENTRAL = "äöüßéèàçñáíóúâêîôûæøåãõëï", "áéíóúýčďěňřšťůžąćęłńśźżőűöüäîăâ"
+_WESTERN, _CENTRAL = "äöüßéèàçñáíóúâêîôûæøåãõëïùìò", "áéíóúýčďěňřšťůžąćęłńśźżőűöüäîăâ"
 _CYRILLIC, _GREEK = "оеаинтсрвлкмдпуяыьг", "αοιετσνηυρπκμλςίόάέώή"
 _ARABIC, _JAPANESE = (
     "اليمنوتربسعدهةفقكحأ",
@@ -175,4 +175,4 @@ def _implausibility(text: str, name: str) -> float:
     latin = sum(char.isalpha() and char.isascii() for char in text)
     mixed = name not in (*_LATIN, *_MULTI_BYTE) and latin > 2 * len(high)
     # that bytes are whole characters of several bytes says much by itself
-    return 0.5 * mixed + 1 - frequent / max(1, len(high) - signs) - 0.3 * (name in _MULTI_BYTE)
+    return 0.5 * mixed + 1 - frequent / max(1, len(high) - signs) - 0.4 * (name in _MULTI_BYTE)
