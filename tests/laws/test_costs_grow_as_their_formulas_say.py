@@ -94,6 +94,21 @@ def _stalled_ranks(ranks: int) -> CountingStore:
     return store
 
 
+def _members_posted(ranks: int) -> int:
+    """The messages of two heartbeats of each rank, in a group of all of them."""
+    store, group = CountingStore(), distributed.group.WORLD
+    with patch.object(distributed, "get_process_group_ranks", return_value=list(range(ranks))):
+        for rank in range(ranks):
+            file = HeartbeatFile()
+            file.begin_collective("all_reduce", group="stage")
+            watchdog = Watchdog(store, rank=rank, size=ranks, timeout_s=1, heartbeat_file=file)
+            watchdog.add_group("stage", group=group)
+            for _ in range(2):
+                watchdog._post_heartbeat()
+            watchdog._store.close()
+    return store.messages
+
+
 def _compared_bytes(ranks: int) -> int:
     """A rank of so many compares its config with the others'."""
     with fake_process_group(ranks), CommunicationCounter() as counter:
@@ -194,10 +209,10 @@ MATRIX_BYTES, MUON_FLOPS = 61440, 4055040  # of the tiny model: all matrices, on
 
 
 def _texts_compared(texts: int) -> int:
-    """Every held-out text has one near-duplicate in train, and 3-grams of its own."""
+    """Every held-out text has a near-duplicate in train, 3-grams of its own, and those of all."""
     draw = random.Random(0)
     words = [[chr(draw.randrange(0x4E00, 0x9000)) for _ in range(12)] for _ in range(texts)]
-    held_out = {"".join(word) for word in words}
+    held_out = {"".join(word) + "in all" for word in words}
     index = _RareTrigramIndex(held_out, 0.6)
     for text in sorted(held_out):
         index.find_near(text + "a")
@@ -243,6 +258,10 @@ LAWS: dict[str, CostLaw] = {
     ),
     "messages of the watchdogs of n ranks, one of them lost": CostLaw(
         lambda n: _stalled_ranks(n).messages, lambda n: 2 * n + 7, size=8
+    ),
+    # heartbeats, a look for the group, and its members once
+    "messages of the watchdogs of n ranks in a group of theirs": CostLaw(
+        _members_posted, lambda n: 3 * n + 1, size=8
     ),
     "bytes of the watchdogs of n ranks, one of them lost": CostLaw(
         lambda n: _stalled_ranks(n).bytes, lambda n: 3 * 480 * (n + 1), size=8
