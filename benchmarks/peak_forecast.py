@@ -36,6 +36,7 @@ from moesaic.moe.expert_selection import TopK
 from moesaic.nn.attention_config import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.optim.optimizer import AdamW, EightBitStates
 from moesaic.parallel.activation_checkpointing import CheckpointBlocks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
@@ -143,6 +144,19 @@ CASES = {
     "Z3 of 2, 3 micro-batches": settings(TEXT, ROWS, world=2, plan={"zero": 3}, micro_batches=3),
     "Z3 of 2, recomputed": settings(TEXT, ROWS, world=2, plan={"zero": 3}, parallel=RECOMPUTE),
     **{
+        f"P of 2, D of 2, Z{stage}": settings(
+            TEXT, ROWS, world=4, plan={"pipe": 2, "zero": stage}, micro_batches=4
+        )
+        for stage in (1, 2, 3)
+    },
+    "P of 2, D of 2, Z1, dense": settings(
+        DENSE, PAIRS, world=4, plan={"pipe": 2, "zero": 1}, micro_batches=4
+    ),
+    "Z1 of 2, MoE, 3 micro-batches": settings(
+        TEXT, ROWS, world=2, plan={"zero": 1}, micro_batches=3
+    ),
+    "MoE, 8-bit states": settings(MODEL, PAIRS, optimizer=AdamW(states=EightBitStates())),
+    **{
         f"P of {ranks}, {name}": settings(
             model,
             sizes,
@@ -217,6 +231,7 @@ def _run(case: CostSettings, *, rank: int) -> MeasuredPeak:
 def _forward_backward(parallel_model: Any, batches: Sequence[Any]) -> None:
     model = parallel_model.model
     if parallel_model.pipeline is not None:
+        parallel_model.before_backward(last=False)
         parallel_model.pipeline.forward_backward(batches, loss_settings=LossSettings(1))
         return
     for number, batch in enumerate(batches):

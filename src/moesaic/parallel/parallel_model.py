@@ -86,7 +86,10 @@ class ParallelModel:
         )
 
     def before_backward(self, *, last: bool) -> None:
-        """Prepare the sums of gradients for a micro-batch; ``last``: it is the step's last."""
+        """Prepare the sums of gradients for a micro-batch; ``last``: it is the step's last.
+
+        A pipeline, once for all micro-batches, has none that is last: it tells by stage.
+        """
         self._is_last_backward = last
         sums = self._gradient_sums  # made before FSDP2 gathers parameters: called before forward
         if last and isinstance(self.gradients, ResidentGradients):
@@ -97,7 +100,8 @@ class ParallelModel:
             self.gradients.prepare(
                 [p for p in self.model.parameters() if p.dtype != dtype], dtype=dtype
             )
-            set_gradient_accumulation(self.model, last=last, zero_stage=self.mesh.plan.zero)
+            modules = self.model.modules()
+            set_gradient_accumulation(modules, last=last, zero_stage=self.mesh.plan.zero)
 
     def sum_gradients(self) -> None:
         """Sum each gradient over the ranks that share the batch. Collective.

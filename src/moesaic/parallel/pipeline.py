@@ -8,9 +8,11 @@ gradient of the loss.
 Letters: N predicted tokens.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from moesaic.parallel.stage_serializer import (
     StageBoundary,
     StageSerializer,
 )
+from moesaic.parallel.zero import set_gradient_accumulation
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class StageModule(nn.Module):
         self, pipeline: "Pipeline", *, number: int, serializers: Sequence[StageSerializer]
     ) -> None:
         super().__init__()
-        self.model, self.pipeline = pipeline.model, pipeline
+        self.model, self.pipeline, self.number = pipeline.model, pipeline, number
         self.block_range = pipeline.stages.block_ranges[number]
         self.input_serializer = serializers[number - 1] if number else None
         self.output_serializer = serializers[number] if number < len(serializers) else None
@@ -103,9 +106,13 @@ class StageModule(nn.Module):
         if self.training:
             # not after backward: the next micro-batch's forward comes first
             accumulate_routing_stats(self.model, end.records)
-        if self.output_serializer is None:
-            return objective
-        return self.output_serializer.pack(end.stage_output, term=objective.to(micro.batch.device))
+        sent: Sequence[Tensor] = (objective,)
+        if self.output_serializer is not None:
+            term = objective.to(micro.batch.device)
+            sent = self.output_serializer.pack(end.stage_output, term=term)
+        for tensor in [each for each in sent if each.requires_grad][:1]:
+            tensor.register_hook(lambda _: pipeline.backward_begins(self.number))
+        return objective if self.output_serializer is None else sent
 
 
 class Pipeline:
@@ -146,6 +153,8 @@ class Pipeline:
             StageBoundary.after(blocks, config=stages.config) for blocks in stages.block_ranges[:-1]
         ]
         self._cached_schedule: tuple[Any, Any] = (None, None)
+        self._backward_passes = Counter[int]()  # of each stage, that are left in the step
+        self._zero = mesh.plan.zero
 
     def forward_backward(
         self, batches: Sequence[Batch], *, loss_settings: LossSettings
@@ -159,6 +168,7 @@ class Pipeline:
         key = (serializers, len(batches))
         if self._cached_schedule[0] != key:
             self._cached_schedule = (key, self._build_schedule(*key))
+        self._backward_passes = Counter(dict.fromkeys(self._modules_of_stage, len(batches)))
         index = torch.arange(len(batches))
         self._cached_schedule[1].step(index, index=index, target=index, return_outputs=False)
         return self._finish_step()
@@ -188,6 +198,25 @@ class Pipeline:
         for work in sends:
             work.wait()
         return self._finish_step()
+
+    def backward_begins(self, stage: int) -> None:
+        """Note a backward pass of a stage: ZeRO sums a module's gradients in the step's last."""
+        self._backward_passes[stage] -= 1
+        if not self._zero or self._backward_passes[stage]:
+            return
+        others = [self._modules_of_stage[each] for each in +self._backward_passes]
+        needed = {module for modules in others for module in modules}
+        done = [each for each in self._modules_of_stage[stage] if each not in needed]
+        set_gradient_accumulation(done, last=True, zero_stage=self._zero)
+
+    @cached_property
+    def _modules_of_stage(self) -> dict[int, list[nn.Module]]:
+        """The modules that each stage of this rank runs; two may share the embedding."""
+        modules = list(self.model.named_modules())
+        return {
+            stage: [module for path, module in modules if path and self.stages.uses(stage, path)]
+            for stage in self.stages.stages_of_rank(self.rank)
+        }
 
     def _start_step(
         self, batches: Sequence[Batch], *, loss_settings: LossSettings

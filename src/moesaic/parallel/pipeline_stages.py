@@ -122,6 +122,11 @@ class PipelineStages:
             elif name in owner._modules:
                 owner.add_module(name, ModuleOnOtherRank(path))
 
+    def uses(self, stage: int, path: str) -> bool:
+        """Whether a stage runs the module of this path, or a module in it."""
+        paths = module_paths(self.config, self.block_ranges[stage])
+        return _is_under(path, paths) or any(_is_under(each, frozenset([path])) for each in paths)
+
     @cached_property
     def ranks_of_parameter(self) -> dict[str, tuple[int, ...]]:
         """The ranks that hold each parameter, by name, in the whole model's order."""

@@ -9,7 +9,7 @@ step: stage 3 gathers a block's parameters for its forward and again for its bac
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -134,16 +134,15 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
             _fsdp().register_fsdp_forward_method(model.embedding, method)
 
 
-def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) -> None:
-    """Set whether the next backward is the step's last.
+def set_gradient_accumulation(modules: Iterable[nn.Module], *, last: bool, zero_stage: int) -> None:
+    """Set whether the next backward through these modules is the step's last.
 
     Stage 1 reduces gradients only then, and stages 1 and 2 release gathered parameters only then.
     """
-    sharded: Any = filter(_is_sharded, model.modules())
+    sharded: Any = filter(_is_sharded, modules)
     for module in sharded:
         module.set_requires_gradient_sync(last or zero_stage > 1, recurse=False)
         module.set_reshard_after_backward(last or zero_stage == 3, recurse=False)
-        module.set_is_last_backward(last)
 
 
 def _fsdp() -> Any:

@@ -181,7 +181,7 @@ class _Recording:
         model = parallel_model.model
         self._restart(Phase.FORWARD, ChainPlace(_first_stack(model)))
         if zero := parallel_model.mesh.plan.zero:  # sums of replicated gradients are arithmetic
-            set_gradient_accumulation(model, last=last, zero_stage=zero)
+            set_gradient_accumulation(model.modules(), last=last, zero_stage=zero)
         with parallel_model.precision.autocast(batch.device):
             output = model(batch)
             loss = model.loss(output)
@@ -264,7 +264,10 @@ class _MarkedBlocks:
         self, model: Transformer, chain: BlockChain, recording: _Recording, *, drops_records: bool
     ) -> None:
         self._run: RunBlock = model.run_block
-        self._drops_records = drops_records
+        self._drops_records, self._sharded = (
+            drops_records,
+            [m for m in model.modules() if isinstance(m, FSDPModule)],
+        )
         self._recording = recording
         self._places = {
             block: ChainPlace(side, number)
@@ -286,6 +289,8 @@ class _MarkedBlocks:
             losses = (record.losses.values() for record in state.records)
             recording.dropped_losses += chain.from_iterable(losses)
             state = replace(state, records=())
+            for module in self._sharded:  # a stage's blocks are called apart: FSDP2 then frees it
+                module._get_fsdp_state()._comm_ctx.all_gather_state = None
         x = state.x.view_as(state.x)
         _on_gradient(x, lambda: recording.begin(Phase.BACKWARD, place))
         if (place.block,) == self._last[place.stack]:

@@ -95,6 +95,7 @@ class Objective:
         pipeline, head = parallel_model.pipeline, parallel_model.model.config.head
         assert pipeline is not None
         tokens = [batch.num_tokens if parallel_model.counts_tokens else 0 for batch in batches]
+        parallel_model.before_backward(last=False)
         micros = pipeline.forward_backward(
             batches, loss_settings=self._loss_settings(pipeline, predicted=predicted)
         )
