@@ -94,8 +94,8 @@ def _stalled_ranks(ranks: int) -> CountingStore:
     return store
 
 
-def _members_posted(ranks: int) -> int:
-    """The messages of two heartbeats of each rank, in a group of all of them."""
+def _members_posted(ranks: int) -> CountingStore:
+    """Two heartbeats of each rank, in a group of all of them."""
     store, group = CountingStore(), distributed.group.WORLD
     with patch.object(distributed, "get_process_group_ranks", return_value=list(range(ranks))):
         for rank in range(ranks):
@@ -106,7 +106,7 @@ def _members_posted(ranks: int) -> int:
             for _ in range(2):
                 watchdog._post_heartbeat()
             watchdog._store.close()
-    return store.messages
+    return store
 
 
 def _compared_bytes(ranks: int) -> int:
@@ -244,8 +244,8 @@ def _blocks_measured(ranks: int) -> int:
 
 
 LAWS: dict[str, CostLaw] = {
-    # one of a rank alone, and one on two ranks of each of four axes
-    "steps measured to plan for n ranks": CostLaw(_blocks_measured, lambda _: 5, size=512),
+    # two of a rank alone, with few and more rows, and one on two ranks of each of four axes
+    "steps measured to plan for n ranks": CostLaw(_blocks_measured, lambda _: 6, size=512),
     "passes over the table's gradient in a loss of n tokens": CostLaw(
         lambda n: _table_passes(n, 64), lambda n: n / 16, size=64
     ),
@@ -261,7 +261,10 @@ LAWS: dict[str, CostLaw] = {
     ),
     # heartbeats, a look for the group, and its members once
     "messages of the watchdogs of n ranks in a group of theirs": CostLaw(
-        _members_posted, lambda n: 3 * n + 1, size=8
+        lambda n: _members_posted(n).messages, lambda n: 3 * n + 1, size=8
+    ),
+    "bytes of the watchdogs of n ranks in a group of theirs": CostLaw(
+        lambda n: _members_posted(n).bytes, lambda n: 2 * 300 * n, size=128
     ),
     "bytes of the watchdogs of n ranks, one of them lost": CostLaw(
         lambda n: _stalled_ranks(n).bytes, lambda n: 3 * 480 * (n + 1), size=8

@@ -185,6 +185,11 @@ def test_a_value_depends_on_its_place_in_the_whole_parameter_alone(monkeypatch):
         assert torch.equal(part, whole[1:5, 2:6, 1:6])
 
 
+def test_another_name_or_seed_gives_other_values():
+    keys = {initializer.parameter_key(seed, name) for seed in (1, 2) for name in ("up", "down")}
+    assert len(keys) == 4
+
+
 def test_a_buffer_without_values_is_refused_by_name():
     model = Transformer.without_values(BOTH)
     model.decoder_norm.register_buffer("scale", torch.empty(3, device="meta"))

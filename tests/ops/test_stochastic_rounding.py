@@ -3,6 +3,7 @@
 import torch
 
 from moesaic.ops.stochastic_rounding import ShardPosition, round_stochastically, rounding_key
+from moesaic.optim.master_weights import ShardUpdate, StochasticRounding
 
 KEY = rounding_key("experts.up", seed=1, step=3)
 
@@ -38,3 +39,19 @@ def test_another_step_or_name_draws_other_bits():
     keys = [KEY, rounding_key("experts.up", seed=1, step=4), rounding_key("w", seed=1, step=3)]
     first, *others = (round_stochastically(values, key=k, position=position) for k in keys)
     assert not any(torch.equal(first, other) for other in others)
+
+
+def test_an_optimizer_rounds_by_seed_name_step_and_place():
+    values = torch.rand(8, 64)
+
+    def rounded(seed: int, name: str, step: int, first: int = 0) -> torch.Tensor:
+        position = ShardPosition.of_whole(values.shape).rows(first, None)
+        parameter = torch.empty(8 - first, 64, dtype=torch.bfloat16)
+        update = ShardUpdate(name, step, position)
+        StochasticRounding(seed=seed).write_back(parameter, values[first:], update=update)
+        return parameter
+
+    whole = rounded(0, "up", 1)
+    assert torch.equal(rounded(0, "up", 1, first=3), whole[3:])
+    for other in (rounded(1, "up", 1), rounded(0, "down", 1), rounded(0, "up", 2)):
+        assert not torch.equal(other, whole)

@@ -66,8 +66,8 @@ class ShardBytes:
 
     Of ``streamed``, which a tier of parameters takes, ``experts`` are those of experts;
     ``updated``, ``by_matrix`` and ``summed_once`` are as in ``StateBytes``, ``summed`` of gradients
-    that ranks sum, in so many ``buckets``. ``trained`` parameters have gradients. ``synced_once`` is
-    sent in a step, ``synced_often`` in each of its micro-batches.
+    that ranks sum, in so many ``buckets``. ``trained`` parameters have gradients. ``synced_once``
+    is sent in a step, ``synced_often`` in each of its micro-batches.
     """
 
     values: int
