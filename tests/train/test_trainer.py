@@ -10,6 +10,7 @@ from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import Batch
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.model import transformer
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.testing.tiny_models import TinyStream, tiny_run, tiny_trainer
 from moesaic.train.step import ForwardBackwardResult, Objective
@@ -146,3 +147,11 @@ def test_a_tiny_model_learns() -> None:
         trainer.train_step()
         losses.append(trainer.metrics.compute_and_reset(trainer.world)["train/loss"])
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_trainer_allocates_no_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a whole model was made")
+
+    monkeypatch.setattr(transformer, "allocate_whole", refuse)
+    tiny_trainer(tiny_run())
