@@ -1,4 +1,4 @@
-"""``trillion-384`` started on fake devices: what ranks allocate shared what is forecast.
+"""``trillion-384`` started on fake devices: what ranks allocate beside what is forecast.
 
 Each rank makes its part of the model as training does, with its gradients and its AdamW states;
 fake tensors take no memory, and their bytes are counted by storage.

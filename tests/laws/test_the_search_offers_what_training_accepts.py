@@ -53,7 +53,7 @@ def _refusals(model: Transformer, choice: CompletePlan, request: PlanRequest) ->
         check_parallel(model, parallel=parallel, plan=parallel.plan)
     except ConfigError as error:
         yield from error.problems
-    yield from request.trainable.parallel_problems(parallel)
+    yield from request.trainable.parallel_problems(parallel.plan, memory=parallel.memory)
     accumulation = choice.degrees.micro_batches
     run = tiny_run(model=request.model).model_copy(
         update={"parallel": parallel, "gradient_accumulation_steps": accumulation}

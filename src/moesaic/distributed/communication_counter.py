@@ -7,7 +7,6 @@ reduce-scatter and all-reduce are rings, in which each rank sends to the next of
 own block is not sent.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.process_groups import Group
+from moesaic.distributed.world import is_dtensor_type
 
 NAMESPACES = ("c10d", "_c10d_functional")
 # (arguments of a collective, its group) -> pairs of (rank in the group, bytes sent to it)
@@ -119,8 +119,7 @@ class CommunicationCounter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        dtensor = sys.modules.get("torch.distributed.tensor")  # None until something imports it
-        if dtensor is not None and any(issubclass(kind, dtensor.DTensor) for kind in types):
+        if any(map(is_dtensor_type, types)):
             return NotImplemented  # its local tensors arrive here one by one
         out = func(*args, **(kwargs or {}))
         self.count(func, args, kwargs or {})

@@ -182,5 +182,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor, without importing that class, which is slow."""
+    return is_dtensor_type(type(tensor))
+
+
+def is_dtensor_type(kind: type) -> bool:
+    """Tell whether a type is DTensor or derived from it."""
     module: Any = sys.modules.get("torch.distributed.tensor")  # imported where there is one
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and issubclass(kind, module.DTensor)

@@ -5,11 +5,10 @@ has accumulated one, FSDP2 after it has reduced one), and micro-batches add up t
 order as in ``Parameter.grad``. With a GPU it leaves through a ring of pinned buffers and a thread
 adds it up, while backward goes on; who reads a gradient waits for it.
 
-Of the experts in ``banks`` only those whose gradient is not
-zero are moved; the others are zeros wherever gradients are read. The norm of a gradient is taken
-while it is at hand, so the exact global norm needs no second reading. Clipping becomes a factor
-that the update applies: the product of a gradient and the factor is the value that scaling in place
-would store.
+Of the experts in ``banks`` only those whose gradient is not zero are moved; the others are zeros
+wherever gradients are read. The norm of a gradient is taken while it is at hand, so the exact
+global norm needs no second reading. Clipping becomes a factor that the update applies: the product
+of a gradient and the factor is the value that scaling in place would store.
 """
 
 # pyright: reportPrivateImportUsage=false

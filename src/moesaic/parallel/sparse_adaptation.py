@@ -9,6 +9,8 @@ from torch import nn
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Float, Tensor
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.transformer import Transformer
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import moe_layers
@@ -22,7 +24,6 @@ from moesaic.parallel.adapter_choice import (
     MatrixAdapter,
     declare_adapters,
 )
-from moesaic.parallel.config import ParallelConfig
 
 
 class PlacedAdapter(AdapterChoice):
@@ -33,8 +34,9 @@ class PlacedAdapter(AdapterChoice):
 
     refused_axes: ClassVar[tuple[str, ...]] = ("tensor", "expert", "expert_tensor")
 
-    def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
-        sizes = parallel.plan.to_dict()
+    def parallel_problems(self, plan: ParallelPlan, *, memory: MemoryPlan) -> Iterator[str]:
+        del memory
+        sizes = plan.to_dict()
         for axis in self.refused_axes:
             none = int(axis != "zero")  # ZeRO 1 shards, too
             if (size := sizes.get(axis)) not in (None, none):
@@ -98,9 +100,9 @@ class SpIEL(RandomSparse):
             raise ValueError(f"select_steps={self.select_steps} to be at most every={self.every}")
         return self
 
-    def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
-        yield from super().parallel_problems(parallel)
-        if not parallel.memory.optimizer_states.is_device:
+    def parallel_problems(self, plan: ParallelPlan, *, memory: MemoryPlan) -> Iterator[str]:
+        yield from super().parallel_problems(plan, memory=memory)
+        if not memory.optimizer_states.is_device:
             yield (
                 "trainable=SpIEL with parallel.memory.optimizer_states on a tier: its states move "
                 "with its places: keep them on the device"

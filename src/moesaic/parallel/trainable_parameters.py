@@ -14,9 +14,10 @@ from pydantic import Field
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
+from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import World
+from moesaic.memory.memory_plan import MemoryPlan
 from moesaic.model.transformer import Transformer
-from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 
 MAX_SHOWN_NAMES = 3
@@ -51,9 +52,9 @@ class TrainableParameters(Choice):
         """Yield a sentence for each part of the choice that fits no parameter of a model."""
         raise NotImplementedError
 
-    def parallel_problems(self, parallel: ParallelConfig) -> Iterator[str]:
+    def parallel_problems(self, plan: ParallelPlan, *, memory: MemoryPlan) -> Iterator[str]:
         """Yield a sentence for each part of a plan under which this cannot be trained."""
-        del parallel
+        del plan, memory
         yield from ()
 
     def resolved(self, start: RunDir | None) -> Self:

@@ -264,10 +264,8 @@ class _MarkedBlocks:
         self, model: Transformer, chain: BlockChain, recording: _Recording, *, drops_records: bool
     ) -> None:
         self._run: RunBlock = model.run_block
-        self._drops_records, self._sharded = (
-            drops_records,
-            [m for m in model.modules() if isinstance(m, FSDPModule)],
-        )
+        self._drops_records = drops_records
+        self._sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._recording = recording
         self._places = {
             block: ChainPlace(side, number)

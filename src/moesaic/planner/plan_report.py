@@ -259,17 +259,15 @@ def _measure_exchanges(
 def training_problems(request: PlanRequest) -> Callable[[CompletePlan], Iterator[str]]:
     """Return what yields why training refuses a plan, of layers that can be cut so."""
     base, trainable, experts = request.parallel, request.trainable, expert_numbers(request.model)
-    asks = type(trainable).parallel_problems is not TrainableParameters.parallel_problems
 
     @cache
     def stages(pipe: int) -> PipelineStages:
         return base.replace(plan=base.plan.replace(pipe=pipe)).pipeline_stages(request.model)
 
     def problems(choice: CompletePlan) -> Iterator[str]:
-        plan, m = choice.plan, choice.degrees.micro_batches
-        yield from memory_problems(choice.option.memory, plan=plan, expert_counts=experts)
-        if asks:
-            yield from trainable.parallel_problems(choice.parallel_config(base))
+        plan, memory, m = choice.plan, choice.option.memory, choice.degrees.micro_batches
+        yield from memory_problems(memory, plan=plan, expert_counts=experts)
+        yield from trainable.parallel_problems(plan, memory=memory)
         if plan.pipe > 1:
             yield from pipeline_problems(stages(plan.pipe), micro_batches=m, zero=plan.zero)
 

@@ -89,10 +89,11 @@ class _Composition:
     @staticmethod
     def of(settings: CostSettings, *, rank: int) -> "_Composition":
         """Measure what was not measured before."""
-        if problems := list(settings.trainable.parallel_problems(settings.parallel)):
-            raise ConfigError(problems)
-        inventory = inventory_of(settings.model, trainable=settings.trainable)
-        parameters = inventory.on_rank(settings.parallel, world=settings.world, rank=rank)
+        parallel, trainable = settings.parallel, settings.trainable
+        if found := list(trainable.parallel_problems(parallel.plan, memory=parallel.memory)):
+            raise ConfigError(found)
+        inventory = inventory_of(settings.model, trainable=trainable)
+        parameters = inventory.on_rank(parallel, world=settings.world, rank=rank)
         inventory.check_states(settings.optimizer, plan=parameters.plan)
         counts = sorted(set(inventory.expert_modules.values()))
         small = smallest_plan(parameters.plan, expert_counts=counts)

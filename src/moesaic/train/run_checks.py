@@ -53,7 +53,8 @@ def trainable_parameters_exist(run: Run) -> Iterator[str]:
     if run.trainable != AllParameters():
         model = Transformer.without_values(run.model)
         yield from run.trainable.problems(model)
-        yield from run.trainable.parallel_problems(run.parallel)
+        parallel = run.parallel
+        yield from run.trainable.parallel_problems(parallel.plan, memory=parallel.memory)
     if run.trainable.keeps_base and isinstance(run.initial_weights, RandomWeights):
         kind = type(run.trainable).__name__
         yield (

@@ -64,7 +64,7 @@ def plan_problems(parallel: ParallelConfig, *, model: Transformer, run: Run) -> 
         plan = parallel.plan.resolve(parallel.plan.world_size)
         check_parallel(model, parallel=parallel, plan=plan)
         return [
-            *run.trainable.parallel_problems(parallel),
+            *run.trainable.parallel_problems(parallel.plan, memory=parallel.memory),
             *pipeline_has_enough_micro_batches(run.model_copy(update={"parallel": parallel})),
         ]
     except ConfigError as error:
